@@ -1,0 +1,305 @@
+"""A safetensors checkpoint on disk: headers and weight map first, tensors only when asked for.
+
+Headers are parsed here rather than by the safetensors package because streaming needs what its reader hides: the
+byte range of every tensor, so that one tensor at a time is read into memory that is freed again (a memory map
+counts as resident for as long as it is open), and so that the same code can ask a server for a range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+
+from surgery.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one stored tensor lies: `file` in the checkpoint, bytes [start, stop) of that file."""
+
+    name: str
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class ByteSource(Protocol):
+    """Anything that can list files and return byte ranges of them."""
+
+    def files(self) -> list[str]:
+        """Relative names of all files, '/' as separator."""
+
+    def size(self, file: str) -> int:
+        """Size of `file` in bytes."""
+
+    def read(self, file: str, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop) of `file`, in memory the caller owns."""
+
+
+class LocalFolder:
+    """A checkpoint folder on this machine. Files are opened, read and closed, so that no page stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def files(self) -> list[str]:
+        """Relative names of all files below the folder; hidden ones and caches are left out."""
+        found = []
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path)
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                found.append(relative.as_posix())
+        return found
+
+    def size(self, file: str) -> int:
+        """Size of `file` in bytes."""
+        return (self.path / file).stat().st_size
+
+    def read(self, file: str, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop) of `file`. Raises CheckpointError when the file ends before `stop`."""
+        buffer = bytearray(stop - start)
+        view = memoryview(buffer)
+        with (self.path / file).open("rb", buffering=0) as handle:
+            done = 0
+            while done < len(view):
+                count = os.preadv(handle.fileno(), [view[done : done + (1 << 30)]], start + done)
+                if count == 0:
+                    raise CheckpointError(
+                        "a weight file ends too early",
+                        where=file,
+                        expected=f"{stop} bytes",
+                        found=f"{start + done}",
+                        next_step="download the file again",
+                    )
+                done += count
+        return buffer
+
+
+class Checkpoint:
+    """The tensors and the config of one safetensors checkpoint; reads only.
+
+    `name` is what a manifest may say about where it came from (a folder's name or a Hub id, never a full path) and
+    `revision` the commit where there is one. Raises CheckpointError for anything missing, damaged or refused.
+    """
+
+    def __init__(self, source: ByteSource, name: str, revision: str | None = None) -> None:
+        self.source = source
+        self.name = name
+        self.revision = revision
+        self.file_names = source.files()
+        self.config = self._read_config()
+        self.weight_files = self._find_weight_files()
+        self.tensors: dict[str, TensorEntry] = {}
+        for file in self.weight_files:
+            self.tensors.update(self._read_header(file))
+        self._check_weight_map()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Open a local folder. Raises CheckpointError when it is not a safetensors checkpoint."""
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(
+                "no such model folder", where=str(folder), next_step="give a folder holding config.json"
+            )
+        return cls(LocalFolder(path), path.resolve().name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` as stored (dtype and shape), on the CPU, in memory of its own."""
+        entry = self.tensors[name]
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        buffer = self.source.read(entry.file, entry.start, entry.stop)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+
+    def read_json(self, file: str) -> Any:
+        """A JSON file of the checkpoint. Raises CheckpointError when it is not JSON."""
+        try:
+            return json.loads(bytes(self.source.read(file, 0, self.source.size(file))))
+        except ValueError as error:
+            raise CheckpointError(
+                "a file is not valid JSON", where=file, found=str(error), next_step="fetch the file again"
+            ) from error
+
+    @property
+    def other_files(self) -> list[str]:
+        """Files that hold no weights and that a shrunk copy carries over."""
+        weights = {*self.weight_files, INDEX_FILE}
+        return [f for f in self.file_names if f not in weights and not _is_weight_like(f)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored elements."""
+        return sum(entry.numel for entry in self.tensors.values())
+
+    @cached_property
+    def config_digest(self) -> str:
+        """sha256 of config.json in canonical form."""
+        text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def shape_digest(self) -> str:
+        """sha256 over every tensor's name, dtype and shape; ties an index to the checkpoint it describes."""
+        lines = (f"{e.name} {DTYPE_NAMES[e.dtype]} {list(e.shape)}\n" for e in self.tensors.values())
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+    def _read_config(self) -> dict[str, Any]:
+        if "config.json" not in self.file_names:
+            raise CheckpointError(
+                "config.json is missing",
+                where=self.name,
+                next_step="point at a folder written by save_pretrained or downloaded from the Hub",
+            )
+        config = self.read_json("config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError("config.json is not an object", where=self.name, found=type(config).__name__)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if method:
+            raise CheckpointError(
+                "the checkpoint is quantised, and surgery needs the original weights",
+                where=self.name,
+                found=f"quantization_config with quant_method {method!r}",
+                next_step="use the unquantised checkpoint it was made from",
+            )
+        return config
+
+    def _find_weight_files(self) -> list[str]:
+        if INDEX_FILE in self.file_names:
+            files = sorted(set(self._weight_map().values()))
+            for file in files:
+                path = PurePosixPath(file)
+                if path.is_absolute() or ".." in path.parts or "\\" in file or not file.endswith(".safetensors"):
+                    raise CheckpointError(
+                        "the weight map points outside the checkpoint's own safetensors files",
+                        where=INDEX_FILE,
+                        found=repr(file),
+                        next_step="do not use this checkpoint: fetch it again from its publisher",
+                    )
+                if file not in self.file_names:
+                    raise CheckpointError(
+                        "a weight file is missing", where=self.name, expected=file, next_step="download it"
+                    )
+            return files
+        if SINGLE_FILE in self.file_names:
+            return [SINGLE_FILE]
+        pickled = [f for f in self.file_names if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled:
+            raise CheckpointError(
+                "the weights are pickled, which can run code when read; surgeon reads safetensors only",
+                where=self.name,
+                found=pickled[0],
+                next_step="load the model once with transformers and save_pretrained it to a new folder",
+            )
+        raise CheckpointError("no safetensors weights", where=self.name, expected=f"{SINGLE_FILE} or {INDEX_FILE}")
+
+    def _weight_map(self) -> dict[str, str]:
+        index = self.read_json(INDEX_FILE)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise CheckpointError("the index has no weight_map of names to files", where=INDEX_FILE)
+        return weight_map
+
+    def _read_header(self, file: str) -> dict[str, TensorEntry]:
+        size = self.source.size(file)
+        length = int.from_bytes(self.source.read(file, 0, 8), "little") if size >= 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointError(
+                "not a safetensors file, or one cut off inside its header",
+                where=file,
+                found=f"{size} bytes",
+                next_step="download it again",
+            )
+        try:
+            header = json.loads(bytes(self.source.read(file, 8, 8 + length)))
+            header.pop("__metadata__", None)
+            entries = {name: _entry(name, file, fields, 8 + length) for name, fields in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("the safetensors header is damaged", where=file, found=repr(error)) from error
+        end = 8 + length
+        for entry in sorted(entries.values(), key=lambda e: e.start):
+            if entry.start != end:
+                raise CheckpointError("tensors overlap or leave holes", where=file, found=entry.name)
+            end = entry.stop
+        if end != size:
+            raise CheckpointError(
+                "a weight file has the wrong length (truncated?)",
+                where=file,
+                expected=f"{end} bytes",
+                found=f"{size}",
+                next_step="download it again",
+            )
+        return entries
+
+    def _check_weight_map(self) -> None:
+        if INDEX_FILE not in self.file_names:
+            return
+        for name, file in self._weight_map().items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise CheckpointError(
+                    "a tensor is not in the file the weight map names", where=file, expected=name
+                )
+
+
+def _entry(name: str, file: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype = DTYPES[fields["dtype"]]
+    shape = tuple(int(n) for n in fields["shape"])
+    start, stop = (data_start + int(offset) for offset in fields["data_offsets"])
+    if min(shape, default=0) < 0 or stop - start != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(f"{name}: {stop - start} bytes do not hold {fields['dtype']} {list(shape)}")
+    return TensorEntry(name, file, dtype, shape, start, stop)
+
+
+def _is_weight_like(file: str) -> bool:
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+    return file.endswith(endings) or file.endswith((".index.json", ".safetensors.index.json"))
+
+
+def total_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Bytes of several stored tensors together."""
+    return sum(entry.nbytes for entry in entries)

@@ -1,0 +1,66 @@
+"""Every error a user can meet: what went wrong, where, what was expected, what was found, and the next step."""
+
+from __future__ import annotations
+
+
+class SurgeonError(Exception):
+    """Base of all errors surgeon raises on purpose.
+
+    Fields: `what` (one sentence), `where` (file, layer or option), `expected`, `found`, `next_step`; each but the
+    first may be empty. `exit_code` is what the command line exits with.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: str = "", expected: str = "", found: str = "", next_step: str = ""
+    ) -> None:
+        self.what, self.where = what, where
+        self.expected, self.found, self.next_step = expected, found, next_step
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """One line holding every field that is set."""
+        parts = [self.what]
+        if self.where:
+            parts.append(f"in {self.where}")
+        if self.expected:
+            parts.append(f"expected {self.expected}")
+        if self.found:
+            parts.append(f"found {self.found}")
+        return "; ".join(parts)
+
+
+class UsageError(SurgeonError):
+    """An option or argument that can't be meant."""
+
+    exit_code = 2
+
+
+class CheckpointError(SurgeonError):
+    """A checkpoint that is missing, damaged, or stored in a form surgeon refuses."""
+
+
+class UnsupportedModelError(SurgeonError):
+    """A model whose architecture surgeon can't index or shrink."""
+
+
+class CalibrationError(SurgeonError):
+    """Calibration or evaluation text that can't be read or is too short."""
+
+
+class IndexMismatchError(SurgeonError):
+    """An index folder that is damaged or belongs to another checkpoint."""
+
+
+class PlanError(SurgeonError):
+    """A cut that can't be made: a width out of range, a protected channel that would go."""
+
+
+class DestinationError(SurgeonError):
+    """An output folder that exists, equals the source, or does not fit on the disk."""
+
+
+class NumericsError(SurgeonError):
+    """NaN or infinity where numbers were expected."""

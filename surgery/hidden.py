@@ -1,0 +1,45 @@
+"""Hidden states between layers: kept in memory, or in an unlinked file when they outgrow the budget."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+
+
+class HiddenStore:
+    """Slots of hidden states [N, T, D] in the compute dtype, on the host.
+
+    `shape` is (slots, N, T, D). When the whole takes more than `host_bytes` it is a memory-mapped temporary file
+    (in TMPDIR), whose pages the operating system writes out as memory runs short; the file has no name, so that it
+    vanishes with the process however that ends.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, host_bytes: int | None, folder: str | None = None
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self.spilled = host_bytes is not None and self.nbytes > host_bytes
+        if self.spilled:
+            handle, path = tempfile.mkstemp(prefix="surgeon-hidden-", dir=folder)
+            try:
+                os.ftruncate(handle, self.nbytes)
+                flat = torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+            finally:
+                os.close(handle)
+                os.unlink(path)  # noqa: PTH108 (the name came from mkstemp as a string)
+            self._data = flat.view(shape)
+        else:
+            self._data = torch.empty(shape, dtype=dtype)
+
+    def get(self, slot: int, blocks: slice, device: torch.device) -> torch.Tensor:
+        """A copy of blocks [n, T, D] of a slot on `device`."""
+        part = self._data[slot, blocks]
+        return part.clone() if device.type == "cpu" else part.to(device, non_blocking=True)
+
+    def put(self, slot: int, blocks: slice, hidden: torch.Tensor) -> None:
+        """Store blocks [n, T, D] into a slot."""
+        self._data[slot, blocks].copy_(hidden)
