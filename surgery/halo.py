@@ -1,0 +1,74 @@
+"""Supernodes, and the halo of channels that write where they write (Supernodes and Halos, arXiv 2604.23475)."""
+
+from __future__ import annotations
+
+import torch
+
+SUPERNODE_FRACTION = 0.01
+HALO_FRACTION = 0.10
+SUPPORT_SIZE = 256
+REDUNDANCY_TOP = 5
+MAX_CORRELATION_SQUARED = 1 - 1e-6  # keeps the information of an exact copy finite: 6.9 nats
+
+
+def supernodes(loss_proxy: torch.Tensor, fraction: float = SUPERNODE_FRACTION) -> torch.Tensor:
+    """Sorted indices of the top `fraction` of channels by LP [F]: max(1, round(fraction * F)) of them."""
+    count = max(1, round(fraction * len(loss_proxy)))
+    return torch.topk(loss_proxy, count).indices.sort().values
+
+
+def connectivity(down: torch.Tensor, core: torch.Tensor, support_size: int = SUPPORT_SIZE) -> torch.Tensor:
+    """Share of each channel's writing that lands where the core writes, [F] in [0, 1].
+
+    a_h = sum over core channels s of |W[h, s]|; S = the `support_size` hidden dims with the largest a (at most half
+    of all); Conn_i = sum_{h in S} |W[h, i]| / sum_h |W[h, i]|. W = down_proj weight [D, F]. A channel that writes
+    nothing has connectivity 0.
+    """
+    size = min(support_size, max(1, down.shape[0] // 2))
+    magnitude_DF = down.float().abs()
+    support = torch.topk(magnitude_DF[:, core].sum(1), size).indices
+    total = magnitude_DF.sum(0)
+    share = magnitude_DF[support].sum(0) / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(total > 0, share, torch.zeros_like(share))
+
+
+def redundancy(q: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """How much the core's loss contributions tell about each channel's, [F] in nats.
+
+    r_is = Pearson correlation over tokens of q_i and q_s (q = u * dL/du, [T, F]), negative values set to 0;
+    MI_is = -1/2 ln(1 - r_is^2); redundancy_i = mean of the 5 largest MI_is over supernodes s other than i.
+
+    The published code adds 1e-8 inside the root of the correlation's denominator, which swamps the variances of
+    small gradients; here each channel is scaled to unit norm first, so that scale drops out.
+    """
+    centred = q.float() - q.float().mean(0)
+    norms = centred.norm(dim=0)
+    unit = centred / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    r_FS = (unit.T @ unit[:, core]).clamp_(0, 1)
+    r_FS[core, torch.arange(len(core), device=r_FS.device)] = 0
+    squared = r_FS.square().clamp_max(MAX_CORRELATION_SQUARED)
+    information = torch.log1p(-squared).mul(-0.5)
+    return information.topk(min(REDUNDANCY_TOP, len(core)), dim=1).values.mean(1)
+
+
+def halo(connectivity_F: torch.Tensor, core: torch.Tensor, fraction: float = HALO_FRACTION) -> torch.Tensor:
+    """Sorted indices of the top `fraction` of the channels outside the core by connectivity."""
+    outside = torch.ones(len(connectivity_F), dtype=torch.bool)
+    outside[core] = False
+    count = round(fraction * int(outside.sum()))
+    ranked = connectivity_F.masked_fill(~outside, -1)
+    return torch.topk(ranked, count).indices.sort().values
+
+
+def mass_share(loss_proxy: torch.Tensor, fraction: float) -> float:
+    """Share of a layer's LP mass held by its top `fraction` of channels, in [0, 1]; at least one channel counts."""
+    count = max(1, round(fraction * len(loss_proxy)))
+    values = loss_proxy.double()
+    total = float(values.sum())
+    return float(torch.topk(values, count).values.sum()) / total if total > 0 else 0.0
+
+
+def overlap(core: torch.Tensor, values: torch.Tensor) -> float:
+    """Share of the core that is also among the len(core) largest of `values` [F]."""
+    other = torch.topk(values, len(core)).indices
+    return float(torch.isin(core, other).float().mean())

@@ -1,0 +1,165 @@
+"""`surgeon index`: one forward and one backward walk over the layers make a ChannelIndex."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery import halo
+from surgery.calibration import TokenBlocks
+from surgery.checkpoint import Checkpoint
+from surgery.devices import micro_batch
+from surgery.errors import NumericsError
+from surgery.index import ChannelIndex, LayerIndex, Track, source_json, untracked
+from surgery.statistics import ChannelStatistics, weight_norms
+from surgery.stream import StreamedModel, TokenStream
+from surgery.super_weights import SuperWeight, SuperWeightDetector
+
+ABLATION_BLOCKS = 8
+MAX_ABLATIONS = 12
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what to compute: device, compute dtype, bytes of host memory for hidden states."""
+
+    device: torch.device
+    dtype: torch.dtype
+    memory: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The `run` entry of index.json."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    import transformers
+
+    from surgery import __version__
+
+    return {
+        "surgeon": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def build_index(
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    prompt_ids: torch.Tensor,
+    options: RunOptions,
+    track: Track[Any] = untracked,
+) -> ChannelIndex:
+    """Index a checkpoint on calibration blocks [N, T]; `prompt_ids` [P] ride along to find super weights.
+
+    Raises NumericsError when hidden states or gradients are not finite, naming the layer.
+    """
+    model = StreamedModel(checkpoint, options.device, options.dtype)
+    step = micro_batch(blocks.ids.shape[1], options.device)
+    ids = blocks.ids.long()
+    stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory)
+    detector = SuperWeightDetector(model, prompt_ids.long())
+    ablations = _Ablations(model, stream)
+    count = len(model.layers)
+    for number, layer in track(model.walk(range(count)), "forward", count):
+        for candidate in detector.forward(number, layer):
+            ablations.start(candidate, number)
+        ablations.forward(number, layer)
+        stream.forward(number, layer)
+    nats = stream.loss(with_gradient=True)
+    weights, echoes = detector.finish(checkpoint.config)
+    effects = ablations.finish(nats)
+    layers: list[LayerIndex | None] = [None] * count
+    for number, layer in track(model.walk(reversed(range(count))), "backward", count):
+        layers[number] = _index_layer(model, stream, number, layer, detector.maxima[number])
+    tokens = int(ids.shape[0] * (ids.shape[1] - 1))
+    total = float(nats.sum())
+    return ChannelIndex(
+        source=source_json(checkpoint),
+        calibration=blocks.as_json(),
+        run=options.as_json(),
+        loss={"nats": total, "tokens": tokens, "perplexity": math.exp(total / tokens)},
+        layers=[layer for layer in layers if layer is not None],
+        super_weights=[replace(w, ablation=effects.get((w.layer, w.row, w.column), {})) for w in weights],
+        echoes=[replace(w, ablation=effects.get((w.layer, w.row, w.column), {})) for w in echoes],
+        input_ids=blocks.ids,
+    )
+
+
+def _index_layer(
+    model: StreamedModel, stream: TokenStream, number: int, layer: nn.Module, maxima: dict[str, float]
+) -> LayerIndex:
+    """Pull gradients through a resident layer and finish its statistics."""
+    layout = model.layout
+    down = layer.get_submodule(layout.down).weight
+    gate, up = layer.get_submodule(layout.gate).weight, layer.get_submodule(layout.up).weight
+    assert isinstance(down, torch.Tensor) and isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)
+    sums = ChannelStatistics(down.shape[1], *stream.ids.shape, model.device)
+    stream.backward(number, layer, sums.add)
+    values = sums.finish()
+    if not all(value.isfinite().all() for value in values.values()):
+        raise NumericsError(
+            "NaN or infinity in the channel statistics",
+            where=f"layer {number}",
+            next_step="use --dtype float32, or check the checkpoint's weights",
+        )
+    values |= weight_norms(gate, up, down)
+    core = halo.supernodes(values["loss_proxy"])
+    values["halo_connectivity"] = halo.connectivity(down, core.to(down.device)).cpu()
+    values["halo_redundancy"] = halo.redundancy(sums.sampled_q, core.to(down.device)).cpu()
+    return LayerIndex(values, core, maxima)
+
+
+class _Ablations:
+    """Copies of a few blocks that run on without a candidate super weight, to measure what its loss costs."""
+
+    def __init__(self, model: StreamedModel, stream: TokenStream) -> None:
+        self.model = model
+        self.stream = stream
+        self.branches: list[tuple[SuperWeight, TokenStream]] = []
+
+    def start(self, weight: SuperWeight, number: int) -> None:
+        """Branch off before layer `number`; past MAX_ABLATIONS candidates the rest go unmeasured."""
+        if len(self.branches) < MAX_ABLATIONS:
+            self.branches.append((weight, self.stream.fork(ABLATION_BLOCKS, number)))
+
+    def forward(self, number: int, layer: nn.Module) -> None:
+        """Move every branch through the resident layer, its own weight set to zero where that lies here."""
+        parameter = layer.get_submodule(self.model.layout.down).weight.data
+        assert isinstance(parameter, torch.Tensor)
+        for weight, branch in self.branches:
+            if weight.layer != number:
+                branch.forward(number, layer)
+                continue
+            value = parameter[weight.row, weight.column].clone()
+            parameter[weight.row, weight.column] = 0
+            branch.forward(number, layer)
+            parameter[weight.row, weight.column] = value
+
+    def finish(self, nats: torch.Tensor) -> dict[tuple[int, int, int], dict[str, float]]:
+        """(layer, row, column) -> perplexity with and without the weight, on the same tokens."""
+        effects = {}
+        for weight, branch in self.branches:
+            tokens = branch.ids.shape[0] * (branch.ids.shape[1] - 1)
+            intact = math.exp(float(nats[: len(branch.ids)].sum()) / tokens)
+            # A destroyed model can lose more nats a token than a float holds as perplexity.
+            ablated = math.exp(min(700.0, float(branch.loss().sum()) / tokens))
+            effects[weight.layer, weight.row, weight.column] = {
+                "perplexity": intact,
+                "perplexity_without": ablated,
+                "factor": ablated / intact,
+                "tokens": tokens,
+            }
+        return effects

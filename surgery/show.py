@@ -1,0 +1,116 @@
+"""What `surgeon show` and the other commands print: an index or a plan as terminal tables."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from surgery.index import ChannelIndex
+from surgery.plan import ResizePlan
+
+BAR_WIDTH = 20
+
+
+def bar(share: float) -> str:
+    """A bar of up to 20 cells for a share in [0, 1]."""
+    eighths = round(share * BAR_WIDTH * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+
+
+def show_index(index: ChannelIndex, console: Console) -> None:
+    """Print model, calibration, LP concentration per layer, overlaps and super weights."""
+    fields = index.as_json()
+    source, calibration = fields["source"], fields["calibration"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    console.print(f"[bold]{source['name']}[/bold]{revision}: {source['parameters'] / 1e6:,.1f} M parameters, "
+                  f"{len(index.layers)} layers of {index.layers[0].width} FFN channels")
+    console.print(
+        f"Calibrated on {calibration['blocks']} x {calibration['block_size']} tokens of {calibration['name']} "
+        f"(perplexity there {index.loss['perplexity']:.2f}), computed in {fields['run']['dtype']}"
+    )
+    shares = [layer["lp_share"]["0.01"] for layer in fields["layers"]]
+    console.print(
+        f"\nShare of a layer's loss proxy held by its top 1% of channels (supernodes): median "
+        f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading, justify in (
+        ("layer", "right"),
+        ("top 1% holds", "right"),
+        ("", "left"),
+        ("of them also top by activation", "right"),
+        ("by weight norm", "right"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for number, layer in enumerate(fields["layers"]):
+        share, overlap = layer["lp_share"]["0.01"], layer["overlap"]
+        table.add_row(
+            str(number),
+            f"{100 * share:.1f}%",
+            bar(share),
+            f"{100 * overlap['activation_power']:.0f}%",
+            f"{100 * overlap['weight_norm']:.0f}%",
+        )
+    console.print(table)
+    _show_weights("Super weights", fields["super_weights"], console)
+    _show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+
+
+def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -> None:
+    if not entries:
+        console.print(f"\n{title}: none found")
+        return
+    console.print(f"\n{title}:")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("layer", "row", "column", "value", "input", "output", "explained", "persists", "perplexity without"):
+        table.add_column(heading, justify="right")
+    for entry in entries:
+        effect = entry["ablation"]
+        without = (
+            f"{effect['perplexity']:.1f} → {_short(effect['perplexity_without'])} (x{_short(effect['factor'])})"
+            if effect
+            else "not measured"
+        )
+        table.add_row(
+            str(entry["layer"]),
+            str(entry["row"]),
+            str(entry["column"]),
+            f"{entry['value']:.3f}",
+            f"{entry['input']:,.1f}",
+            f"{entry['output']:,.0f}",
+            f"{100 * entry['explained']:.0f}%",
+            f"{100 * entry['persistence']:.0f}%",
+            without,
+        )
+    console.print(table)
+    for entry in entries:
+        if entry["published"]:
+            console.print(f"Layer {entry['layer']} [{entry['row']}, {entry['column']}] agrees with {entry['published']}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e5 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None:
+    """Print what a plan does. `sizes` holds parameters and bytes before and after."""
+    fields = plan.as_json()
+    console.print(f"Method {plan.method}, uniform width {plan.width_before} → [bold]{plan.width_after}[/bold] "
+                  f"({100 * plan.sparsity:.1f}% of FFN channels removed)")
+    console.print(
+        f"Parameters {sizes['parameters_before'] / 1e6:,.1f} M → {sizes['parameters_after'] / 1e6:,.1f} M, "
+        f"bytes {sizes['bytes_before'] / 2**20:,.0f} MiB → {sizes['bytes_after'] / 2**20:,.0f} MiB"
+    )
+    kept = sum(layer.supernodes_kept for layer in plan.layers)
+    total = sum(layer.supernodes for layer in plan.layers)
+    protected = sum(len(layer.protected) for layer in plan.layers)
+    console.print(f"Protected channels: {protected}; supernodes kept: {kept} of {total}")
+    for weight in plan.super_weights:
+        fate = "removed" if weight["column"] is None else f"now in column {weight['column']}"
+        console.print(f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {fate}")
+    fits = [f"groups of {group} with TP {', '.join(map(str, tp))}" for group, tp in fields["divides"].items() if tp]
+    console.print("Width divides into " + ("; ".join(fits) if fits else "no common quantisation group"))

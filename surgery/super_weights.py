@@ -1,0 +1,198 @@
+"""Super weights: single scalars of down_proj that create a spike the rest of the network lives on.
+
+Found as in The Super Weight in Large Language Models (arXiv 2411.07191, section 3.1): at the layer where both the
+input and the output of down_proj spike, output channel j and input channel k name the weight W[j, k]. Thresholds
+here are relative to the layer's own median, since absolute ones miss some models and invent weights in others, and a
+spike counts only when it stays in the residual stream (late layers spike too, to take it away: *echoes*).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.stream import StreamedModel, TokenStream
+
+PROMPT = "Apple Inc. is a worldwide tech company."
+SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer
+MIN_EXPLAINED = 0.5  # share of the output spike that the one product accounts for
+MIN_PERSISTENCE = 0.5  # share of the layers above in which the spike keeps its size, within a factor of two
+MIN_DEPTH = 0.25  # share of all layers in which it must do so: late layers have few above them
+MIN_OF_LARGEST = 0.25  # output of a further weight in the same layer, over the layer's first and largest
+MAX_PER_LAYER = 6  # the most any published model has
+
+
+@dataclass(frozen=True)
+class SuperWeight:
+    """One scalar W[row, column] of a layer's down_proj.
+
+    `value` the weight; `input`, `output` the activations at the spike's token; `explained` = input * value / output;
+    `ratio` = |output| over the layer's median |output|; `residual` the hidden state at (token, row) after the layer;
+    `persistence` the share of the layers above it where that hidden state keeps its size within a factor of two;
+    `rank` the place of |value| in its matrix (1 = largest); `published` the catalogue entry it agrees with;
+    `ablation` perplexity with and without the weight on the same blocks.
+    """
+
+    layer: int
+    row: int
+    column: int
+    value: float
+    input: float
+    output: float
+    explained: float
+    ratio: float
+    rank: int
+    token: int
+    residual: float = 0.0
+    persistence: float = 0.0
+    published: str | None = None
+    ablation: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of index.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> SuperWeight:
+        """Inverse of `as_json`; unknown keys are ignored."""
+        return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
+
+    def zero_in(self, layer: nn.Module, down: str) -> None:
+        """Set this weight to zero in a resident layer."""
+        layer.get_submodule(down).weight.data[self.row, self.column] = 0  # type: ignore[union-attr, operator, index]
+
+
+class SuperWeightDetector:
+    """Rides along a forward walk: `observe` before each layer runs, `finish` after the last.
+
+    `ids` [T] are the prompt's tokens.
+    """
+
+    def __init__(self, model: StreamedModel, ids: torch.Tensor) -> None:
+        self.model = model
+        self.stream = TokenStream(model, ids[None], micro_batch=1)
+        self.candidates: list[SuperWeight] = []
+        self.traces: list[list[float]] = []
+        self.maxima: list[dict[str, float]] = []
+
+    def forward(self, number: int, layer: nn.Module) -> list[SuperWeight]:
+        """Look for super weights in the resident layer, then move the prompt through it; returns what was found.
+
+        Removal is iterated while the layer is resident: as long as the largest output is a spike that one product
+        explains, that weight is noted and set to zero; all are put back at the end.
+        """
+        before = self.stream.fork(1, number)
+        x_TF, y_TD = self._activations(number, layer, self.stream)
+        self.maxima.append({"input": float(x_TF.abs().max()), "output": float(y_TD.abs().max())})
+        residual = self.stream.store.get(0, slice(0, 1), self.model.device)[0]
+        for trace, known in zip(self.traces, self.candidates, strict=True):
+            trace.append(abs(float(residual[known.token, known.row])))
+        down = layer.get_submodule(self.model.layout.down)
+        weight = down.weight.data
+        assert isinstance(weight, torch.Tensor)
+        original = weight.clone()
+        found: list[SuperWeight] = []
+        while len(found) < MAX_PER_LAYER:
+            candidate = _spike(number, x_TF, y_TD, weight, original)
+            if candidate is None:
+                break
+            if found and abs(candidate.output) < MIN_OF_LARGEST * abs(found[0].output):
+                break
+            if found and found[-1].row == candidate.row and found[-1].token == candidate.token:
+                # What is left of a spike after its main weight went was never a spike of its own.
+                intact = next(w.output for w in found if w.row == candidate.row)
+                if abs(candidate.input * candidate.value) < MIN_EXPLAINED * abs(intact):
+                    break
+            peak = float(residual[candidate.token, candidate.row])
+            if abs(peak) < SPIKE_RATIO * float(residual.abs().median()):
+                break
+            found.append(replace(candidate, residual=peak))
+            weight[candidate.row, candidate.column] = 0
+            again = before.fork(1, number)
+            x_TF, y_TD = self._activations(number, layer, again)
+        weight.copy_(original)
+        self.candidates += found
+        self.traces += [[abs(candidate.residual)] for candidate in found]
+        return found
+
+    def _activations(
+        self, number: int, layer: nn.Module, stream: TokenStream
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt through the layer; input [T, F] and output [T, D] of its down projection in float32."""
+        seen: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            seen.extend((inputs[0][0].float(), output[0].float()))
+
+        handle = layer.get_submodule(self.model.layout.down).register_forward_hook(keep)
+        try:
+            stream.forward(number, layer)
+        finally:
+            handle.remove()
+        return seen[0], seen[1]
+
+    def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
+        """(super weights, echoes): candidates whose spike persists, and those whose does not."""
+        published = published_coordinates(config)
+        weights, echoes = [], []
+        for candidate, trace in zip(self.candidates, self.traces, strict=True):
+            above = trace[1:]
+            held = sum(trace[0] / 2 <= value <= trace[0] * 2 for value in above)
+            persistence = held / len(above) if above else 0.0
+            lasting = persistence >= MIN_PERSISTENCE and held >= MIN_DEPTH * len(self.model.layers)
+            entry = replace(
+                candidate,
+                persistence=persistence,
+                published=published.get((candidate.layer, candidate.row, candidate.column)),
+            )
+            # A layer that made the spike pushes the residual the way it points; one that undoes it pushes against.
+            made = candidate.residual * candidate.output > 0
+            (weights if lasting and made else echoes).append(entry)
+        return weights, echoes
+
+
+def _spike(
+    number: int, x_TF: torch.Tensor, y_TD: torch.Tensor, weight: torch.Tensor, original: torch.Tensor
+) -> SuperWeight | None:
+    """The weight behind the layer's largest output, when that is a spike which one product explains."""
+    magnitude = y_TD.abs()
+    token, row = divmod(int(magnitude.argmax()), y_TD.shape[1])
+    output = float(y_TD[token, row])
+    median = float(magnitude.median())
+    if median == 0 or abs(output) < SPIKE_RATIO * median:
+        return None
+    products = x_TF[token] * weight[row].float()
+    column = int((products * (1 if output > 0 else -1)).argmax())
+    explained = float(products[column]) / output
+    if explained < MIN_EXPLAINED:
+        return None
+    value = original[row, column]
+    return SuperWeight(
+        layer=number,
+        row=row,
+        column=column,
+        value=float(value),
+        input=float(x_TF[token, column]),
+        output=output,
+        explained=explained,
+        ratio=abs(output) / median,
+        rank=1 + int((original.abs() > value.abs()).sum()),
+        token=token,
+    )
+
+
+def published_coordinates(config: dict[str, Any]) -> dict[tuple[int, int, int], str]:
+    """(layer, row, column) -> source, of the published super weights of the model whose config this is."""
+    text = resources.files("surgery").joinpath("data/published_super_weights.json").read_text(encoding="utf-8")
+    catalogue = json.loads(text)
+    found = {}
+    for entry in catalogue["models"]:
+        if all(config.get(key) == value for key, value in entry["shape"].items()):
+            for layer, row, column in entry["coordinates"]:
+                found[layer, row, column] = f"{entry['model']}: {catalogue['sources'][entry['source']]}"
+    return found

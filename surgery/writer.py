@@ -1,0 +1,118 @@
+"""Safetensors shards whose headers are written first, so that tensors can follow one at a time in any order.
+
+The safetensors package writes a whole dictionary at once; a file made here is byte for byte what it would have
+written (tensors by dtype size, then name).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from surgery.checkpoint import DTYPE_NAMES, INDEX_FILE
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype and shape of a tensor that will be written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(specs: dict[str, TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
+    """File name -> tensor names, by transformers' own rule, from sizes alone."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    meta = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=max_bytes)
+    return {file: list(names) for file, names in split.filename_to_tensors.items()}
+
+
+class ShardWriter:
+    """Writes the tensors named in `specs` into shards below `folder`; use as a context manager.
+
+    On a clean exit every tensor must have been written, and the weight map is written last, when there are several
+    shards. On an exception nothing more is written: the folder is the caller's to throw away.
+    """
+
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.specs = specs
+        self.shards = plan_shards(specs, max_bytes)
+        self.offsets: dict[str, int] = {}
+        self.handles: dict[str, int] = {}
+        self.file_of = {name: file for file, names in self.shards.items() for name in names}
+        self.written = dict.fromkeys(specs, 0)
+
+    def __enter__(self) -> ShardWriter:
+        for file, names in self.shards.items():
+            self._start(file, names)
+        return self
+
+    def _start(self, file: str, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in sorted(names, key=lambda n: (-self.specs[n].dtype.itemsize, n)):
+            spec = self.specs[name]
+            offsets = [position, position + spec.nbytes]
+            header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            self.offsets[name] = position
+            position += spec.nbytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        handle = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.handles[file] = handle
+        os.ftruncate(handle, 8 + len(text) + position)
+        _write_at(handle, len(text).to_bytes(8, "little") + text, 0)
+        for name in names:
+            self.offsets[name] += 8 + len(text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor."""
+        spec = self.specs[name]
+        assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, name
+        if spec.nbytes:
+            self.write_bytes(name, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0)
+
+    def write_bytes(self, name: str, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write a piece of a tensor's bytes, `offset` bytes from its start."""
+        _write_at(self.handles[self.file_of[name]], data, self.offsets[name] + offset)
+        self.written[name] += len(data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+        if kind is not None:
+            return
+        incomplete = [name for name, count in self.written.items() if count != self.specs[name].nbytes]
+        assert not incomplete, f"never written: {incomplete[:3]}"
+        if len(self.shards) > 1:
+            metadata = {
+                "total_parameters": sum(torch.Size(spec.shape).numel() for spec in self.specs.values()),
+                "total_size": sum(spec.nbytes for spec in self.specs.values()),
+            }
+            index = {"metadata": metadata, "weight_map": dict(sorted(self.file_of.items()))}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_at(handle: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        count = os.pwrite(handle, view, offset)
+        view, offset = view[count:], offset + count
