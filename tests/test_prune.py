@@ -1,0 +1,148 @@
+"""Cutting checkpoints: against masking, against the source's bytes, and as transformers reads the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import FAMILIES, ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surgery.cli import main
+
+LICENSE = str(ROOT / "LICENSE")
+CALIBRATION = ["--calibration", "text.txt", "--blocks", "4", "--block-size", "32"]
+
+
+@pytest.fixture
+def surgeon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, license_text: str) -> Callable[..., Any]:
+    """Run a surgeon command in the test's folder; returns click's result."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(license_text)
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code == code, (arguments, result.output, result.exception)
+        return result
+
+    return run
+
+
+def masked_logits(folder: Path, kept: list[list[int]], ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the source with the removed channels' down columns set to zero."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for layer, channels in zip(model.model.layers, kept, strict=True):
+        weight = layer.mlp.down_proj.weight.data
+        mask = torch.zeros(weight.shape[1])
+        mask[channels] = 1
+        weight *= mask
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shrunk_equals_masked_and_loads_cleanly(
+    family: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny(family, shard="20KB")
+    surgeon("prune", str(source), "--sparsity", "0.5", "--multiple-of", "8", "--out", "cut", *CALIBRATION)
+    cut = source.parent / "cut"
+    model, info = AutoModelForCausalLM.from_pretrained(cut, output_loading_info=True)
+    assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.get_text_config().intermediate_size == 24
+    manifest = json.loads((cut / "surgeon.json").read_text())
+    kept = [layer["kept"] for layer in manifest["plan"]["layers"]]
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    assert (logits - masked_logits(source, kept, ids)).abs().max() < 1e-4
+    assert model.generate(ids[:1], max_new_tokens=4, do_sample=False).shape[1] > 20
+
+
+def test_everything_but_weights_comes_along(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama-tied-bias", dtype=torch.bfloat16)
+    (source / "NOTICE.txt").write_text("keep me")
+    surgeon("prune", str(source), "--intermediate-size", "24", "--out", "cut", *CALIBRATION)
+    cut = source.parent / "cut"
+    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "NOTICE.txt", "chat_template.jinja"):
+        assert (cut / file).read_bytes() == (source / file).read_bytes(), file
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, cut))
+    assert after == {**before, "intermediate_size": 24}
+    model = AutoModelForCausalLM.from_pretrained(cut)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    text = "The same ids — überall."
+    assert AutoTokenizer.from_pretrained(cut)(text) == AutoTokenizer.from_pretrained(source)(text)
+    assert (cut / "README.md").read_text().startswith("---\n")
+
+
+@pytest.mark.parametrize("shard", [None, "20KB"])
+def test_sparsity_zero_returns_the_same_tensors(
+    shard: str | None, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("qwen2", shard=shard)
+    surgeon("prune", str(source), "--sparsity", "0", "--out", "cut", *CALIBRATION)
+    cut = source.parent / "cut"
+    tensors = [{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in (source, cut)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert (cut / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    if shard is None:
+        assert (cut / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_removing_silent_channels_changes_nothing(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    for number, layer in enumerate(model.model.layers):
+        silent = torch.randperm(48, generator=torch.Generator().manual_seed(number))[:24]
+        layer.mlp.down_proj.weight.data[:, silent] = 0
+    model.save_pretrained(source)
+    surgeon("prune", str(source), "--sparsity", "0.5", "--multiple-of", "1", "--out", "cut", *CALIBRATION)
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        dense, cut = model(ids).logits, AutoModelForCausalLM.from_pretrained(source.parent / "cut").eval()(ids).logits
+    assert (dense - cut).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random"])
+def test_same_command_same_bytes(method: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    for name in ("a", "b"):
+        surgeon("index", str(source), "--out", f"index-{name}", *CALIBRATION)
+        surgeon("prune", str(source), "--index", f"index-{name}", "--method", method, "--multiple-of", "8", "--out", name)
+    folder = source.parent
+    assert hashes(folder / "index-a") == hashes(folder / "index-b")
+    assert hashes(folder / "a") == hashes(folder / "b")
+
+
+def test_dry_run_writes_nothing(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    before = sorted(p.name for p in source.parent.iterdir())
+    result = surgeon("prune", str(source), "--multiple-of", "8", "--dry-run", "--out", "cut", *CALIBRATION)
+    assert "48 → 24" in result.output
+    surgeon("index", str(source), "--dry-run", *CALIBRATION)
+    assert sorted(p.name for p in source.parent.iterdir()) == before
+
+
+def test_prune_measures_before_and_after(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    options = ["--multiple-of", "8", "--out", "cut", "--eval", "text.txt", "--eval-blocks", "2"]
+    surgeon("prune", str(source), *options, *CALIBRATION)
+    measured = json.loads((source.parent / "cut" / "surgeon.json").read_text())["measurements"]
+    again = json.loads(surgeon("eval", "cut", "--text", "text.txt", "--blocks", "2", "--json").stdout)
+    assert measured["shrunk"] == again
+    assert measured["dense"]["perplexity"] != measured["shrunk"]["perplexity"]
+    card = (source.parent / "cut" / "README.md").read_text()
+    assert f"{measured['shrunk']['perplexity']:.2f}" in card

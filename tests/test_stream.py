@@ -1,0 +1,137 @@
+"""The streamed engine against plain full-model autograd, written separately."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, REAL_TEXT
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import NumericsError
+from surgery.statistics import ChannelStatistics
+from surgery.stream import StreamedModel, TokenStream
+
+CPU = torch.device("cpu")
+
+
+def autograd_reference(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Loss, FFN activations and their gradients, and layer-input gradients, from the whole model at once."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    inner = model.model
+    activations, inputs = [], []
+
+    def keep(into: list[torch.Tensor]) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[torch.Tensor, ...], __: Any = None) -> None:
+            args[0].retain_grad()
+            into.append(args[0])
+
+        return hook
+
+    inner.embed_tokens.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
+    for layer in inner.layers:
+        layer.register_forward_pre_hook(keep(inputs))
+        layer.mlp.down_proj.register_forward_pre_hook(keep(activations))
+    logits = model(ids, use_cache=False).logits
+    loss = functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="sum"
+    )
+    loss.backward()
+    statistics = []
+    for u in activations:
+        q = u.detach().double() * u.grad.double()
+        flat = (0, 1)
+        statistics.append(
+            {
+                "loss_proxy": q.square().mean(flat) / 2,
+                "curvature": u.grad.double().square().mean(flat),
+                "activation_power": u.detach().double().square().mean(flat),
+                "taylor": q.abs().mean(flat),
+                "mean": u.detach().double().mean(flat),
+                "max_abs": u.detach().double().abs().amax(flat),
+            }
+        )
+    return {"loss": loss.item(), "statistics": statistics, "inputs": [h.grad for h in inputs]}
+
+
+def streamed(folder: Path, ids: torch.Tensor, dtype: torch.dtype, **stream_options: Any) -> dict[str, Any]:
+    """The same from the engine."""
+    model = StreamedModel(Checkpoint.open(folder), CPU, dtype)
+    stream = TokenStream(model, ids, **{"micro_batch": 2, "keep_inputs": True, **stream_options})
+    count = len(model.layers)
+    for number, layer in model.walk(range(count)):
+        stream.forward(number, layer)
+    loss = stream.loss(with_gradient=True).sum().item()
+    statistics: list[dict[str, torch.Tensor]] = [{}] * count
+    inputs: list[torch.Tensor] = [torch.empty(0)] * count
+    for number, layer in model.walk(reversed(range(count))):
+        sums = ChannelStatistics(layer.mlp.down_proj.in_features, *ids.shape, CPU)
+        stream.backward(number, layer, sums.add)
+        statistics[number] = sums.finish()
+        inputs[number] = stream.store.get(number, slice(0, len(ids)), CPU)
+    assert all(parameter.is_meta for parameter in model.layers.parameters()), "a layer stayed in memory"
+    return {"loss": loss, "statistics": statistics, "inputs": inputs}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_equal_full_autograd(family: str, save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(family, shard="20KB")
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected, found = autograd_reference(folder, ids, torch.float32), streamed(folder, ids, torch.float32)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for layer, (ours, theirs) in enumerate(zip(found["statistics"], expected["statistics"], strict=True)):
+        for name, value in theirs.items():
+            assert relative_error(ours[name], value) < 1e-5, (layer, name)
+    for layer, (ours, theirs) in enumerate(zip(found["inputs"], expected["inputs"], strict=True)):
+        assert relative_error(ours, theirs) < 1e-5, layer
+
+
+def test_comparison_would_notice_a_wrong_layer(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("llama")
+    ids = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = streamed(folder, ids, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[3].mlp.up_proj.weight.data *= 1.01
+    model.save_pretrained(folder)
+    found = streamed(folder, ids, torch.float32)
+    worst = max(
+        relative_error(ours["loss_proxy"], theirs["loss_proxy"])
+        for ours, theirs in zip(found["statistics"], expected["statistics"], strict=True)
+    )
+    assert worst > 1e-3
+
+
+def test_spilled_hidden_states_change_nothing(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("qwen2")
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    kept, spilled = (streamed(folder, ids, torch.float32, host_bytes=limit) for limit in (None, 0))
+    for ours, theirs in zip(spilled["statistics"], kept["statistics"], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_nan_is_named_with_its_layer(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(NumericsError, match="layer 2"):
+        streamed(folder, torch.zeros(1, 8, dtype=torch.long), torch.float32)
+
+
+@pytest.mark.real
+def test_statistics_equal_full_autograd_on_smollm2(real_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    ids = torch.tensor(tokenizer(REAL_TEXT.read_text()[:8000])["input_ids"][: 4 * 256]).view(4, 256)
+    expected, found = autograd_reference(real_model, ids, torch.float32), streamed(real_model, ids, torch.float32)
+    for layer, (ours, theirs) in enumerate(zip(found["statistics"], expected["statistics"], strict=True)):
+        for name in ("loss_proxy", "curvature", "taylor", "mean"):
+            assert relative_error(ours[name], theirs[name]) < 1e-4, (layer, name)
