@@ -65,4 +65,6 @@ def _inherited(source_card: str | None) -> dict[str, Any]:
     if not source_card or not source_card.startswith("---"):
         return {}
     data = ModelCard(source_card, ignore_metadata_errors=True).data.to_dict()
-    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+    return {
+        key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)
+    }

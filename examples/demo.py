@@ -46,10 +46,7 @@ def main() -> None:
     if not Path("smollm2-index").exists():
         run(f"surgeon index {model.name} --calibration wikipedia.txt --out smollm2-index")
     run("surgeon show smollm2-index")
-    run(
-        f"surgeon prune {model.name} --index smollm2-index --sparsity 0.25 "
-        "--out smollm2-25 --overwrite"
-    )
+    run(f"surgeon prune {model.name} --index smollm2-index --sparsity 0.25 --out smollm2-25 --overwrite")
     for folder in (model.name, "smollm2-25"):
         run(f"surgeon eval {folder} --text wikipedia-held-out.txt --blocks 8")
     for folder in (model.name, "smollm2-25"):

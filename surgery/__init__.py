@@ -29,7 +29,7 @@ _HOMES = {
     "measure_perplexity": "surgery.perplexity",
     "write_pruned": "surgery.prune",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

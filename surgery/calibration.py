@@ -109,7 +109,10 @@ def _read_dataset(spec: str) -> tuple[str, str]:
     column = next((c for c in TEXT_COLUMNS if c in rows.column_names), None)
     if column is None:
         raise CalibrationError(
-            "the dataset has no text column", where=name, expected=" or ".join(TEXT_COLUMNS), found=str(rows.column_names)
+            "the dataset has no text column",
+            where=name,
+            expected=" or ".join(TEXT_COLUMNS),
+            found=str(rows.column_names),
         )
     label = ":".join(part for part in (name, config, split) if part)
     return "\n\n".join(rows[column]), label
@@ -131,9 +134,13 @@ def token_blocks(
     Raises CalibrationError when the text is shorter than the blocks asked for.
     """
     if block_size < 2:
-        raise CalibrationError("a block needs at least two tokens", expected="--block-size 2 or more", found=str(block_size))
+        raise CalibrationError(
+            "a block needs at least two tokens", expected="--block-size 2 or more", found=str(block_size)
+        )
     if blocks is not None and blocks < 1:
-        raise CalibrationError("at least one block is needed", expected="--blocks 1 or more", found=str(blocks))
+        raise CalibrationError(
+            "at least one block is needed", expected="--blocks 1 or more", found=str(blocks)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)

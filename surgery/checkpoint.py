@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from surgery.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+OWN_PAGES_BYTES = 1 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -72,8 +74,17 @@ class ByteSource(Protocol):
     def size(self, file: str) -> int:
         """Size of `file` in bytes."""
 
-    def read(self, file: str, start: int, stop: int) -> bytearray:
+    def read(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
         """Bytes [start, stop) of `file`, in memory the caller owns."""
+
+
+def new_buffer(size: int) -> bytearray | mmap.mmap:
+    """Writable memory for `size` bytes; large ones are pages of their own.
+
+    Weights that come and go through malloc interleave with activations in its heap, which then never shrinks: a
+    third of a 2 GiB checkpoint, measured. Anonymous maps go back to the system the moment they are freed.
+    """
+    return mmap.mmap(-1, size) if size >= OWN_PAGES_BYTES else bytearray(size)
 
 
 class LocalFolder:
@@ -95,9 +106,9 @@ class LocalFolder:
         """Size of `file` in bytes."""
         return (self.path / file).stat().st_size
 
-    def read(self, file: str, start: int, stop: int) -> bytearray:
+    def read(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
         """Bytes [start, stop) of `file`. Raises CheckpointError when the file ends before `stop`."""
-        buffer = bytearray(stop - start)
+        buffer = new_buffer(stop - start)
         view = memoryview(buffer)
         with (self.path / file).open("rb", buffering=0) as handle:
             done = 0
@@ -198,7 +209,9 @@ class Checkpoint:
             )
         config = self.read_json("config.json")
         if not isinstance(config, dict):
-            raise CheckpointError("config.json is not an object", where=self.name, found=type(config).__name__)
+            raise CheckpointError(
+                "config.json is not an object", where=self.name, found=type(config).__name__
+            )
         method = (config.get("quantization_config") or {}).get("quant_method")
         if method:
             raise CheckpointError(
@@ -214,7 +227,12 @@ class Checkpoint:
             files = sorted(set(self._weight_map().values()))
             for file in files:
                 path = PurePosixPath(file)
-                if path.is_absolute() or ".." in path.parts or "\\" in file or not file.endswith(".safetensors"):
+                if (
+                    path.is_absolute()
+                    or ".." in path.parts
+                    or "\\" in file
+                    or not file.endswith(".safetensors")
+                ):
                     raise CheckpointError(
                         "the weight map points outside the checkpoint's own safetensors files",
                         where=INDEX_FILE,
@@ -236,7 +254,9 @@ class Checkpoint:
                 found=pickled[0],
                 next_step="load the model once with transformers and save_pretrained it to a new folder",
             )
-        raise CheckpointError("no safetensors weights", where=self.name, expected=f"{SINGLE_FILE} or {INDEX_FILE}")
+        raise CheckpointError(
+            "no safetensors weights", where=self.name, expected=f"{SINGLE_FILE} or {INDEX_FILE}"
+        )
 
     def _weight_map(self) -> dict[str, str]:
         index = self.read_json(INDEX_FILE)
@@ -260,7 +280,9 @@ class Checkpoint:
             header.pop("__metadata__", None)
             entries = {name: _entry(name, file, fields, 8 + length) for name, fields in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError("the safetensors header is damaged", where=file, found=repr(error)) from error
+            raise CheckpointError(
+                "the safetensors header is damaged", where=file, found=repr(error)
+            ) from error
         end = 8 + length
         for entry in sorted(entries.values(), key=lambda e: e.start):
             if entry.start != end:

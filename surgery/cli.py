@@ -41,7 +41,9 @@ class SurgeonGroup(click.Group):
             ctx.exit(error.exit_code)
 
 
-@click.group(cls=SurgeonGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=SurgeonGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="surgeon")
 def main() -> None:
     """Surgery on language-model checkpoints, one decoder layer in memory at a time.
@@ -59,9 +61,19 @@ def common_options(command: Command) -> Command:
     for option in reversed(
         [
             click.option("--revision", help="Branch, tag or commit of a Hub model."),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-            click.option("--dtype", default="auto", show_default=True, help="Compute in float32, bfloat16 or float16; auto: the checkpoint's where it is fast."),
-            click.option("--memory", help="Budget for hidden states, as 8GiB; beyond it they go to disk. [default: half of this machine's]"),
+            click.option(
+                "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."
+            ),
+            click.option(
+                "--dtype",
+                default="auto",
+                show_default=True,
+                help="Compute in float32, bfloat16 or float16; auto: the checkpoint's where it is fast.",
+            ),
+            click.option(
+                "--memory",
+                help="Budget for hidden states, as 8GiB; beyond it they go to disk. [default: half of this machine's]",
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
             click.option("--quiet", is_flag=True, help="No progress, no talk."),
         ]
@@ -74,7 +86,13 @@ def calibration_options(command: Command) -> Command:
     """Options of commands that calibrate."""
     for option in reversed(
         [
-            click.option("--calibration", default="wikitext", show_default=True, metavar="NAME|FILE|DATASET", help="Text to calibrate on: wikitext, a text file, or a dataset as ID[:CONFIG[:SPLIT]]."),
+            click.option(
+                "--calibration",
+                default="wikitext",
+                show_default=True,
+                metavar="NAME|FILE|DATASET",
+                help="Text to calibrate on: wikitext, a text file, or a dataset as ID[:CONFIG[:SPLIT]].",
+            ),
             click.option("--blocks", default=64, show_default=True, help="Calibration blocks."),
             click.option("--block-size", default=512, show_default=True, help="Tokens in a block."),
             click.option("--seed", default=42, show_default=True, help="Which blocks are drawn."),
@@ -103,7 +121,9 @@ def output_options(command: Command) -> Command:
 @calibration_options
 @output_options
 @common_options
-def index(model: str, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def index(
+    model: str, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Write the index of MODEL: what every FFN channel is worth, and its super weights."""
     from surgery.destination import check_destination, complete_folder
     from surgery.show import show_index
@@ -147,8 +167,12 @@ def show(folder: str, as_json: bool) -> None:
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
 @click.option("--allocation", type=click.Choice(["uniform"]), default="uniform", show_default=True)
 @click.option("--repair", type=click.Choice(["none"]), default="none", show_default=True)
-@click.option("--multiple-of", type=int, help="Round the width to this multiple. [default: 128, 64 below 4096]")
-@click.option("--eval", "eval_text", metavar="FILE|DATASET", help="Measure perplexity before and after on this text.")
+@click.option(
+    "--multiple-of", type=int, help="Round the width to this multiple. [default: 128, 64 below 4096]"
+)
+@click.option(
+    "--eval", "eval_text", metavar="FILE|DATASET", help="Measure perplexity before and after on this text."
+)
 @click.option("--eval-blocks", type=int, help="Blocks of it to use. [default: all]")
 @calibration_options
 @output_options
@@ -188,9 +212,13 @@ def prune(
         width = model_width(checkpoint)
         rounded_width(width, sparsity, default_multiple(width) if multiple_of is None else multiple_of)
     stem = f"{checkpoint.name.split('/')[-1]}-{method}"
-    destination = out or Path(f"{stem}-{round(100 * sparsity)}" if sparsity is not None else f"{stem}-w{intermediate_size}")
+    destination = out or Path(
+        f"{stem}-{round(100 * sparsity)}" if sparsity is not None else f"{stem}-w{intermediate_size}"
+    )
     if not dry_run:
-        check_destination(destination, overwrite=overwrite, source=local_path(model), needs_bytes=checkpoint.nbytes)
+        check_destination(
+            destination, overwrite=overwrite, source=local_path(model), needs_bytes=checkpoint.nbytes
+        )
     if index_folder is not None:
         channels = ChannelIndex.load(index_folder)
         channels.check_source(checkpoint)
@@ -199,7 +227,12 @@ def prune(
         assert made is not None
         channels = made
     plan = make_plan(
-        channels, method=method, sparsity=sparsity, width=intermediate_size, multiple_of=multiple_of, seed=options["seed"]
+        channels,
+        method=method,
+        sparsity=sparsity,
+        width=intermediate_size,
+        multiple_of=multiple_of,
+        seed=options["seed"],
     )
     specs = planned_specs(checkpoint, plan, checkpoint_cuts(checkpoint))
     sizes = {
@@ -224,7 +257,9 @@ def prune(
             say("Measuring the shrunk model", quiet)
             return evaluate(written, eval_text, eval_blocks, None, options, quiet)
 
-    manifest = write_pruned(checkpoint, channels, plan, destination, dense=dense, measure=measure, track=bars(quiet))
+    manifest = write_pruned(
+        checkpoint, channels, plan, destination, dense=dense, measure=measure, track=bars(quiet)
+    )
     if as_json:
         click.echo(json.dumps(manifest))
     elif dense:
@@ -235,19 +270,38 @@ def prune(
 
 @main.command("eval")
 @click.argument("model")
-@click.option("--text", "text", default="wikitext-test", show_default=True, metavar="FILE|DATASET", help="Text to measure on.")
+@click.option(
+    "--text",
+    "text",
+    default="wikitext-test",
+    show_default=True,
+    metavar="FILE|DATASET",
+    help="Text to measure on.",
+)
 @click.option("--blocks", type=int, help="Use only the first so many blocks. [default: all]")
 @click.option("--block-size", type=int, help="Tokens in a block. [default: 2048 or the context length]")
 @common_options
-def eval_command(model: str, text: str, blocks: int | None, block_size: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def eval_command(
+    model: str,
+    text: str,
+    blocks: int | None,
+    block_size: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Measure the perplexity of MODEL, streamed, whatever its size."""
     checkpoint = open_model(model, options["revision"])
     result = evaluate(checkpoint, text, blocks, block_size, options, quiet)
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
-    click.echo(f"perplexity     {result['perplexity']:.4f}  ({result['nats']:.2f} nats over {result['tokens']:,} tokens)")
-    click.echo(f"bits per byte  {result['bits_per_byte']:.4f}  ({result['bytes']:,} bytes of {result['text']})")
+    click.echo(
+        f"perplexity     {result['perplexity']:.4f}  ({result['nats']:.2f} nats over {result['tokens']:,} tokens)"
+    )
+    click.echo(
+        f"bits per byte  {result['bits_per_byte']:.4f}  ({result['bytes']:,} bytes of {result['text']})"
+    )
     click.echo(f"convention     {result['convention']}")
 
 
@@ -307,7 +361,9 @@ def run_options(checkpoint: Checkpoint, options: dict[str, Any]) -> RunOptions:
     return RunOptions(device, pick_dtype(options["dtype"], checkpoint, device), memory)
 
 
-def make_index(checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool, quiet: bool) -> ChannelIndex | None:
+def make_index(
+    checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool, quiet: bool
+) -> ChannelIndex | None:
     """Calibrate and index; with `dry_run` only say what would be done."""
     import torch
 
@@ -321,11 +377,20 @@ def make_index(checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(options["calibration"])
     blocks = token_blocks(
-        tokenizer, text, name, block_size=options["block_size"], blocks=options["blocks"], seed=options["seed"]
+        tokenizer,
+        text,
+        name,
+        block_size=options["block_size"],
+        blocks=options["blocks"],
+        seed=options["seed"],
     )
     if dry_run:
-        click.echo(f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, {checkpoint.nbytes / 2**20:,.0f} MiB")
-        click.echo(f"FFN: {', '.join(layout.rows)}, {layout.down}; width {checkpoint.config[layout.width_key]} ({layout.width_key})")
+        click.echo(
+            f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, {checkpoint.nbytes / 2**20:,.0f} MiB"
+        )
+        click.echo(
+            f"FFN: {', '.join(layout.rows)}, {layout.down}; width {checkpoint.config[layout.width_key]} ({layout.width_key})"
+        )
         click.echo(f"Calibration: {options['blocks']} x {options['block_size']} tokens of {name}")
         click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
         return None
@@ -374,7 +439,9 @@ def data_console() -> Console:
     """The console data is printed on: plain and 110 columns wide where stdout is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(
+        width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=not sys.stdout.isatty()
+    )
 
 
 def say(text: str, quiet: bool) -> None:

@@ -13,7 +13,9 @@ from surgery.errors import DestinationError
 MARGIN_BYTES = 64 << 20  # room left on the disk for everything that is not weights
 
 
-def check_destination(path: Path, *, overwrite: bool, source: Path | None = None, needs_bytes: int = 0) -> None:
+def check_destination(
+    path: Path, *, overwrite: bool, source: Path | None = None, needs_bytes: int = 0
+) -> None:
     """Raise DestinationError when `path` can't be written: it exists, is the source, or the disk is too small."""
     if source is not None and path.resolve() == source.resolve():
         raise DestinationError(
@@ -21,12 +23,16 @@ def check_destination(path: Path, *, overwrite: bool, source: Path | None = None
         )
     if source is not None and source.resolve() in path.resolve().parents:
         raise DestinationError(
-            "the destination lies inside the source", where=path.name, next_step="name another folder with --out"
+            "the destination lies inside the source",
+            where=path.name,
+            next_step="name another folder with --out",
         )
     recover(path)
     if path.exists() and not overwrite:
         raise DestinationError(
-            "the destination exists", where=str(path), next_step="name another with --out, or give --overwrite"
+            "the destination exists",
+            where=str(path),
+            next_step="name another with --out, or give --overwrite",
         )
     if path.exists() and not path.is_dir():
         raise DestinationError("the destination is a file", where=str(path), expected="a folder")

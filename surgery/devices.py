@@ -11,7 +11,16 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import UsageError
 
 DTYPE_OPTIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+UNITS = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "ki": 1024,
+    "mi": 1024**2,
+    "gi": 1024**3,
+    "ti": 1024**4,
+}
 TOKENS_PER_STEP = {"cpu": 2048, "cuda": 8192, "mps": 2048}  # tokens in a micro-batch
 
 

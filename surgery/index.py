@@ -74,7 +74,9 @@ class LayerIndex:
             },
             "halo": {
                 "channels": len(self.halo),
-                "redundancy_mean": float(values["halo_redundancy"][self.halo].mean()) if len(self.halo) else 0.0,
+                "redundancy_mean": float(values["halo_redundancy"][self.halo].mean())
+                if len(self.halo)
+                else 0.0,
             },
             "prompt_max": self.maxima,
         }

@@ -106,7 +106,7 @@ def _index_layer(
     down = layer.get_submodule(layout.down).weight
     gate, up = layer.get_submodule(layout.gate).weight, layer.get_submodule(layout.up).weight
     assert isinstance(down, torch.Tensor) and isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)
-    sums = ChannelStatistics(down.shape[1], *stream.ids.shape, model.device)
+    sums = ChannelStatistics(down.shape[1], stream.ids.shape[0], stream.ids.shape[1], model.device)
     stream.backward(number, layer, sums.add)
     values = sums.finish()
     if not all(value.isfinite().all() for value in values.values()):

@@ -75,7 +75,9 @@ def rounded_width(width: int, sparsity: float, multiple_of: int) -> int:
     Raises PlanError for a sparsity outside [0, 1), a width that rounds to zero, or a cut that rounds to nothing.
     """
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise PlanError("sparsity out of range", where="--sparsity", expected="0 <= sparsity < 1", found=str(sparsity))
+        raise PlanError(
+            "sparsity out of range", where="--sparsity", expected="0 <= sparsity < 1", found=str(sparsity)
+        )
     if multiple_of < 1:
         raise PlanError("not a multiple", where="--multiple-of", expected="1 or more", found=str(multiple_of))
     if sparsity == 0:
@@ -122,13 +124,17 @@ def make_plan(
     after = rounded_width(before, sparsity, multiple) if sparsity is not None else width
     assert after is not None
     if not 1 <= after <= before:
-        raise PlanError("width out of range", where="--intermediate-size", expected=f"1 to {before}", found=str(after))
+        raise PlanError(
+            "width out of range", where="--intermediate-size", expected=f"1 to {before}", found=str(after)
+        )
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for number, layer in enumerate(index.layers):
         score = METHODS[method](layer, generator).double()
         columns = torch.tensor([w.column for w in index.super_weights if w.layer == number], dtype=torch.long)
-        protected = torch.cat([layer.supernodes, columns]).unique() if method in PROTECTING else columns[:0]
+        protected = (
+            torch.unique(torch.cat([layer.supernodes, columns])) if method in PROTECTING else columns[:0]
+        )
         if len(protected) > after:
             raise PlanError(
                 "more channels are protected than would be kept",

@@ -22,7 +22,9 @@ MANIFEST = "surgeon.json"
 SCHEMA_VERSION = 1
 
 
-def planned_specs(checkpoint: Checkpoint, plan: ResizePlan, cuts: dict[str, TensorCut]) -> dict[str, TensorSpec]:
+def planned_specs(
+    checkpoint: Checkpoint, plan: ResizePlan, cuts: dict[str, TensorCut]
+) -> dict[str, TensorSpec]:
     """Dtype and shape of every tensor after the cut, by name."""
     return {
         entry.name: TensorSpec(entry.dtype, resized_shape(entry, cuts.get(entry.name), plan))
@@ -156,12 +158,15 @@ def check_loads(folder: Path) -> None:
                 str(folder), device_map="meta", output_loading_info=True, dtype="auto"
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError("the written checkpoint does not load", found=str(error).splitlines()[0]) from error
+        raise CheckpointError(
+            "the written checkpoint does not load", found=str(error).splitlines()[0]
+        ) from error
     finally:
         if bars:
             logging.enable_progress_bar()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             raise CheckpointError(
-                f"the written checkpoint does not load cleanly: {kind}", found=str(sorted(info[kind], key=str)[:3])
+                f"the written checkpoint does not load cleanly: {kind}",
+                found=str(sorted(info[kind], key=str)[:3]),
             )

@@ -24,7 +24,9 @@ def tensor_cuts(skeleton: Skeleton) -> dict[str, TensorCut]:
     """Stored tensor name -> how it is cut: gate and up rows and their biases, down columns; the down bias stays."""
     cuts = {}
     layout = skeleton.layout
-    axes = {f"{row}.{leaf}": 0 for row in layout.rows for leaf in ("weight", "bias")} | {f"{layout.down}.weight": 1}
+    axes = {f"{row}.{leaf}": 0 for row in layout.rows for leaf in ("weight", "bias")} | {
+        f"{layout.down}.weight": 1
+    }
     for layer in range(len(skeleton.layers)):
         for parameter, axis in axes.items():
             stored = skeleton.stored_name(layer, parameter)

@@ -26,8 +26,10 @@ def show_index(index: ChannelIndex, console: Console) -> None:
     fields = index.as_json()
     source, calibration = fields["source"], fields["calibration"]
     revision = f" at {source['revision']}" if source["revision"] else ""
-    console.print(f"[bold]{source['name']}[/bold]{revision}: {source['parameters'] / 1e6:,.1f} M parameters, "
-                  f"{len(index.layers)} layers of {index.layers[0].width} FFN channels")
+    console.print(
+        f"[bold]{source['name']}[/bold]{revision}: {source['parameters'] / 1e6:,.1f} M parameters, "
+        f"{len(index.layers)} layers of {index.layers[0].width} FFN channels"
+    )
     console.print(
         f"Calibrated on {calibration['blocks']} x {calibration['block_size']} tokens of {calibration['name']} "
         f"(perplexity there {index.loss['perplexity']:.2f}), computed in {fields['run']['dtype']}"
@@ -66,7 +68,17 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
         return
     console.print(f"\n{title}:")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("layer", "row", "column", "value", "input", "output", "explained", "persists", "perplexity without"):
+    for heading in (
+        "layer",
+        "row",
+        "column",
+        "value",
+        "input",
+        "output",
+        "explained",
+        "persists",
+        "perplexity without",
+    ):
         table.add_column(heading, justify="right")
     for entry in entries:
         effect = entry["ablation"]
@@ -89,7 +101,9 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
     console.print(table)
     for entry in entries:
         if entry["published"]:
-            console.print(f"Layer {entry['layer']} [{entry['row']}, {entry['column']}] agrees with {entry['published']}")
+            console.print(
+                f"Layer {entry['layer']} [{entry['row']}, {entry['column']}] agrees with {entry['published']}"
+            )
 
 
 def _short(value: float) -> str:
@@ -99,8 +113,10 @@ def _short(value: float) -> str:
 def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None:
     """Print what a plan does. `sizes` holds parameters and bytes before and after."""
     fields = plan.as_json()
-    console.print(f"Method {plan.method}, uniform width {plan.width_before} → [bold]{plan.width_after}[/bold] "
-                  f"({100 * plan.sparsity:.1f}% of FFN channels removed)")
+    console.print(
+        f"Method {plan.method}, uniform width {plan.width_before} → [bold]{plan.width_after}[/bold] "
+        f"({100 * plan.sparsity:.1f}% of FFN channels removed)"
+    )
     console.print(
         f"Parameters {sizes['parameters_before'] / 1e6:,.1f} M → {sizes['parameters_after'] / 1e6:,.1f} M, "
         f"bytes {sizes['bytes_before'] / 2**20:,.0f} MiB → {sizes['bytes_after'] / 2**20:,.0f} MiB"
@@ -111,6 +127,12 @@ def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None
     console.print(f"Protected channels: {protected}; supernodes kept: {kept} of {total}")
     for weight in plan.super_weights:
         fate = "removed" if weight["column"] is None else f"now in column {weight['column']}"
-        console.print(f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {fate}")
-    fits = [f"groups of {group} with TP {', '.join(map(str, tp))}" for group, tp in fields["divides"].items() if tp]
+        console.print(
+            f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {fate}"
+        )
+    fits = [
+        f"groups of {group} with TP {', '.join(map(str, tp))}"
+        for group, tp in fields["divides"].items()
+        if tp
+    ]
     console.print("Width divides into " + ("; ".join(fits) if fits else "no common quantisation group"))

@@ -109,20 +109,26 @@ class Skeleton:
             else:
                 module._buffers[leaf] = tensor
 
-    def drop(self, layer: int) -> None:
-        """Return layer `layer` to the meta device, which frees its weights."""
-        for _, name in self.inside[layer]:
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(self.parameters[name], requires_grad=False)
+    def drop(self, names: list[tuple[str, str]]) -> None:
+        """Return parameters, given as (stored name, parameter name), to the meta device, which frees them."""
+        for _, name in names:
+            self._set_parameter(name, self.parameters[name])
+        for name in self.ties:
+            if self.ties[name] in (target for _, target in names):
+                self._set_parameter(name, self.parameters[name])
+
+    def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
     def tie(self) -> None:
         """Let tied weights (usually the output head) share the tensor they are tied to."""
         for target, source in self.ties.items():
             path, _, leaf = target.rpartition(".")
             parameter = self.model.get_parameter(source)
-            self.model.get_submodule(path)._parameters[leaf] = parameter  # type: ignore[assignment]
+            self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -167,4 +173,3 @@ def _find_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
         ):
             return path, module
     raise UnsupportedModelError("no list of decoder layers found", where=where, expected=f"{count} layers")
-

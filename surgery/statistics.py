@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-CORRELATION_TOKENS = 2048  # tokens whose q is kept for the halo's redundancy (the paper's code uses at most as many)
+CORRELATION_TOKENS = (
+    2048  # tokens whose q is kept for the halo's redundancy (the paper's code uses at most as many)
+)
 
 
 class ChannelStatistics:
@@ -36,8 +38,12 @@ class ChannelStatistics:
             torch.maximum(self.largest, u_TF.abs().amax(0), out=self.largest)
             sample = slice(block * self.kept_per_block, (block + 1) * self.kept_per_block)
             self.sampled_q[sample] = q_TF[:: self.stride]
-            torch.sum(u_TF.square_() if u.dtype != torch.float32 else u_TF.square(), 0, out=self.sums[1, block])
-            torch.sum(s_TF.square_() if s.dtype != torch.float32 else s_TF.square(), 0, out=self.sums[2, block])
+            torch.sum(
+                u_TF.square_() if u.dtype != torch.float32 else u_TF.square(), 0, out=self.sums[1, block]
+            )
+            torch.sum(
+                s_TF.square_() if s.dtype != torch.float32 else s_TF.square(), 0, out=self.sums[2, block]
+            )
             torch.sum(q_TF.abs(), 0, out=self.sums[4, block])
             torch.sum(q_TF.square_(), 0, out=self.sums[0, block])
 
@@ -59,9 +65,7 @@ class ChannelStatistics:
         return {name: value.float().cpu() for name, value in named.items()}
 
 
-def weight_norms(
-    gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def weight_norms(gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
     """L2 norms of each channel's gate row and up row [F, D] and down column [D, F], and the column's L1 norm."""
     down_DF = down.float()
     up_norm = up.float().norm(dim=1)

@@ -10,6 +10,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NumericsError
@@ -26,7 +28,7 @@ from surgery.skeleton import Skeleton
 
 LayerEdit = Callable[[int, nn.Module], None]
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
-HEAD_ELEMENTS = 1 << 25  # logits alive at once in the loss: tokens x vocabulary
+HEAD_ELEMENTS = 1 << 23  # logits alive at once in the loss: tokens x vocabulary
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ class StreamedModel:
         self.layers = self.skeleton.layers
         self.layout = self.skeleton.layout
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.skeleton.fill(self._arrived(self._fetch(self.skeleton.outside)))
-        self.skeleton.tie()
+        self._outside_users = 0
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -97,6 +98,20 @@ class StreamedModel:
                 tensor.record_stream(stream)
         return tensors
 
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold the weights outside the layers (embeddings, final norm, head), which only the ends of a walk need."""
+        if self._outside_users == 0:
+            self.skeleton.fill(self._arrived(self._fetch(self.skeleton.outside)))
+            self.skeleton.tie()
+        self._outside_users += 1
+        try:
+            yield
+        finally:
+            self._outside_users -= 1
+            if self._outside_users == 0:
+                self.skeleton.drop(self.skeleton.outside)
+
     def walk(self, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) in `order`, each with its weights in memory, reading the next one meanwhile."""
         queue = list(order)
@@ -117,7 +132,7 @@ class StreamedModel:
                         self.edit(number, layer)
                     yield number, layer
                 finally:
-                    self.skeleton.drop(number)
+                    self.skeleton.drop(self.skeleton.inside[number])
 
     # -- what the model does around its layers --------------------------------------------------------------------
 
@@ -126,18 +141,20 @@ class StreamedModel:
         entering: list[torch.Tensor] = []
         calls: list[LayerCall] = []
 
-        def record(_: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        def record(
+            _: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> torch.Tensor:
             if not entering:
                 entering.append(hidden)
             calls.append(LayerCall(args, kwargs))
             return hidden
 
-        with torch.no_grad():
+        with torch.no_grad(), self.outside():
             self._bypass(ids, record, logits=False)
         return entering[0], calls
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Next-token logits [n, V] of hidden states [n, D] that left the last layer."""
+        """Next-token logits [n, V] of hidden states [n, D] that left the last layer; call it inside `outside`."""
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
         output = self._bypass(ids, lambda i, h, *_: hidden[None] if i == 0 else h, logits=True)
         logits: torch.Tensor = output.logits[0]
@@ -155,7 +172,7 @@ class StreamedModel:
             return forward
 
         for index, layer in enumerate(self.layers):
-            layer.forward = stand_in(index)  # type: ignore[assignment]
+            layer.forward = stand_in(index)
         try:
             module = self.model if logits else self.model.base_model
             return module(input_ids=ids.to(self.device), use_cache=False)
@@ -164,31 +181,53 @@ class StreamedModel:
                 del layer.forward
 
     def _layers_return_tuples(self) -> bool:
-        """Whether a decoder layer returns a tuple; seen once, by running the first layer on two tokens."""
+        """Whether a decoder layer returns a tuple; seen once, by running the first layer on two tokens.
+
+        On the meta device, where no weight is needed; a layer that can't run there has its weights read.
+        """
         if self._returns_tuple is None:
-            for _, layer in self.walk([0]):
-                real = layer.forward
-
-                def stop(*args: Any, _real: Callable[..., Any] = real, **kwargs: Any) -> Any:
-                    raise _FirstLayerDone(_real(*args, **kwargs))
-
-                layer.forward = stop  # type: ignore[assignment]
-                try:
-                    ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-                    with torch.no_grad():
-                        self.model.base_model(input_ids=ids, use_cache=False)
-                except _FirstLayerDone as done:
-                    self._returns_tuple = isinstance(done.output, tuple)
-                finally:
-                    del layer.forward
+            try:
+                self._returns_tuple = self._first_layer_returns_tuple(self.layers[0], meta=True)
+            except (RuntimeError, NotImplementedError, ValueError):
+                for _, layer in self.walk([0]):
+                    self._returns_tuple = self._first_layer_returns_tuple(layer, meta=False)
         assert self._returns_tuple is not None
         return self._returns_tuple
+
+    def _first_layer_returns_tuple(self, layer: nn.Module, meta: bool) -> bool:
+        real = layer.forward
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            if meta:
+                args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+            raise _FirstLayerDone(real(*args, **kwargs))
+
+        layer.forward = stop
+        buffers = {name: buffer for name, buffer in layer.named_buffers() if meta}
+        for name, buffer in buffers.items():
+            _set_buffer(layer, name, buffer.to("meta"))
+        try:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            with torch.no_grad(), self.outside():
+                self.model.base_model(input_ids=ids, use_cache=False)
+        except _FirstLayerDone as done:
+            return isinstance(done.output, tuple)
+        finally:
+            del layer.forward
+            for name, buffer in buffers.items():
+                _set_buffer(layer, name, buffer)
+        raise AssertionError("the model never called its first layer")
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Output hidden states of a resident layer."""
         output = layer(hidden, *call.args, **call.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+
+def _set_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._buffers[leaf] = buffer
 
 
 class TokenStream:
@@ -215,13 +254,14 @@ class TokenStream:
         shared = _SharedArguments()
         slots = len(model.layers) + 1 if keep_inputs else 1
         self.hidden: HiddenStore | None = None
-        for part in self.slices:
-            entering, calls = model.capture(ids[part])
-            self.calls.append([shared.intern(call) for call in calls])
-            if self.hidden is None:
-                shape = (slots, *ids.shape, entering.shape[-1])
-                self.hidden = HiddenStore(shape, entering.dtype, host_bytes)
-            self.hidden.put(0, part, entering)
+        with model.outside():
+            for part in self.slices:
+                entering, calls = model.capture(ids[part])
+                self.calls.append([shared.intern(call) for call in calls])
+                if self.hidden is None:
+                    shape = (slots, *ids.shape, entering.shape[-1])
+                    self.hidden = HiddenStore(shape, entering.dtype, host_bytes)
+                self.hidden.put(0, part, entering)
 
     @property
     def store(self) -> HiddenStore:
@@ -288,29 +328,33 @@ class TokenStream:
         The last token of a block predicts nothing. With `with_gradient`, dL/d(last hidden state) takes the place of
         the stored output; L is the sum over all blocks.
         """
-        device = self.model.device
-        slot = self._slot(len(self.model.layers))
         nats = torch.zeros(len(self.ids), dtype=torch.float64)
-        tokens = max(1, HEAD_ELEMENTS // self.model.model.config.get_text_config().vocab_size)
-        for block in range(len(self.ids)):
-            part = slice(block, block + 1)
-            hidden = self.store.get(slot, part, device)[0]
-            gradient = torch.zeros_like(hidden)
-            targets = self.ids[block, 1:].to(device)
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for start in range(0, len(targets), tokens):
-                rows = slice(start, min(start + tokens, len(targets)))
-                states = hidden[rows].detach().requires_grad_(with_gradient)
-                with torch.set_grad_enabled(with_gradient):
-                    logits = self.model.logits(states).float()
-                    piece = functional.cross_entropy(logits, targets[rows], reduction="sum")
-                if with_gradient:
-                    (gradient[rows],) = torch.autograd.grad(piece, states)
-                total += piece.detach().double()
-            nats[block] = total
-            if with_gradient:
-                self.store.put(slot, part, gradient[None])
+        with self.model.outside():
+            for block in range(len(self.ids)):
+                nats[block] = self._block_loss(block, with_gradient)
         return nats
+
+    def _block_loss(self, block: int, with_gradient: bool) -> torch.Tensor:
+        """Summed loss of one block, through the head a slice of tokens at a time."""
+        device = self.model.device
+        slot, part = self._slot(len(self.model.layers)), slice(block, block + 1)
+        tokens = max(1, HEAD_ELEMENTS // self.model.model.config.get_text_config().vocab_size)
+        hidden = self.store.get(slot, part, device)[0]
+        gradient = torch.zeros_like(hidden)
+        targets = self.ids[block, 1:].to(device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(0, len(targets), tokens):
+            rows = slice(start, min(start + tokens, len(targets)))
+            states = hidden[rows].detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                logits = self.model.logits(states).float()
+                piece = functional.cross_entropy(logits, targets[rows], reduction="sum")
+            if with_gradient:
+                (gradient[rows],) = torch.autograd.grad(piece, states)
+            total += piece.detach().double()
+        if with_gradient:
+            self.store.put(slot, part, gradient[None])
+        return total
 
 
 class _SharedArguments:

@@ -62,10 +62,6 @@ class SuperWeight:
         """Inverse of `as_json`; unknown keys are ignored."""
         return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
 
-    def zero_in(self, layer: nn.Module, down: str) -> None:
-        """Set this weight to zero in a resident layer."""
-        layer.get_submodule(down).weight.data[self.row, self.column] = 0  # type: ignore[union-attr, operator, index]
-
 
 class SuperWeightDetector:
     """Rides along a forward walk: `observe` before each layer runs, `finish` after the last.
@@ -139,7 +135,8 @@ class SuperWeightDetector:
     def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
         """(super weights, echoes): candidates whose spike persists, and those whose does not."""
         published = published_coordinates(config)
-        weights, echoes = [], []
+        weights: list[SuperWeight] = []
+        echoes: list[SuperWeight] = []
         for candidate, trace in zip(self.candidates, self.traces, strict=True):
             above = trace[1:]
             held = sum(trace[0] / 2 <= value <= trace[0] * 2 for value in above)
@@ -188,7 +185,9 @@ def _spike(
 
 def published_coordinates(config: dict[str, Any]) -> dict[tuple[int, int, int], str]:
     """(layer, row, column) -> source, of the published super weights of the model whose config this is."""
-    text = resources.files("surgery").joinpath("data/published_super_weights.json").read_text(encoding="utf-8")
+    text = (
+        resources.files("surgery").joinpath("data/published_super_weights.json").read_text(encoding="utf-8")
+    )
     catalogue = json.loads(text)
     found = {}
     for entry in catalogue["models"]:

@@ -7,6 +7,7 @@ written (tensors by dtype size, then name).
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,11 @@ class ShardWriter:
         for name in sorted(names, key=lambda n: (-self.specs[n].dtype.itemsize, n)):
             spec = self.specs[name]
             offsets = [position, position + spec.nbytes]
-            header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": offsets,
+            }
             self.offsets[name] = position
             position += spec.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -85,9 +90,9 @@ class ShardWriter:
         spec = self.specs[name]
         assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, name
         if spec.nbytes:
-            self.write_bytes(name, memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0)
+            self.write_bytes(name, tensor.contiguous().view(-1).view(torch.uint8).numpy().data, 0)
 
-    def write_bytes(self, name: str, data: bytes | bytearray | memoryview, offset: int) -> None:
+    def write_bytes(self, name: str, data: bytes | bytearray | memoryview | mmap.mmap, offset: int) -> None:
         """Write a piece of a tensor's bytes, `offset` bytes from its start."""
         _write_at(self.handles[self.file_of[name]], data, self.offsets[name] + offset)
         self.written[name] += len(data)
@@ -111,7 +116,7 @@ class ShardWriter:
             (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _write_at(handle: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+def _write_at(handle: int, data: bytes | bytearray | memoryview | mmap.mmap, offset: int) -> None:
     view = memoryview(data)
     while len(view):
         count = os.pwrite(handle, view, offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 REAL_MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+CALIBRATION = ["--calibration", "text.txt", "--blocks", "4", "--block-size", "32"]
 REAL_TEXT = ROOT / ".cache" / "wikipedia.txt"
 
 TINY: dict[str, Any] = {
@@ -106,9 +108,25 @@ def license_text() -> str:
     return (ROOT / "LICENSE").read_text()
 
 
+@pytest.fixture
+def surgeon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, license_text: str) -> Callable[..., Any]:
+    """Run a surgeon command in the test's folder; returns click's result."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(license_text)
+
+    from surgery.cli import main
+
+    def run(*arguments: str, code: int = 0) -> Any:
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code == code, (arguments, result.output, result.exception)
+        return result
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def real_model() -> Iterator[Path]:
+def real_model() -> Path:
     """SmolLM2-135M-Instruct as `make test` fetched it."""
     if not REAL_MODEL.exists() or not REAL_TEXT.exists():
         pytest.skip("no SmolLM2 in .cache: run `python examples/assets.py .cache`, as `make test` does")
-    yield REAL_MODEL
+    return REAL_MODEL

@@ -53,7 +53,13 @@ def test_removed_super_weight_has_no_column() -> None:
 
 @pytest.mark.parametrize(
     ("width", "sparsity", "multiple", "expected"),
-    [(1536, 0.25, 64, 1152), (1536, 0.5, 64, 768), (14336, 0.5, 128, 7168), (100, 0, 64, 100), (48, 0.3, 8, 32)],
+    [
+        (1536, 0.25, 64, 1152),
+        (1536, 0.5, 64, 768),
+        (14336, 0.5, 128, 7168),
+        (100, 0, 64, 100),
+        (48, 0.3, 8, 32),
+    ],
 )
 def test_rounded_width(width: int, sparsity: float, multiple: int, expected: int) -> None:
     assert rounded_width(width, sparsity, multiple) == expected

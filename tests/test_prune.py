@@ -10,29 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import FAMILIES, ROOT
+from conftest import CALIBRATION, FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from surgery.cli import main
-
-LICENSE = str(ROOT / "LICENSE")
-CALIBRATION = ["--calibration", "text.txt", "--blocks", "4", "--block-size", "32"]
-
-
-@pytest.fixture
-def surgeon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, license_text: str) -> Callable[..., Any]:
-    """Run a surgeon command in the test's folder; returns click's result."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(license_text)
-
-    def run(*arguments: str, code: int = 0) -> Any:
-        result = CliRunner().invoke(main, list(arguments))
-        assert result.exit_code == code, (arguments, result.output, result.exception)
-        return result
-
-    return run
 
 
 def masked_logits(folder: Path, kept: list[list[int]], ids: torch.Tensor) -> torch.Tensor:
@@ -70,12 +50,20 @@ def test_shrunk_equals_masked_and_loads_cleanly(
     assert model.generate(ids[:1], max_new_tokens=4, do_sample=False).shape[1] > 20
 
 
-def test_everything_but_weights_comes_along(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+def test_everything_but_weights_comes_along(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
     source = save_tiny("llama-tied-bias", dtype=torch.bfloat16)
     (source / "NOTICE.txt").write_text("keep me")
     surgeon("prune", str(source), "--intermediate-size", "24", "--out", "cut", *CALIBRATION)
     cut = source.parent / "cut"
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "NOTICE.txt", "chat_template.jinja"):
+    for file in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "NOTICE.txt",
+        "chat_template.jinja",
+    ):
         assert (cut / file).read_bytes() == (source / file).read_bytes(), file
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, cut))
     assert after == {**before, "intermediate_size": 24}
@@ -94,7 +82,10 @@ def test_sparsity_zero_returns_the_same_tensors(
     source = save_tiny("qwen2", shard=shard)
     surgeon("prune", str(source), "--sparsity", "0", "--out", "cut", *CALIBRATION)
     cut = source.parent / "cut"
-    tensors = [{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in (source, cut)]
+    tensors = [
+        {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+        for folder in (source, cut)
+    ]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert (cut / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -102,7 +93,9 @@ def test_sparsity_zero_returns_the_same_tensors(
         assert (cut / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
-def test_removing_silent_channels_changes_nothing(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+def test_removing_silent_channels_changes_nothing(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
     source = save_tiny("llama")
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     for number, layer in enumerate(model.model.layers):
@@ -112,16 +105,34 @@ def test_removing_silent_channels_changes_nothing(save_tiny: Callable[..., Path]
     surgeon("prune", str(source), "--sparsity", "0.5", "--multiple-of", "1", "--out", "cut", *CALIBRATION)
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        dense, cut = model(ids).logits, AutoModelForCausalLM.from_pretrained(source.parent / "cut").eval()(ids).logits
+        dense, cut = (
+            model(ids).logits,
+            AutoModelForCausalLM.from_pretrained(source.parent / "cut").eval()(ids).logits,
+        )
     assert (dense - cut).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("method", ["scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random"])
-def test_same_command_same_bytes(method: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "method", ["scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random"]
+)
+def test_same_command_same_bytes(
+    method: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
     source = save_tiny("llama")
     for name in ("a", "b"):
         surgeon("index", str(source), "--out", f"index-{name}", *CALIBRATION)
-        surgeon("prune", str(source), "--index", f"index-{name}", "--method", method, "--multiple-of", "8", "--out", name)
+        surgeon(
+            "prune",
+            str(source),
+            "--index",
+            f"index-{name}",
+            "--method",
+            method,
+            "--multiple-of",
+            "8",
+            "--out",
+            name,
+        )
     folder = source.parent
     assert hashes(folder / "index-a") == hashes(folder / "index-b")
     assert hashes(folder / "a") == hashes(folder / "b")

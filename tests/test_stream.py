@@ -131,7 +131,10 @@ def test_nan_is_named_with_its_layer(save_tiny: Callable[..., Path]) -> None:
 def test_statistics_equal_full_autograd_on_smollm2(real_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     ids = torch.tensor(tokenizer(REAL_TEXT.read_text()[:8000])["input_ids"][: 4 * 256]).view(4, 256)
-    expected, found = autograd_reference(real_model, ids, torch.float32), streamed(real_model, ids, torch.float32)
+    expected, found = (
+        autograd_reference(real_model, ids, torch.float32),
+        streamed(real_model, ids, torch.float32),
+    )
     for layer, (ours, theirs) in enumerate(zip(found["statistics"], expected["statistics"], strict=True)):
         for name in ("loss_proxy", "curvature", "taylor", "mean"):
             assert relative_error(ours[name], theirs[name]) < 1e-4, (layer, name)

@@ -79,9 +79,13 @@ def test_catalogue_has_sources_and_the_misprint() -> None:
 @pytest.mark.parametrize("prompt", [PROMPT, "The cat sat on the mat and looked"])
 def test_smollm2_has_exactly_the_known_one(prompt: str, real_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_model)
-    blocks = token_blocks(tokenizer, REAL_TEXT.read_text()[:40000], "wikipedia.txt", block_size=512, blocks=2, seed=0)
+    blocks = token_blocks(
+        tokenizer, REAL_TEXT.read_text()[:40000], "wikipedia.txt", block_size=512, blocks=2, seed=0
+    )
     run = RunOptions(torch.device("cpu"), torch.bfloat16, 1 << 30)
-    index = build_index(Checkpoint.open(real_model), blocks, torch.tensor(tokenizer(prompt)["input_ids"]), run)
+    index = build_index(
+        Checkpoint.open(real_model), blocks, torch.tensor(tokenizer(prompt)["input_ids"]), run
+    )
     assert [(w.layer, w.row, w.column) for w in index.super_weights] == [(11, 507, 1229)]
     assert index.super_weights[0].ablation["factor"] > 3
     assert {w.layer for w in index.echoes} >= {28}

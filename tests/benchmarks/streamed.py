@@ -1,0 +1,196 @@
+"""Peak memory and time of the streamed engine, as ratios in one run.
+
+    python tests/benchmarks/streamed.py [--time] [--memory]
+
+Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune` on a random 24-layer Llama-shaped checkpoint of
+at least 2 GiB in bfloat16, each in its own process; the peak resident size is compared with the checkpoint's.
+Time: streamed LP on SmolLM2 against an ordinary in-memory `loss.backward()` with parameter gradients, same tokens,
+same dtype, in turn.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from conftest import ROOT, byte_tokenizer
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from surgery.checkpoint import Checkpoint
+from surgery.devices import micro_batch
+from surgery.statistics import ChannelStatistics
+from surgery.stream import StreamedModel, TokenStream
+from surgery.writer import ShardWriter, TensorSpec
+
+MIB = 1 << 20
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "dtype": "bfloat16",
+}
+
+
+def random_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
+    """Write a random checkpoint of a shape, one tensor in memory at a time."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.bfloat16)
+    specs = {name: TensorSpec(torch.bfloat16, tuple(p.shape)) for name, p in model.named_parameters()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    byte_tokenizer().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder, specs) as writer:
+        for name, spec in specs.items():
+            scale = 0.02 if len(spec.shape) > 1 else 0
+            tensor = torch.empty(spec.shape).normal_(0, scale or 1, generator=generator)
+            writer.write(name, (tensor if scale else torch.ones(spec.shape)).to(torch.bfloat16))
+
+
+def peak(command: list[str]) -> int:
+    """Peak resident bytes of a command run in a process of its own."""
+    code = (
+        "import resource,subprocess,sys\n"
+        "subprocess.run(sys.argv[1:],check=True,stdout=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss*1024)"
+    )
+    return int(subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True).stdout)
+
+
+def memory() -> None:
+    """Print peak memory of index and prune against the checkpoint's size."""
+    python = sys.executable
+    bare = peak([python, "-c", "pass"])
+    imports = peak(
+        [python, "-c", "import torch, transformers, accelerate, datasets, surgery.prune, surgery.indexing"]
+    )
+    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as scratch:
+        folder = Path(scratch) / "random"
+        random_checkpoint(folder, SHAPE)
+        size = Checkpoint.open(folder).nbytes
+        text = str(ROOT / "LICENSE")
+        index = [python, "-m", "surgery", "index", str(folder), "--calibration", text, "--blocks", "8"]
+        index += ["--block-size", "128", "--out", f"{scratch}/index", "--quiet"]
+        prune = [
+            python,
+            "-m",
+            "surgery",
+            "prune",
+            str(folder),
+            "--index",
+            f"{scratch}/index",
+            "--sparsity",
+            "0.5",
+        ]
+        prune += ["--out", f"{scratch}/cut", "--quiet"]
+        text_copy = Path(scratch) / "text.txt"
+        text_copy.write_text(Path(text).read_text())
+        index[index.index(text)] = str(text_copy)
+        print(f"checkpoint                      {size / MIB:8.0f} MiB")
+        print(
+            f"interpreter                     {bare / MIB:8.0f} MiB, with the libraries imported {imports / MIB:.0f}"
+        )
+        for name, command, limit in (("index", index, 1 / 3), ("prune", prune, 1 / 4)):
+            used = peak(command)
+            print(
+                f"{name} peak                      {used / MIB:8.0f} MiB; above the interpreter "
+                f"{(used - bare) / size:.3f} of the checkpoint, above the imports {(used - imports) / size:.3f} "
+                f"(bound {limit:.3f})"
+            )
+
+
+def streamed_lp(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """LP of every layer from the streamed engine, building the model included."""
+    device = torch.device("cpu")
+    model = StreamedModel(checkpoint, device, dtype)
+    stream = TokenStream(model, ids, micro_batch=micro_batch(ids.shape[1], device), keep_inputs=True)
+    count = len(model.layers)
+    for number, layer in model.walk(range(count)):
+        stream.forward(number, layer)
+    stream.loss(with_gradient=True)
+    scores = [torch.empty(0)] * count
+    for number, layer in model.walk(reversed(range(count))):
+        width = layer.get_submodule(model.layout.down).in_features
+        sums = ChannelStatistics(int(width), *ids.shape, device)
+        stream.backward(number, layer, sums.add)
+        scores[number] = sums.finish()["loss_proxy"]
+    return scores
+
+
+def in_memory_lp(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """LP from the whole model and an ordinary backward pass, parameters requiring gradients, loading included."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    seen: list[torch.Tensor] = []
+
+    def keep(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        inputs[0].retain_grad()
+        seen.append(inputs[0])
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(keep)
+    sums = [torch.zeros(model.config.intermediate_size) for _ in model.model.layers]
+    step = micro_batch(ids.shape[1], torch.device("cpu"))
+    for rows in ids.split(step):
+        seen.clear()
+        logits = model(rows, use_cache=False).logits[:, :-1]
+        targets = rows[:, 1:].reshape(-1)
+        functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="sum"
+        ).backward()
+        for total, u in zip(sums, seen, strict=True):
+            assert u.grad is not None
+            total += (u.detach().float() * u.grad.float()).square().sum((0, 1))
+    return [total / 2 / ids.numel() for total in sums]
+
+
+def timing(rounds: int = 3) -> None:
+    """Print the ratio of streamed to in-memory scoring time on SmolLM2, 8 blocks of 512 tokens, both dtypes."""
+    folder = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+    text = (ROOT / ".cache" / "wikipedia.txt").read_text()[:40000]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: 8 * 512]).view(8, 512)
+    for dtype in (torch.bfloat16, torch.float32):
+        ratios, worst = [], 0.0
+        for _ in range(rounds):
+            start = time.perf_counter()
+            ours = streamed_lp(Checkpoint.open(folder), ids, dtype)
+            middle = time.perf_counter()
+            gc.collect()
+            between = time.perf_counter()
+            theirs = in_memory_lp(folder, ids, dtype)
+            end = time.perf_counter()
+            gc.collect()
+            ratios.append((middle - start) / (end - between))
+            worst = max(float((a - b).abs().max() / b.max()) for a, b in zip(ours, theirs, strict=True))
+        print(
+            f"streamed / in-memory LP, {str(dtype)[6:]:8}: median {statistics.median(ratios):.2f} "
+            f"(min {min(ratios):.2f}, max {max(ratios):.2f}); largest relative difference {worst:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    if "--time" not in sys.argv or "--memory" in sys.argv:
+        memory()
+    if "--memory" not in sys.argv or "--time" in sys.argv:
+        timing()
+    print(f"this process peaked at {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
