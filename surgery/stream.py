@@ -11,6 +11,8 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,6 +135,7 @@ class StreamedModel:
                     yield number, layer
                 finally:
                     self.skeleton.drop(self.skeleton.inside[number])
+                    _trim_heap()
 
     # -- what the model does around its layers --------------------------------------------------------------------
 
@@ -223,6 +226,17 @@ class StreamedModel:
         output = layer(hidden, *call.args, **call.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+
+def _trim_heap() -> None:
+    """Give freed pages back to the system, where the C library can (glibc).
+
+    Its heap otherwise keeps what activations of one layer left between allocations of the next; once a layer costs
+    little, while asking for fresh pages at every allocation (a low mmap threshold) made the whole run a fifth slower.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _set_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:
