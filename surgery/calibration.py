@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint import Checkpoint, LocalFolder
+from surgery.checkpoint import Checkpoint
 from surgery.errors import CalibrationError
 
 NAMED_TEXTS = {
@@ -57,7 +57,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     from surgery.skeleton import quiet_transformers
 
-    assert isinstance(checkpoint.source, LocalFolder)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(str(checkpoint.source.path))

@@ -66,7 +66,9 @@ class TensorEntry:
 
 
 class ByteSource(Protocol):
-    """Anything that can list files and return byte ranges of them."""
+    """Anything that can list files and return byte ranges of them; `path` holds at least the small ones."""
+
+    path: Path
 
     def files(self) -> list[str]:
         """Relative names of all files, '/' as separator."""

@@ -258,7 +258,14 @@ def prune(
             return evaluate(written, eval_text, eval_blocks, None, options, quiet)
 
     manifest = write_pruned(
-        checkpoint, channels, plan, destination, dense=dense, measure=measure, track=bars(quiet)
+        checkpoint,
+        channels,
+        plan,
+        destination,
+        options=run_options(checkpoint, options),
+        dense=dense,
+        measure=measure,
+        track=bars(quiet),
     )
     if as_json:
         click.echo(json.dumps(manifest))

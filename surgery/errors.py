@@ -64,3 +64,7 @@ class DestinationError(SurgeonError):
 
 class NumericsError(SurgeonError):
     """NaN or infinity where numbers were expected."""
+
+
+class HubError(SurgeonError):
+    """The Hub, or the way to it, said no."""

@@ -69,8 +69,9 @@ def build_index(
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
     ids = blocks.ids.long()
-    stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory)
-    detector = SuperWeightDetector(model, prompt_ids.long())
+    with model.outside():
+        stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory)
+        detector = SuperWeightDetector(model, prompt_ids.long())
     ablations = _Ablations(model, stream)
     count = len(model.layers)
     for number, layer in track(model.walk(range(count)), "forward", count):
@@ -78,9 +79,10 @@ def build_index(
             ablations.start(candidate, number)
         ablations.forward(number, layer)
         stream.forward(number, layer)
-    nats = stream.loss(with_gradient=True)
+    with model.outside():
+        nats = stream.loss(with_gradient=True)
+        effects = ablations.finish(nats)
     weights, echoes = detector.finish(checkpoint.config)
-    effects = ablations.finish(nats)
     layers: list[LayerIndex | None] = [None] * count
     for number, layer in track(model.walk(reversed(range(count))), "backward", count):
         layers[number] = _index_layer(model, stream, number, layer, detector.maxima[number])

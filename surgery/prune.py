@@ -1,4 +1,4 @@
-"""`surgeon prune`: carry out a plan. Tensors are read, cut and written one at a time; the model is never held."""
+"""`surgeon prune`: carry out a plan. One layer is read, cut and written at a time; the model is never held."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import Checkpoint, TensorEntry
+import torch
+
+from surgery.checkpoint import Checkpoint
 from surgery.destination import complete_folder
-from surgery.errors import CheckpointError
+from surgery.families import layout_of
+from surgery.gate import GATE_TOKENS, cpu_options, pass_gate, run_to_logits
 from surgery.index import ChannelIndex, Track, source_json, untracked
-from surgery.indexing import versions
+from surgery.indexing import RunOptions, versions
 from surgery.plan import ResizePlan
-from surgery.resize import TensorCut, checkpoint_cuts, cut_tensor, resized_shape
-from surgery.skeleton import quiet_transformers
+from surgery.resize import TensorCut, checkpoint_cuts, cut_tensor, mask_channels, resized_shape
+from surgery.stream import StreamedModel
 from surgery.writer import ShardWriter, TensorSpec
 
 COPY_BYTES = 64 << 20
@@ -38,50 +41,72 @@ def write_pruned(
     plan: ResizePlan,
     destination: Path,
     *,
+    options: RunOptions | None = None,
     dense: dict[str, Any] | None = None,
     measure: Callable[[Checkpoint], dict[str, Any]] | None = None,
     track: Track[Any] = untracked,
 ) -> dict[str, Any]:
-    """Write the shrunk checkpoint to `destination`, check that it loads, and return its manifest.
+    """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
 
-    `dense` holds measurements of the source; `measure`, when given, makes the same of the written checkpoint. The
-    folder appears under its name only when it is complete and AutoModelForCausalLM accepts it. Raises
-    CheckpointError when that fails; whatever happens, a folder already there is as it was.
+    Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
+    tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
+    given, makes the same of the written checkpoint. The folder appears under its name only when the gate is passed;
+    whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
+    options = options or cpu_options(checkpoint)
+    ids = index.input_ids[:1, :GATE_TOKENS].long()
     cuts = checkpoint_cuts(checkpoint)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
         with ShardWriter(folder, specs) as writer:
-            entries = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
-            for entry in track(entries, "writing", len(entries)):
-                _write_tensor(checkpoint, entry, cuts.get(entry.name), plan, writer)
+            expected = _copy_and_run(checkpoint, plan, cuts, writer, ids, options, track)
         _carry_files(checkpoint, plan, folder)
-        check_loads(folder)
-        measurements = {"dense": dense} if dense else {}
+        written = Checkpoint.open(folder)
+        gate = pass_gate(written, expected, ids, options, plan)
+        measurements: dict[str, Any] = {"gate": gate, **({"dense": dense} if dense else {})}
         if measure is not None:
-            measurements["shrunk"] = measure(Checkpoint.open(folder))
+            measurements["shrunk"] = measure(written)
         manifest = make_manifest(checkpoint, index, plan, specs, measurements)
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         write_card(folder, manifest, checkpoint)
     return manifest
 
 
-def _write_tensor(
-    checkpoint: Checkpoint, entry: TensorEntry, cut: TensorCut | None, plan: ResizePlan, writer: ShardWriter
-) -> None:
-    if cut is not None:
-        writer.write(entry.name, cut_tensor(checkpoint.read(entry.name), cut, plan))
-        return
-    for start in range(entry.start, entry.stop, COPY_BYTES):
-        stop = min(start + COPY_BYTES, entry.stop)
-        writer.write_bytes(entry.name, checkpoint.source.read(entry.file, start, stop), start - entry.start)
+def _copy_and_run(
+    checkpoint: Checkpoint,
+    plan: ResizePlan,
+    cuts: dict[str, TensorCut],
+    writer: ShardWriter,
+    ids: torch.Tensor,
+    options: RunOptions,
+    track: Track[Any],
+) -> torch.Tensor:
+    """Write every tensor, cut where the plan says so; logits [T, V] of the source with removed channels masked."""
+    written: set[str] = set()
+
+    def save(name: str, tensor: torch.Tensor) -> None:
+        if name not in written:
+            written.add(name)
+            cut = cuts.get(name)
+            writer.write(name, tensor if cut is None else cut_tensor(tensor, cut, plan))
+
+    layout = layout_of(checkpoint.config, checkpoint.name)
+    model = StreamedModel(checkpoint, options.device, options.dtype, mask_channels(layout, plan), save)
+    logits = run_to_logits(model, ids, track)
+    for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
+        if entry.name in written:
+            continue
+        for start in range(entry.start, entry.stop, COPY_BYTES):
+            stop = min(start + COPY_BYTES, entry.stop)
+            writer.write_bytes(
+                entry.name, checkpoint.source.read(entry.file, start, stop), start - entry.start
+            )
+    return logits
 
 
 def _carry_files(checkpoint: Checkpoint, plan: ResizePlan, folder: Path) -> None:
     """Copy every file that holds no weights; config.json gets the new width and keeps all else."""
-    from surgery.families import layout_of
-
     for file in checkpoint.other_files:
         if file in ("README.md", MANIFEST):
             continue
@@ -103,8 +128,6 @@ def make_manifest(
     measurements: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of surgeon.json: what was cut from what, chosen how, and what was measured."""
-    import torch
-
     return {
         "schema_version": SCHEMA_VERSION,
         "source": source_json(checkpoint),
@@ -140,33 +163,3 @@ def write_card(folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint) -
         size = checkpoint.source.size("README.md")
         source_card = bytes(checkpoint.source.read("README.md", 0, size)).decode("utf-8", errors="replace")
     (folder / "README.md").write_text(render_card(manifest, source_card), encoding="utf-8")
-
-
-def check_loads(folder: Path) -> None:
-    """Raise CheckpointError unless AutoModelForCausalLM takes every tensor of `folder` and wants no other.
-
-    Loaded onto the meta device: names and shapes are checked by transformers itself, no weight is read.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            _, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), device_map="meta", output_loading_info=True, dtype="auto"
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(
-            "the written checkpoint does not load", found=str(error).splitlines()[0]
-        ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(kind):
-            raise CheckpointError(
-                f"the written checkpoint does not load cleanly: {kind}",
-                found=str(sorted(info[kind], key=str)[:3]),
-            )

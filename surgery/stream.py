@@ -53,16 +53,23 @@ class StreamedModel:
 
     `device` and `dtype` are what it computes on and in; tensors are cast after they reach the device. `edit`, when
     given, is called with (layer index, layer) each time a layer's weights have been put in: the place to mask
-    channels or to set single weights without touching the checkpoint.
+    channels or to set single weights without touching the checkpoint. `on_read` gets (stored name, tensor as stored)
+    from the reader thread, each time one is read: a way to copy a checkpoint in the pass that runs it.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, edit: LayerEdit | None = None
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        edit: LayerEdit | None = None,
+        on_read: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
         self.edit = edit
+        self.on_read = on_read
         self.skeleton = Skeleton(checkpoint, dtype)
         self.model = self.skeleton.model
         self.layers = self.skeleton.layers
@@ -79,7 +86,11 @@ class StreamedModel:
 
     def _fetch(self, names: list[tuple[str, str]]) -> tuple[dict[str, torch.Tensor], Any]:
         """Read stored tensors and start them on their way to the device; runs in the reader thread."""
-        host = {target: self.checkpoint.read(stored) for stored, target in names}
+        host = {}
+        for stored, target in names:
+            host[target] = self.checkpoint.read(stored)
+            if self.on_read is not None:
+                self.on_read(stored, host[target])
         dtypes = {target: self.skeleton.parameters[target].dtype for target in host}
         if self._side_stream is None:
             return {name: t.to(self.device, dtypes[name]) for name, t in host.items()}, None

@@ -1,0 +1,129 @@
+"""The load gate: what a written checkpoint must pass before it is called finished, and again before it is pushed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint import Checkpoint
+from surgery.devices import default_memory, pick_dtype
+from surgery.errors import CheckpointError
+from surgery.index import Track, untracked
+from surgery.indexing import RunOptions
+from surgery.plan import ResizePlan
+from surgery.skeleton import Skeleton, quiet_transformers
+from surgery.stream import StreamedModel, TokenStream
+
+GATE_TOKENS = 64
+# Cut and masked models sum the same products in another order; a wrong slice is off by the size of the logits.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def cpu_options(checkpoint: Checkpoint) -> RunOptions:
+    """Compute on the CPU in the dtype `auto` picks."""
+    device = torch.device("cpu")
+    return RunOptions(device, pick_dtype("auto", checkpoint, device), default_memory())
+
+
+def run_to_logits(model: StreamedModel, ids: torch.Tensor, track: Track[Any] = untracked) -> torch.Tensor:
+    """Logits [T, V] float32, on the CPU, of one block of ids [1, T]; every weight is read once."""
+    count = len(model.layers)
+    with model.outside(), torch.no_grad():
+        stream = TokenStream(model, ids, micro_batch=1)
+        for number, layer in track(model.walk(range(count)), "layers", count):
+            stream.forward(number, layer)
+        hidden = stream.store.get(0, slice(0, 1), model.device)[0]
+        return model.logits(hidden).float().cpu()
+
+
+def pass_gate(
+    written: Checkpoint, expected: torch.Tensor, ids: torch.Tensor, options: RunOptions, plan: ResizePlan
+) -> dict[str, Any]:
+    """Check a written checkpoint and return what was seen, for the manifest. Raises CheckpointError.
+
+    It must load through AutoModelForCausalLM with no missing, unexpected or mismatched key; its logits on `ids`
+    [1, T] must be finite and equal `expected` [T, V], those of the masked source, up to rounding; every super weight
+    the plan keeps must be at its new column.
+    """
+    check_loads(written.source.path)
+    model = StreamedModel(written, options.device, options.dtype)
+    logits = run_to_logits(model, ids)
+    check_super_weights(written, model.skeleton, plan.super_weights)
+    difference = float((logits - expected).norm() / expected.norm())
+    limit = TOLERANCE[options.dtype]
+    if not difference < limit:
+        raise CheckpointError(
+            "the written model does not compute what the masked source does",
+            where="the load gate",
+            expected=f"logits within {limit} of the masked source's",
+            found=f"{difference:.3g}",
+            next_step="report this: it is a fault of surgeon's",
+        )
+    return {
+        "tokens": ids.shape[1],
+        "relative_difference": difference,
+        "tolerance": limit,
+        "dtype": str(options.dtype).removeprefix("torch."),
+    }
+
+
+def check_super_weights(written: Checkpoint, skeleton: Skeleton, weights: tuple[dict[str, Any], ...]) -> None:
+    """Raise CheckpointError unless each super weight has its value at its new coordinates."""
+    for weight in weights:
+        if weight["column"] is None:
+            continue
+        name = skeleton.stored_name(weight["layer"], f"{skeleton.layout.down}.weight")
+        assert name is not None
+        value = float(written.read(name)[weight["row"], weight["column"]])
+        # The index read it in the compute dtype, which may be coarser than the stored one.
+        if abs(value - weight["value"]) > 0.01 * abs(weight["value"]):
+            raise CheckpointError(
+                "a super weight is not where the manifest says",
+                where=f"{name} [{weight['row']}, {weight['column']}]",
+                expected=str(weight["value"]),
+                found=str(value),
+            )
+
+
+def check_folder(folder: Path) -> None:
+    """The gate for a finished folder, as before a push: it loads, and its weights and logits are finite."""
+    check_loads(folder)
+    written = Checkpoint.open(folder)
+    ids = torch.arange(min(GATE_TOKENS, int(written.config.get("vocab_size", GATE_TOKENS))))[None]
+    options = cpu_options(written)
+    logits = run_to_logits(StreamedModel(written, options.device, options.dtype), ids)
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits are not finite", where=folder.name)
+
+
+def check_loads(folder: Path) -> None:
+    """Raise CheckpointError unless AutoModelForCausalLM takes every tensor of `folder` and wants no other.
+
+    Loaded onto the meta device: names and shapes are checked by transformers itself, no weight is read.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet_transformers():
+            _, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), device_map="meta", output_loading_info=True, dtype="auto"
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            "the checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise CheckpointError(
+                f"the checkpoint does not load cleanly: {kind}",
+                where=folder.name,
+                found=str(sorted(info[kind], key=str)[:3]),
+            )

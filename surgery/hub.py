@@ -1,0 +1,305 @@
+"""Checkpoints on the Hugging Face Hub, read through the cache or by byte ranges, and finished folders pushed back.
+
+The only module that knows the network. A revision is resolved to a commit once; everything after asks for that commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import Checkpoint, LocalFolder, new_buffer
+from surgery.errors import HubError
+
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+MANIFEST = "surgeon.json"
+READ_TIMEOUT = 30.0  # seconds without a byte before a request counts as failed
+
+
+@contextlib.contextmanager
+def hub_errors(what: str, repo: str) -> Iterator[None]:
+    """Turn what the Hub client raises into a HubError that says what to do next."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{what}: the repo is gated and this account has no access",
+            where=repo,
+            next_step=f"ask for access at {_endpoint()}/{repo} and log in with `hf auth login`",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{what}: no such repo, or a private one this account can't see",
+            where=repo,
+            next_step="check the spelling, or log in with `hf auth login`",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(
+            f"{what}: no such revision", where=repo, next_step="name a branch, tag or commit that exists"
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise HubError(
+            f"{what}: offline mode is on and this is not in the cache",
+            where=repo,
+            next_step="unset HF_HUB_OFFLINE once to fetch it",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.EntryNotFoundError) as error:
+        raise HubError(
+            f"{what}: a file is neither in the cache nor to be had", where=repo, found=_first_line(error)
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        step = {
+            401: "log in with `hf auth login`, or set HF_TOKEN",
+            403: "use a token that may do this (write access for a push)",
+        }
+        raise HubError(
+            f"{what}: the Hub answered {status}",
+            where=repo,
+            found=_first_line(error),
+            next_step=step.get(status or 0, "try again later"),
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, HubError):
+            raise
+        raise HubError(
+            f"{what}: no answer from the Hub",
+            where=repo,
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            next_step="check the network and run the same command again",
+        ) from error
+    except Exception as error:
+        # The client's transport (httpx, httpx2) has its own root of exceptions, which is not imported here.
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
+            raise
+        raise HubError(
+            f"{what}: the connection failed",
+            where=repo,
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            next_step="check the network and run the same command again",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+class HubRepo:
+    """The files of one commit of a Hub repo, as a ByteSource.
+
+    Small files come through the ordinary cache. Weights do too, file by file, the next one downloading while one is
+    in use; with `ranges` no weight file is stored, and byte ranges are asked for instead. Headers are always read as
+    ranges, so that a model can be planned or refused before anything large moves.
+    """
+
+    def __init__(self, repo: str, revision: str | None, *, ranges: bool = False) -> None:
+        from huggingface_hub import HfApi, snapshot_download
+
+        self.repo = repo
+        self.ranges = ranges
+        self.headers_only = True
+        self.bytes_read = 0
+        with hub_errors("reading the model", repo):
+            sha, sizes = _listing(HfApi(), repo, revision)
+            self.sha, self.sizes = sha, sizes
+            small = [f for f in sizes if not f.endswith(WEIGHT_ENDINGS)]
+            self.path = Path(snapshot_download(repo, revision=sha, allow_patterns=small or ["config.json"]))
+        self._small = LocalFolder(self.path)
+        self._downloads: dict[str, Future[str]] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="surgeon-download")
+        self._lock = threading.Lock()
+
+    def files(self) -> list[str]:
+        """Relative names of all files of the commit, hidden ones left out."""
+        return sorted(f for f in self.sizes if not any(part.startswith(".") for part in f.split("/")))
+
+    def size(self, file: str) -> int:
+        """Size of `file` in bytes."""
+        return self.sizes[file]
+
+    def read(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
+        """Bytes [start, stop) of `file`, from the cache, a download into it, or a range request."""
+        if not file.endswith(WEIGHT_ENDINGS):
+            return self._small.read(file, start, stop)
+        if (self.path / file).exists():
+            return self._small.read(file, start, stop)
+        if self.ranges or self.headers_only:
+            return self._range(file, start, stop)
+        with hub_errors("downloading", self.repo):
+            local = self._download(file).result()
+            following = [f for f in self.files() if f.endswith(".safetensors") and f > file][:1]
+            for name in following:
+                self._download(name)
+        return LocalFolder(Path(local).parent).read(Path(local).name, start, stop)
+
+    def _download(self, file: str) -> Future[str]:
+        from huggingface_hub import hf_hub_download
+
+        with self._lock:
+            if file not in self._downloads:
+                self._downloads[file] = self._pool.submit(hf_hub_download, self.repo, file, revision=self.sha)
+            return self._downloads[file]
+
+    def _range(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        buffer = new_buffer(stop - start)
+        if stop == start:
+            return buffer
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        url = hf_hub_url(self.repo, file, revision=self.sha)
+        with hub_errors("reading a byte range", self.repo):
+            response = http_backoff("GET", url, headers=headers, timeout=READ_TIMEOUT, follow_redirects=True)
+            hf_raise_for_status(response)
+        content = response.content
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code != 206 or len(content) != stop - start or total != str(self.sizes[file]):
+            raise HubError(
+                "the file changed on the Hub, or the server ignores byte ranges",
+                where=f"{self.repo}/{file}",
+                expected=f"{stop - start} bytes of {self.sizes[file]}",
+                found=f"status {response.status_code}, {len(content)} bytes of {total or 'unknown'}",
+                next_step="run the command again; without --no-cache if it happens again",
+            )
+        self.bytes_read += len(content)
+        buffer[:] = content
+        return buffer
+
+
+def _listing(api: Any, repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """Commit and file sizes of a repo; from the cache when offline."""
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        path = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return path.name, {f: (path / f).stat().st_size for f in LocalFolder(path).files()}
+    info = api.model_info(repo, revision=revision, files_metadata=True)
+    return info.sha, {s.rfilename: int(s.size or 0) for s in info.siblings}
+
+
+def open_hub(repo: str, revision: str | None = None, *, ranges: bool = False) -> Checkpoint:
+    """Open `org/name` at a branch, tag or commit. Raises HubError or CheckpointError, before weights are read."""
+    source = HubRepo(repo, revision, ranges=ranges)
+    checkpoint = Checkpoint(source, repo, source.sha)
+    source.headers_only = False
+    return checkpoint
+
+
+# -- pushing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PushTarget:
+    """Where and how to publish: `revision` a branch to make or extend, `create_pr` to open a pull request."""
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class PushReport:
+    """What a push did: its commit's address, the files in it, and the bytes that were not there before."""
+
+    url: str
+    files: dict[str, int] = field(default_factory=dict)
+
+
+def check_push(target: PushTarget) -> None:
+    """Raise HubError unless the token may write to the repo and the repo may be written. Run before computing."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with hub_errors("checking the token", target.repo):
+        who = api.whoami()
+        token = (who.get("auth") or {}).get("accessToken") or {}
+        owners = {who["name"], *(org["name"] for org in who.get("orgs", []))}
+        if token.get("role") == "read":
+            raise HubError(
+                "the token may only read",
+                where=target.repo,
+                expected="a token with write access",
+                next_step="make one on the Hub's token page and set HF_TOKEN",
+            )
+        owner = target.repo.partition("/")[0]
+        if "/" not in target.repo or (owner not in owners and not target.create_pr):
+            raise HubError(
+                "this account can't write there",
+                where=target.repo,
+                expected=f"{' or '.join(sorted(owners))}/NAME",
+                next_step="name a repo of your own, or open a pull request with --create-pr",
+            )
+        existing = _existing_files(api, target)
+    if existing - {".gitattributes", "README.md"} and MANIFEST not in existing and not target.overwrite:
+        raise HubError(
+            "the repo exists and was not written by surgeon",
+            where=target.repo,
+            found=", ".join(sorted(existing)[:3]),
+            next_step="name another repo, or give --overwrite",
+        )
+
+
+def _existing_files(api: Any, target: PushTarget) -> set[str]:
+    from huggingface_hub import errors
+
+    try:
+        return set(api.list_repo_files(target.repo, revision=target.revision))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        return set()
+
+
+def push_folder(
+    folder: Path, target: PushTarget, message: str, say: Callable[[str], None] = lambda _: None
+) -> PushReport:
+    """Publish a finished folder in one commit.
+
+    Large files go up first and stay invisible; the one commit that follows makes everything visible at once and takes
+    away what the folder no longer has. Run again after an interruption, only what is missing is sent. Raises HubError.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    check_push(target)
+    api = HfApi()
+    names = LocalFolder(folder).files()
+    report = PushReport("", {name: (folder / name).stat().st_size for name in names})
+    with hub_errors("pushing", target.repo):
+        api.create_repo(target.repo, private=target.private or None, exist_ok=True)
+        if target.revision is not None and not target.create_pr:
+            api.create_branch(target.repo, branch=target.revision, exist_ok=True)
+        stale = _existing_files(api, target) - set(names) - {".gitattributes"}
+        additions = [CommitOperationAdd(name, folder / name) for name in names]
+        say(f"Uploading {len(names)} files, {sum(report.files.values()) / 2**20:,.0f} MiB, to {target.repo}")
+        # Uploads the large files and forgets them; the commit then refers to them by their hash.
+        api.preupload_lfs_files(
+            target.repo,
+            additions,
+            revision=target.revision,
+            create_pr=target.create_pr or None,
+            free_memory=False,
+        )
+        commit = api.create_commit(
+            target.repo,
+            [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
+            commit_message=message,
+            revision=target.revision,
+            create_pr=target.create_pr or None,
+        )
+    report.url = str(commit.pr_url or commit.commit_url)
+    return report
