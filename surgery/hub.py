@@ -8,24 +8,26 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.checkpoint import Checkpoint, LocalFolder, new_buffer
 from surgery.errors import HubError
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 MANIFEST = "surgeon.json"
+Result = TypeVar("Result")
 READ_TIMEOUT = 30.0  # seconds without a byte before a request counts as failed
 
 
 @contextlib.contextmanager
 def hub_errors(what: str, repo: str) -> Iterator[None]:
     """Turn what the Hub client raises into a HubError that says what to do next."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -45,15 +47,18 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
         raise HubError(
             f"{what}: no such revision", where=repo, next_step="name a branch, tag or commit that exists"
         ) from error
-    except errors.OfflineModeIsEnabled as error:
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.EntryNotFoundError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(
+                f"{what}: offline mode is on and this is not in the cache",
+                where=repo,
+                next_step="unset HF_HUB_OFFLINE once to fetch it",
+            ) from error
         raise HubError(
-            f"{what}: offline mode is on and this is not in the cache",
+            f"{what}: a file is neither in the cache nor to be had",
             where=repo,
-            next_step="unset HF_HUB_OFFLINE once to fetch it",
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.EntryNotFoundError) as error:
-        raise HubError(
-            f"{what}: a file is neither in the cache nor to be had", where=repo, found=_first_line(error)
+            found=_first_line(error),
+            next_step="check the network and run the same command again",
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
@@ -88,6 +93,33 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
         ) from error
 
 
+def patiently(action: Callable[[], Result]) -> Result:
+    """Run a request again after faults that pass (no connection, 429, 5xx): 4 times, 1, 2 and 4 seconds apart.
+
+    The client retries range requests and uploads by itself, but not the listing and the small files.
+    """
+    for pause in (1, 2, 4):
+        try:
+            return action()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _passes(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return bool(status == 429 or status >= 500)
+    return isinstance(error, ConnectionError) or type(error).__name__ in (
+        "ConnectError",
+        "ReadError",
+        "ReadTimeout",
+        "RemoteProtocolError",
+    )
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
 
@@ -114,10 +146,19 @@ class HubRepo:
         self.headers_only = True
         self.bytes_read = 0
         with hub_errors("reading the model", repo):
-            sha, sizes = _listing(HfApi(), repo, revision)
-            self.sha, self.sizes = sha, sizes
-            small = [f for f in sizes if not f.endswith(WEIGHT_ENDINGS)]
-            self.path = Path(snapshot_download(repo, revision=sha, allow_patterns=small or ["config.json"]))
+            sha, self.sizes = patiently(lambda: _listing(HfApi(), repo, revision))
+            small = [f for f in self.sizes if not f.endswith(WEIGHT_ENDINGS)] or ["config.json"]
+            # Asked for by its name, so that the cache learns which commit the name stands for and works offline.
+            path = patiently(lambda: snapshot_download(repo, revision=revision, allow_patterns=small))
+            self.path, self.sha = Path(path), Path(path).name
+            if self.sha != sha:
+                raise HubError(
+                    "the revision moved while it was being read",
+                    where=repo,
+                    expected=sha,
+                    found=self.sha,
+                    next_step="run the command again",
+                )
         self._small = LocalFolder(self.path)
         self._downloads: dict[str, Future[str]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="surgeon-download")
@@ -140,7 +181,7 @@ class HubRepo:
         if self.ranges or self.headers_only:
             return self._range(file, start, stop)
         with hub_errors("downloading", self.repo):
-            local = self._download(file).result()
+            local = patiently(lambda: self._download(file).result())
             following = [f for f in self.files() if f.endswith(".safetensors") and f > file][:1]
             for name in following:
                 self._download(name)
@@ -150,7 +191,8 @@ class HubRepo:
         from huggingface_hub import hf_hub_download
 
         with self._lock:
-            if file not in self._downloads:
+            known = self._downloads.get(file)
+            if known is None or (known.done() and known.exception() is not None):
                 self._downloads[file] = self._pool.submit(hf_hub_download, self.repo, file, revision=self.sha)
             return self._downloads[file]
 
@@ -222,6 +264,14 @@ class PushReport:
     files: dict[str, int] = field(default_factory=dict)
 
 
+def account_name() -> str:
+    """Name of the account the token belongs to. Raises HubError without a valid token."""
+    from huggingface_hub import HfApi
+
+    with hub_errors("checking the token", "the Hub"):
+        return str(HfApi().whoami()["name"])
+
+
 def check_push(target: PushTarget) -> None:
     """Raise HubError unless the token may write to the repo and the repo may be written. Run before computing."""
     from huggingface_hub import HfApi
@@ -280,19 +330,22 @@ def push_folder(
     names = LocalFolder(folder).files()
     report = PushReport("", {name: (folder / name).stat().st_size for name in names})
     with hub_errors("pushing", target.repo):
-        api.create_repo(target.repo, private=target.private or None, exist_ok=True)
+        patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
         if target.revision is not None and not target.create_pr:
-            api.create_branch(target.repo, branch=target.revision, exist_ok=True)
-        stale = _existing_files(api, target) - set(names) - {".gitattributes"}
+            branch = target.revision
+            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True))
+        stale = patiently(lambda: _existing_files(api, target)) - set(names) - {".gitattributes"}
         additions = [CommitOperationAdd(name, folder / name) for name in names]
         say(f"Uploading {len(names)} files, {sum(report.files.values()) / 2**20:,.0f} MiB, to {target.repo}")
         # Uploads the large files and forgets them; the commit then refers to them by their hash.
-        api.preupload_lfs_files(
-            target.repo,
-            additions,
-            revision=target.revision,
-            create_pr=target.create_pr or None,
-            free_memory=False,
+        patiently(
+            lambda: api.preupload_lfs_files(
+                target.repo,
+                additions,
+                revision=target.revision,
+                create_pr=target.create_pr or None,
+                free_memory=False,
+            )
         )
         commit = api.create_commit(
             target.repo,

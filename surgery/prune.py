@@ -44,13 +44,14 @@ def write_pruned(
     options: RunOptions | None = None,
     dense: dict[str, Any] | None = None,
     measure: Callable[[Checkpoint], dict[str, Any]] | None = None,
+    command: str | None = None,
     track: Track[Any] = untracked,
 ) -> dict[str, Any]:
     """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
 
     Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
-    given, makes the same of the written checkpoint. The folder appears under its name only when the gate is passed;
+    given, makes the same of the written checkpoint; `command` is recorded as the way to make it again. The folder appears under its name only when the gate is passed;
     whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
@@ -67,7 +68,7 @@ def write_pruned(
         measurements: dict[str, Any] = {"gate": gate, **({"dense": dense} if dense else {})}
         if measure is not None:
             measurements["shrunk"] = measure(written)
-        manifest = make_manifest(checkpoint, index, plan, specs, measurements)
+        manifest = make_manifest(checkpoint, index, plan, specs, measurements) | {"command": command}
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         write_card(folder, manifest, checkpoint)
     return manifest
@@ -132,7 +133,7 @@ def make_manifest(
         "schema_version": SCHEMA_VERSION,
         "source": source_json(checkpoint),
         "result": {
-            "parameters": sum(torch.Size(spec.shape).numel() for spec in specs.values()),
+            "parameters": sum(spec.numel for spec in specs.values()),
             "bytes": sum(spec.nbytes for spec in specs.values()),
         },
         "plan": plan.as_json(),

@@ -28,9 +28,14 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 def plan_shards(specs: dict[str, TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
@@ -108,7 +113,7 @@ class ShardWriter:
         assert not incomplete, f"never written: {incomplete[:3]}"
         if len(self.shards) > 1:
             metadata = {
-                "total_parameters": sum(torch.Size(spec.shape).numel() for spec in self.specs.values()),
+                "total_parameters": sum(spec.numel for spec in self.specs.values()),
                 "total_size": sum(spec.nbytes for spec in self.specs.values()),
             }
             index = {"metadata": metadata, "weight_map": dict(sorted(self.file_of.items()))}

@@ -1,0 +1,215 @@
+"""`surgeon prune`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.commands.options import calibration_options, common_options, output_options, push_options
+from surgery.commands.session import (
+    bars,
+    data_console,
+    evaluate,
+    local_path,
+    make_index,
+    model_width,
+    open_model,
+    run_options,
+    say,
+)
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+    from surgery.hub import PushTarget
+    from surgery.index import ChannelIndex
+    from surgery.plan import ResizePlan
+
+METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@click.option("--sparsity", type=float, help="Fraction of FFN channels to remove, 0 to 1. [default: 0.5]")
+@click.option("--intermediate-size", type=int, help="Exact width to keep, in place of --sparsity.")
+@click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
+@click.option("--allocation", type=click.Choice(["uniform"]), default="uniform", show_default=True)
+@click.option("--repair", type=click.Choice(["none"]), default="none", show_default=True)
+@click.option("--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]")
+@click.option("--eval", "eval_text", metavar="FILE|DATASET", help="Measure before and after on this text.")
+@click.option("--eval-blocks", type=int, help="Blocks of it to use. [default: all]")
+@click.option(
+    "--push",
+    "push_to",
+    metavar="[REPO]",
+    is_flag=False,
+    flag_value="auto",
+    help="Publish to this Hub repo. [default name: from the source and the cut]",
+)
+@push_options
+@calibration_options
+@output_options
+@common_options
+def prune(
+    model: str,
+    index_folder: str | None,
+    eval_text: str | None,
+    eval_blocks: int | None,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    push_to: str | None,
+    **options: Any,
+) -> None:
+    """Shrink MODEL: choose channels, cut them out, write a smaller checkpoint.
+
+    \b
+    surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
+    """
+    from surgery.destination import check_destination
+    from surgery.prune import write_pruned
+
+    check_size_options(options)
+    checkpoint = open_model(model, options)
+    check_width(checkpoint, options)
+    destination = out or Path(default_name(checkpoint, options))
+    target = None
+    if not dry_run:
+        source = local_path(model)
+        check_destination(destination, overwrite=overwrite, source=source, needs_bytes=checkpoint.nbytes)
+        target = push_target(push_to, destination, options, overwrite)
+    channels = index_for(checkpoint, index_folder, options, quiet)
+    plan, sizes = plan_cut(checkpoint, channels, options)
+    if not as_json:
+        from surgery.show import show_plan
+
+        show_plan(plan, sizes, data_console())
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps({"plan": plan.as_json(), "sizes": sizes}))
+        return
+    check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
+
+    def measure(measured: Checkpoint) -> dict[str, Any]:
+        return evaluate(measured, str(eval_text), eval_blocks, None, options, quiet)
+
+    dense = measure(checkpoint) if eval_text is not None else None
+    manifest = write_pruned(
+        checkpoint,
+        channels,
+        plan,
+        destination,
+        options=run_options(checkpoint, options),
+        dense=dense,
+        measure=measure if dense else None,
+        command=canonical_command(checkpoint, channels, plan),
+        track=bars(quiet),
+    )
+    if as_json:
+        click.echo(json.dumps(manifest))
+    elif dense:
+        shrunk = manifest["measurements"]["shrunk"]
+        click.echo(f"Perplexity {dense['perplexity']:.2f} → {shrunk['perplexity']:.2f} on {dense['text']}")
+    say(f"Checkpoint written to {destination}", quiet)
+    if target is not None:
+        from surgery.hub import push_folder
+
+        report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
+        say(f"Published: {report.url}", quiet)
+
+
+def check_size_options(options: dict[str, Any]) -> None:
+    """Raise UsageError when the cut's size is given twice; 50% when it is not given."""
+    if options["sparsity"] is not None and options["intermediate_size"] is not None:
+        raise UsageError("give --sparsity or --intermediate-size, not both")
+    if options["sparsity"] is None and options["intermediate_size"] is None:
+        options["sparsity"] = 0.5
+
+
+def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
+    """Refuse a width that can't be made before anything is computed."""
+    from surgery.plan import default_multiple, rounded_width
+
+    if options["sparsity"] is not None:
+        width, multiple = model_width(checkpoint), options["multiple_of"]
+        rounded_width(width, options["sparsity"], default_multiple(width) if multiple is None else multiple)
+
+
+def default_name(checkpoint: Checkpoint, options: dict[str, Any]) -> str:
+    """Folder and repo name: source, method, percent removed or width kept."""
+    sparsity = options["sparsity"]
+    size = f"w{options['intermediate_size']}" if sparsity is None else str(round(100 * sparsity))
+    return f"{checkpoint.name.split('/')[-1]}-{options['method']}-{size}"
+
+
+def push_target(
+    push_to: str | None, destination: Path, options: dict[str, Any], overwrite: bool
+) -> PushTarget | None:
+    """Where --push goes, checked to be writable; without a name, the account's repo named as the folder."""
+    if push_to is None:
+        return None
+    from surgery.hub import PushTarget, account_name, check_push
+
+    repo = f"{account_name()}/{destination.name}" if push_to == "auto" else push_to
+    target = PushTarget(repo, options["private"], options["push_revision"], options["create_pr"], overwrite)
+    check_push(target)
+    return target
+
+
+def index_for(
+    checkpoint: Checkpoint, folder: str | None, options: dict[str, Any], quiet: bool
+) -> ChannelIndex:
+    """The index to cut by: read from `folder`, or made now."""
+    from surgery.index import ChannelIndex
+
+    if folder is None:
+        made = make_index(checkpoint, options, dry_run=False, quiet=quiet)
+        assert made is not None
+        return made
+    channels = ChannelIndex.load(folder)
+    channels.check_source(checkpoint)
+    return channels
+
+
+def plan_cut(
+    checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any]
+) -> tuple[ResizePlan, dict[str, int]]:
+    """The plan, and parameters and bytes before and after it."""
+    from surgery.plan import make_plan
+    from surgery.prune import planned_specs
+    from surgery.resize import checkpoint_cuts
+
+    plan = make_plan(
+        channels,
+        method=options["method"],
+        sparsity=options["sparsity"],
+        width=options["intermediate_size"],
+        multiple_of=options["multiple_of"],
+        seed=options["seed"],
+    )
+    specs = planned_specs(checkpoint, plan, checkpoint_cuts(checkpoint))
+    return plan, {
+        "parameters_before": checkpoint.parameters,
+        "parameters_after": sum(spec.numel for spec in specs.values()),
+        "bytes_before": checkpoint.nbytes,
+        "bytes_after": sum(spec.nbytes for spec in specs.values()),
+    }
+
+
+def canonical_command(checkpoint: Checkpoint, channels: ChannelIndex, plan: ResizePlan) -> str:
+    """The command that makes the same checkpoint again, free of paths of this machine."""
+    calibration = channels.calibration
+    words = ["surgeon", "prune", checkpoint.name]
+    if checkpoint.revision:
+        words += ["--revision", checkpoint.revision]
+    words += ["--intermediate-size", str(plan.width_after), "--method", plan.method, "--seed", str(plan.seed)]
+    words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
+    words += ["--block-size", str(calibration["block_size"]), "--dtype", channels.run["dtype"]]
+    return shlex.join(words)

@@ -1,0 +1,153 @@
+"""What the commands share: opening a model, calibrating, measuring, talking."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from surgery.checkpoint import Checkpoint
+    from surgery.index import ChannelIndex
+    from surgery.indexing import RunOptions
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def open_model(model: str, options: dict[str, Any]) -> Checkpoint:
+    """The checkpoint MODEL names: a local folder, or `org/name` on the Hub."""
+    from surgery.checkpoint import Checkpoint
+    from surgery.errors import CheckpointError
+
+    if Path(model).is_dir():
+        if options["revision"]:
+            raise UsageError("--revision is for models on the Hub", where=model)
+        return Checkpoint.open(model)
+    if not HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            "no such model folder",
+            where=model,
+            next_step="give a folder holding config.json, or a Hub id as org/name",
+        )
+    from surgery.hub import open_hub
+
+    return open_hub(model, options["revision"], ranges=options["no_cache"])
+
+
+def local_path(model: str) -> Path | None:
+    """The folder of a local model, None for one on the Hub."""
+    return Path(model) if Path(model).is_dir() else None
+
+
+def model_width(checkpoint: Checkpoint) -> int:
+    """Width of the model's FFNs, from its config."""
+    from surgery.families import layout_of
+
+    return int(checkpoint.config[layout_of(checkpoint.config, checkpoint.name).width_key])
+
+
+def run_options(checkpoint: Checkpoint, options: dict[str, Any]) -> RunOptions:
+    """Device, dtype and memory from the command line."""
+    from surgery.devices import default_memory, parse_bytes, pick_device, pick_dtype
+    from surgery.indexing import RunOptions
+
+    device = pick_device(options["device"])
+    memory = parse_bytes(options["memory"]) if options["memory"] else default_memory()
+    return RunOptions(device, pick_dtype(options["dtype"], checkpoint, device), memory)
+
+
+def make_index(
+    checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool, quiet: bool
+) -> ChannelIndex | None:
+    """Calibrate and index; with `dry_run` only say what would be done."""
+    import torch
+
+    from surgery.calibration import load_tokenizer, read_text, token_blocks
+    from surgery.families import layout_of
+    from surgery.indexing import build_index
+    from surgery.super_weights import PROMPT
+
+    layout = layout_of(checkpoint.config, checkpoint.name)
+    run = run_options(checkpoint, options)
+    tokenizer = load_tokenizer(checkpoint)
+    text, name = read_text(options["calibration"])
+    blocks = token_blocks(
+        tokenizer,
+        text,
+        name,
+        block_size=options["block_size"],
+        blocks=options["blocks"],
+        seed=options["seed"],
+    )
+    if dry_run:
+        click.echo(
+            f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, {checkpoint.nbytes / 2**20:,.0f} MiB"
+        )
+        click.echo(
+            f"FFN: {', '.join(layout.rows)}, {layout.down}; width {checkpoint.config[layout.width_key]} ({layout.width_key})"
+        )
+        click.echo(f"Calibration: {options['blocks']} x {options['block_size']} tokens of {name}")
+        click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
+        return None
+    say(f"Indexing {checkpoint.name} on {len(blocks.ids)} x {options['block_size']} tokens of {name}", quiet)
+    prompt_ids = torch.tensor(tokenizer(options["prompt"] or PROMPT)["input_ids"])
+    return build_index(checkpoint, blocks, prompt_ids, run, bars(quiet))
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    text_spec: str,
+    blocks: int | None,
+    block_size: int | None,
+    options: dict[str, Any],
+    quiet: bool,
+) -> dict[str, Any]:
+    """Perplexity on a text, as JSON fields."""
+    from surgery.calibration import load_tokenizer, read_text, token_blocks
+    from surgery.perplexity import default_block_size, measure_perplexity
+
+    text, name = read_text(text_spec)
+    size = block_size or default_block_size(checkpoint.config)
+    cut = token_blocks(load_tokenizer(checkpoint), text, name, block_size=size, blocks=blocks)
+    return measure_perplexity(checkpoint, cut, run_options(checkpoint, options), track=bars(quiet)).as_json()
+
+
+def bars(quiet: bool) -> Any:
+    """Progress bars on stderr with the time left, or none."""
+    from surgery.index import untracked
+
+    if quiet or not sys.stderr.isatty():
+        return untracked
+
+    def track(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(f"{label:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            yield from progress.track(items, total=total)
+
+    return track
+
+
+def data_console() -> Console:
+    """The console data is printed on: plain and 110 columns wide where stdout is no terminal."""
+    from rich.console import Console
+
+    return Console(
+        width=None if sys.stdout.isatty() else 110, highlight=False, soft_wrap=not sys.stdout.isatty()
+    )
+
+
+def say(text: str, quiet: bool) -> None:
+    """Talk, on stderr."""
+    if not quiet:
+        click.echo(text, err=True)
