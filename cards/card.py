@@ -16,14 +16,24 @@ METHOD_NAMES = {
     "wanda": "Wanda-sp",
     "random": "random channels (a control)",
 }
+OBLIGATIONS = {
+    "llama": (
+        "The source is under a Llama community license: display “Built with Llama” where you use this model, keep the "
+        "license and its notice with every copy, and begin the name of any model you make from it with “Llama”."
+    ),
+    "gemma": (
+        "The source is under the Gemma Terms of Use: pass them and the use restrictions on with every copy, and say "
+        "that files were changed (config.json and the weights were)."
+    ),
+}
 
 
 def render_card(manifest: dict[str, Any], source_card: str | None = None, template: str | None = None) -> str:
     """The card's Markdown with its YAML front matter.
 
-    `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license and language
-    are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`, `front_matter`,
-    `method`, `percent` and `saved`.
+    `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license, language and
+    tags are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`,
+    `front_matter`, `method`, `percent`, `saved`, `obligation` and `load_from`.
     """
     import jinja2
 
@@ -42,21 +52,53 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         method=METHOD_NAMES.get(plan["method"], plan["method"]),
         percent=f"{100 * plan['sparsity']:.0f}%",
         saved=f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
+        obligation=obligation(source_card),
+        load_from=manifest.get("repo") or "path/to/this/folder",
     )
     return re.sub(r"\n{3,}", "\n\n", rendered)
 
 
 def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> str:
-    """YAML of the card, by the Hub's conventions; what the source's card does not say is left out."""
-    from huggingface_hub import ModelCardData
+    """YAML of the card, by the Hub's conventions; what the source's card does not say is left out.
+
+    The Hub knows no relation "pruned": `finetune` and the tag `pruned` say it. The source's own results are not
+    carried over, since they are not this model's.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
 
     inherited = _inherited(source_card)
     name = manifest["source"]["name"]
+    tags = [tag for tag in inherited.pop("tags", []) if tag not in TAGS]
     fields: dict[str, Any] = {**inherited, "library_name": "transformers", "pipeline_tag": "text-generation"}
-    fields["tags"] = list(dict.fromkeys([*inherited.get("tags", []), *TAGS]))
+    fields["tags"] = [*tags, *TAGS]
     if "/" in name:  # a Hub id; a folder's name would be a broken link
         fields |= {"base_model": name, "base_model_relation": "finetune"}
+    shrunk = manifest["measurements"].get("shrunk")
+    texts = [manifest["calibration"]["name"], *([shrunk["text"]] if shrunk else [])]
+    datasets = list(dict.fromkeys(text.partition(":")[0] for text in texts if "/" in text))
+    if datasets:
+        fields["datasets"] = datasets
+    if shrunk:
+        fields["model_name"] = (manifest.get("repo") or name).split("/")[-1]
+        fields["eval_results"] = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=shrunk["text"].partition(":")[0],
+                dataset_name=shrunk["text"],
+                metric_type=kind,
+                metric_name=f"{kind.replace('_', ' ')} ({shrunk['block_size']}-token blocks)",
+                metric_value=shrunk[kind],
+            )
+            for kind in ("perplexity", "bits_per_byte")
+        ]
     return str(ModelCardData(**fields).to_yaml())
+
+
+def obligation(source_card: str | None) -> str:
+    """What the source's license asks of whoever passes a changed copy on; empty where nothing special is known."""
+    data = _inherited(source_card)
+    license_id = str(data.get("license_name") or data.get("license") or "").lower()
+    return next((text for word, text in OBLIGATIONS.items() if license_id.startswith(word)), "")
 
 
 def _inherited(source_card: str | None) -> dict[str, Any]:
@@ -65,6 +107,5 @@ def _inherited(source_card: str | None) -> dict[str, Any]:
     if not source_card or not source_card.startswith("---"):
         return {}
     data = ModelCard(source_card, ignore_metadata_errors=True).data.to_dict()
-    return {
-        key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)
-    }
+    keys = ("license", "license_name", "license_link", "language", "tags")
+    return {key: data[key] for key in keys if data.get(key)}

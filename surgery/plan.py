@@ -19,12 +19,18 @@ NARROW_MODEL = 4096
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: `kept` sorted channel indices [K]; `protected` those that may not go; supernodes before and after."""
+    """One layer: `kept` sorted channel indices [K]; `protected` those that may not go.
+
+    `supernodes` there were and `supernodes_kept` there are; `lp_share_top` is the share of the layer's LP mass held by
+    its supernodes, `lp_kept` the share held by the kept channels.
+    """
 
     kept: torch.Tensor
     protected: torch.Tensor
     supernodes: int
     supernodes_kept: int
+    lp_share_top: float
+    lp_kept: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class ResizePlan:
                     "width": len(layer.kept),
                     "supernodes": layer.supernodes,
                     "supernodes_kept": layer.supernodes_kept,
+                    "lp_share_top": layer.lp_share_top,
+                    "lp_kept": layer.lp_kept,
                     "protected": layer.protected.tolist(),
                     "kept": layer.kept.tolist(),
                 }
@@ -145,7 +153,8 @@ def make_plan(
             )
         kept = keep_highest(score, protected, after)
         survivors = int(torch.isin(layer.supernodes, kept).sum())
-        layers.append(LayerPlan(kept, protected, len(layer.supernodes), survivors))
+        top, held = (mass(layer.statistics["loss_proxy"], chosen) for chosen in (layer.supernodes, kept))
+        layers.append(LayerPlan(kept, protected, len(layer.supernodes), survivors, top, held))
     return ResizePlan(
         method=method,
         seed=seed,
@@ -155,6 +164,13 @@ def make_plan(
         layers=tuple(layers),
         super_weights=tuple(_moved(index, layers)),
     )
+
+
+def mass(loss_proxy: torch.Tensor, channels: torch.Tensor) -> float:
+    """Share of the LP mass [F] that some channels hold, in [0, 1]."""
+    values = loss_proxy.double()
+    total = float(values.sum())
+    return float(values[channels].sum()) / total if total > 0 else 0.0
 
 
 def keep_highest(score: torch.Tensor, protected: torch.Tensor, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from surgery.gate import GATE_TOKENS, cpu_options, pass_gate, run_to_logits
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
 from surgery.plan import ResizePlan
+from surgery.plots import CONCENTRATION, CUT, save_figures
 from surgery.resize import TensorCut, checkpoint_cuts, cut_tensor, mask_channels, resized_shape
 from surgery.stream import StreamedModel
 from surgery.writer import ShardWriter, TensorSpec
@@ -45,13 +46,15 @@ def write_pruned(
     dense: dict[str, Any] | None = None,
     measure: Callable[[Checkpoint], dict[str, Any]] | None = None,
     command: str | None = None,
+    repo: str | None = None,
     track: Track[Any] = untracked,
 ) -> dict[str, Any]:
     """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
 
     Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
-    given, makes the same of the written checkpoint; `command` is recorded as the way to make it again. The folder appears under its name only when the gate is passed;
+    given, makes the same of the written checkpoint; `command` is recorded as the way to make it
+    again and `repo` as where it will be published. The folder appears under its name only when the gate is passed;
     whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
@@ -68,8 +71,12 @@ def write_pruned(
         measurements: dict[str, Any] = {"gate": gate, **({"dense": dense} if dense else {})}
         if measure is not None:
             measurements["shrunk"] = measure(written)
-        manifest = make_manifest(checkpoint, index, plan, specs, measurements) | {"command": command}
+        manifest = make_manifest(checkpoint, index, plan, specs, measurements) | {
+            "command": command,
+            "repo": repo,
+        }
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
+        save_figures(folder, manifest)
         write_card(folder, manifest, checkpoint)
     return manifest
 
@@ -109,7 +116,7 @@ def _copy_and_run(
 def _carry_files(checkpoint: Checkpoint, plan: ResizePlan, folder: Path) -> None:
     """Copy every file that holds no weights; config.json gets the new width and keeps all else."""
     for file in checkpoint.other_files:
-        if file in ("README.md", MANIFEST):
+        if file in ("README.md", MANIFEST, CONCENTRATION, CUT):
             continue
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,3 +171,17 @@ def write_card(folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint) -
         size = checkpoint.source.size("README.md")
         source_card = bytes(checkpoint.source.read("README.md", 0, size)).decode("utf-8", errors="replace")
     (folder / "README.md").write_text(render_card(manifest, source_card), encoding="utf-8")
+
+
+def name_repo(folder: Path, repo: str) -> None:
+    """Note in surgeon.json and the card of a finished folder under which Hub id it is published."""
+    from cards import render_card
+
+    path, card = folder / MANIFEST, folder / "README.md"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("repo") == repo:
+        return
+    manifest["repo"] = repo
+    path.write_text(dump_manifest(manifest), encoding="utf-8")
+    existing = card.read_text(encoding="utf-8") if card.exists() else None
+    card.write_text(render_card(manifest, existing), encoding="utf-8")

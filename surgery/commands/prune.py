@@ -110,6 +110,7 @@ def prune(
         dense=dense,
         measure=measure if dense else None,
         command=canonical_command(checkpoint, channels, plan),
+        repo=target.repo if target else None,
         track=bars(quiet),
     )
     if as_json:

@@ -38,6 +38,7 @@ def push(
     from surgery.checkpoint import LocalFolder
     from surgery.gate import check_folder
     from surgery.hub import PushTarget, check_push, push_folder
+    from surgery.prune import name_repo
 
     read_manifest(folder)
     if dry_run:
@@ -53,6 +54,7 @@ def push(
     target = PushTarget(repo, options["private"], options["push_revision"], options["create_pr"], overwrite)
     check_push(target)
     check_folder(folder)
+    name_repo(folder, repo)
     report = push_folder(folder, target, f"Upload {folder.name} with surgeon", lambda text: say(text, quiet))
     if as_json:
         click.echo(json.dumps({"url": report.url, "files": report.files}))

@@ -1,0 +1,102 @@
+"""Model cards, against files looked at by a person (`tests/golden/`), and as the Hub reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from cards import render_card
+
+GOLDEN = Path(__file__).parent / "golden"
+SHRUNK = {
+    "perplexity": 17.53,
+    "bits_per_byte": 1.183,
+    "nats": 46901.2,
+    "tokens": 16376,
+    "bytes": 57177,
+    "block_size": 2048,
+    "text": "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    "sha256": "1" * 64,
+    "convention": "non-overlapping blocks of 2048 tokens",
+}
+WEIGHT = {"layer": 1, "row": 788, "column_before": 2427, "column": 1200, "value": -0.6055}
+LAYER = {"supernodes": 15, "supernodes_kept": 15}
+SOURCE_CARDS = {
+    "no-card": None,
+    "llama": "---\nlicense: llama3.1\nlanguage:\n- en\n- de\ntags:\n- facebook\n---\n# Source\n",
+    "evaluated": (
+        "---\nlicense: apache-2.0\nmodel-index:\n- name: source\n  results:\n  - task:\n      type: text-generation\n"
+        "    dataset:\n      type: mmlu\n      name: MMLU\n    metrics:\n    - type: accuracy\n      value: 0.99\n---\n"
+    ),
+}
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    """What surgeon.json holds, for one of the golden cards."""
+    measured = kind != "no-card"
+    return {
+        "source": {
+            "name": "meta-llama/Llama-3.1-8B" if kind == "llama" else "org/source" if measured else "a-folder",
+            "revision": "abc123" if measured else None,
+            "parameters": 134_515_008,
+            "bytes": 269_030_016,
+        },
+        "result": {"parameters": 114_608_448, "bytes": 229_216_896},
+        "plan": {
+            "method": "scar-prot",
+            "sparsity": 0.25,
+            "width_before": 1536,
+            "width_after": 1152,
+            "layers": [LAYER, LAYER],
+            "divides": {"32": [1, 2, 4], "64": [1, 2], "128": [1], "256": []},
+        },
+        "super_weights": [WEIGHT] if measured else [],
+        "measurements": {"dense": {**SHRUNK, "perplexity": 11.53, "bits_per_byte": 1.01}, "shrunk": SHRUNK}
+        if measured
+        else {},
+        "calibration": {
+            "blocks": 64,
+            "block_size": 512,
+            "name": "Salesforce/wikitext:wikitext-2-raw-v1:train" if measured else "text.txt",
+            "sha256": "0" * 64,
+            "seed": 42,
+        },
+        "versions": {"surgeon": "0.1.0", "transformers": "5.23.0", "torch": "2.13.0"},
+        "command": "surgeon prune a-folder --intermediate-size 1152",
+        "repo": "me/smaller" if measured else None,
+    }
+
+
+@pytest.mark.parametrize("kind", SOURCE_CARDS)
+def test_golden_cards(kind: str) -> None:
+    assert render_card(manifest(kind), SOURCE_CARDS[kind]) == (GOLDEN / f"{kind}.md").read_text()
+
+
+@pytest.mark.parametrize("kind", SOURCE_CARDS)
+def test_the_hub_can_read_the_metadata(kind: str) -> None:
+    data = ModelCard(render_card(manifest(kind), SOURCE_CARDS[kind])).data
+    assert data.library_name == "transformers" and "pruned" in data.tags
+    if kind == "no-card":
+        assert data.base_model is None and data.eval_results is None and data.license is None
+        return
+    assert data.base_model == manifest(kind)["source"]["name"]
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == {"perplexity": 17.53, "bits_per_byte": 1.183}
+    assert data.datasets == ["Salesforce/wikitext"]
+
+
+def test_rendering_over_our_own_card_changes_nothing() -> None:
+    first = render_card(manifest("llama"), SOURCE_CARDS["llama"])
+    assert render_card(manifest("llama"), first) == first
+
+
+def test_a_template_can_be_replaced() -> None:
+    text = render_card(manifest("llama"), None, "{{ method }} cut {{ percent }}, {{ load_from }}")
+    assert text == "SCAR-Prot cut 25%, me/smaller"
+
+
+def test_golden_manifests_are_plain_json() -> None:
+    assert json.loads(json.dumps(manifest("llama"))) == manifest("llama")
