@@ -47,6 +47,7 @@ def write_pruned(
     measure: Callable[[Checkpoint], dict[str, Any]] | None = None,
     command: str | None = None,
     repo: str | None = None,
+    card_template: str | None = None,
     track: Track[Any] = untracked,
 ) -> dict[str, Any]:
     """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
@@ -54,7 +55,7 @@ def write_pruned(
     Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
     given, makes the same of the written checkpoint; `command` is recorded as the way to make it
-    again and `repo` as where it will be published. The folder appears under its name only when the gate is passed;
+    again, `repo` as where it will be published; `card_template` replaces the shipped card. The folder appears under its name only when the gate is passed;
     whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
@@ -77,7 +78,7 @@ def write_pruned(
         }
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         save_figures(folder, manifest)
-        write_card(folder, manifest, checkpoint)
+        write_card(folder, manifest, checkpoint, card_template)
     return manifest
 
 
@@ -162,7 +163,9 @@ def dump_manifest(manifest: dict[str, Any]) -> str:
     return text.replace(f'"{marker}"', "[\n   " + ",\n   ".join(lines) + "\n  ]") + "\n"
 
 
-def write_card(folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint) -> None:
+def write_card(
+    folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, template: str | None = None
+) -> None:
     """Write README.md, the model card, from the manifest and the source's own card."""
     from cards import render_card
 
@@ -170,7 +173,7 @@ def write_card(folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint) -
     if "README.md" in checkpoint.file_names:
         size = checkpoint.source.size("README.md")
         source_card = bytes(checkpoint.source.read("README.md", 0, size)).decode("utf-8", errors="replace")
-    (folder / "README.md").write_text(render_card(manifest, source_card), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(manifest, source_card, template), encoding="utf-8")
 
 
 def name_repo(folder: Path, repo: str) -> None:

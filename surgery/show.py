@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from surgery.errors import IndexMismatchError
 from surgery.index import ChannelIndex
 from surgery.plan import ResizePlan
 
@@ -60,6 +62,68 @@ def show_index(index: ChannelIndex, console: Console) -> None:
     console.print(table)
     _show_weights("Super weights", fields["super_weights"], console)
     _show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+
+
+def compare_indexes(indexes: list[tuple[str, ChannelIndex]]) -> dict[str, Any]:
+    """Several indexes of one architecture side by side, in the order given: concentration, and what of it stays.
+
+    `supernodes_shared` is the share of an index's supernodes that are also supernodes of the last one, over all layers.
+    Raises IndexMismatchError when layers or widths differ.
+    """
+    last = indexes[-1][1]
+    rows = []
+    for name, index in indexes:
+        if [layer.width for layer in index.layers] != [layer.width for layer in last.layers]:
+            raise IndexMismatchError(
+                "these indexes are of models of different shape",
+                where=name,
+                expected=f"{len(last.layers)} layers of {last.layers[0].width}",
+                found=f"{len(index.layers)} layers of {index.layers[0].width}",
+            )
+        shares = [layer["lp_share"]["0.01"] for layer in index.as_json()["layers"]]
+        pairs = list(zip(index.layers, last.layers, strict=True))
+        shared = sum(int(torch.isin(a.supernodes, b.supernodes).sum()) for a, b in pairs)
+        rows.append(
+            {
+                "name": name,
+                "revision": index.source["revision"],
+                "perplexity": index.loss["perplexity"],
+                "lp_share_median": statistics.median(shares),
+                "lp_share_min": min(shares),
+                "lp_share_max": max(shares),
+                "supernodes_shared": shared / sum(len(a.supernodes) for a, _ in pairs),
+                "super_weights": [[w.layer, w.row, w.column] for w in index.super_weights],
+            }
+        )
+    return {"model": last.source["name"], "calibration": last.calibration, "indexes": rows}
+
+
+def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -> None:
+    """Print `compare_indexes` as a table."""
+    fields = compare_indexes(indexes)
+    console.print(
+        f"[bold]{fields['model']}[/bold], the share of a layer's loss proxy held by its top 1% of channels"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in (
+        "index",
+        "perplexity",
+        "median",
+        "min",
+        "max",
+        "supernodes shared with the last",
+        "super weights",
+    ):
+        table.add_column(heading, justify="left" if heading in ("index", "super weights") else "right")
+    for row in fields["indexes"]:
+        table.add_row(
+            row["name"],
+            _short(row["perplexity"]),
+            *(f"{100 * row[key]:.1f}%" for key in ("lp_share_median", "lp_share_min", "lp_share_max")),
+            f"{100 * row['supernodes_shared']:.0f}%",
+            ", ".join(f"{layer} \\[{r}, {c}]" for layer, r, c in row["super_weights"]) or "none",
+        )
+    console.print(table)
 
 
 def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -> None:

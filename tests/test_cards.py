@@ -40,7 +40,11 @@ def manifest(kind: str) -> dict[str, Any]:
     measured = kind != "no-card"
     return {
         "source": {
-            "name": "meta-llama/Llama-3.1-8B" if kind == "llama" else "org/source" if measured else "a-folder",
+            "name": "meta-llama/Llama-3.1-8B"
+            if kind == "llama"
+            else "org/source"
+            if measured
+            else "a-folder",
             "revision": "abc123" if measured else None,
             "parameters": 134_515_008,
             "bytes": 269_030_016,
@@ -84,7 +88,10 @@ def test_the_hub_can_read_the_metadata(kind: str) -> None:
         assert data.base_model is None and data.eval_results is None and data.license is None
         return
     assert data.base_model == manifest(kind)["source"]["name"]
-    assert {r.metric_type: r.metric_value for r in data.eval_results} == {"perplexity": 17.53, "bits_per_byte": 1.183}
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == {
+        "perplexity": 17.53,
+        "bits_per_byte": 1.183,
+    }
     assert data.datasets == ["Salesforce/wikitext"]
 
 

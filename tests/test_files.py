@@ -160,3 +160,9 @@ def test_text_sources(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(CalibrationError, match="not UTF-8"):
         read_text(str(tmp_path / "latin.txt"))
+
+
+def test_hub_example_runs() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "hub_round_trip.py")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "A stranger loads it: intermediate_size 24" in result.stdout

@@ -15,7 +15,7 @@ from conftest import CALIBRATION
 from loopback_hub import TOKEN, Fault, LoopbackHub, serving
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [tiny]\n---\n# Tiny\n"
-PRUNE = ["prune", "org/tiny", "--multiple-of", "8", "--no-cache", "--quiet", *CALIBRATION]
+PRUNE = ["prune", "org/tiny", "--multiple-of", "8", "--no-cache", "--quiet", "--eval", "none", *CALIBRATION]
 LOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,7 +202,15 @@ def test_changed_file_is_refused(world: World) -> None:
 
 
 def test_branches_and_pull_requests(world: World) -> None:
-    world.surgeon(*PRUNE, "--out", "cut")
+    (world.folder / "card.txt").write_text("# {{ method }} of {{ manifest.source.name }}")
+    world.surgeon(*PRUNE, "--out", "own-card", "--card-template", "card.txt")
+    assert (world.folder / "own-card" / "README.md").read_text() == "# SCAR-Prot of org/tiny"
+    unmeasured = world.surgeon(
+        *(a for a in PRUNE if a not in ("--eval", "none")), "--push", "me/cut", "--out", "x", code=1
+    )
+    assert "the text can't be loaded" in unmeasured.stderr and "me/cut" not in world.hub.repos
+    world.surgeon(*PRUNE, "--out", "cut", "--eval", "text.txt", "--eval-blocks", "2")
+    assert "| perplexity |" in (world.folder / "cut" / "README.md").read_text()
     dry = world.surgeon("push", "cut", "me/cut", "--dry-run")
     assert "model.safetensors" in dry.stdout and "# tiny" in dry.stdout and "me/cut" not in world.hub.repos
     world.surgeon("push", "cut", "me/cut", "--private", "--push-revision", "half")
@@ -211,3 +219,16 @@ def test_branches_and_pull_requests(world: World) -> None:
     result = world.surgeon("push", "cut", "me/cut", "--create-pr")
     assert "discussions/1" in result.stdout and world.hub.files("me/cut") == {}
     assert "model.safetensors" in world.hub.files("me/cut", "refs/pr/1")
+
+
+def test_several_revisions_are_compared(world: World) -> None:
+    files = world.hub.files("org/tiny")
+    world.hub.put("org/tiny", files, branch="step-1")
+    arguments = ["--revision", "step-1", "--revision", "main", "--out", "runs", "--json", *CALIBRATION]
+    printed = json.loads(world.surgeon("index", "org/tiny", *arguments).stdout)
+    assert [row["name"] for row in printed["indexes"]] == ["step-1", "main"]
+    assert [row["supernodes_shared"] for row in printed["indexes"]] == [1.0, 1.0]
+    shown = world.surgeon("show", "runs")
+    assert "step-1" in shown.stdout and "100%" in shown.stdout
+    assert json.loads(world.surgeon("show", "runs", "--json").stdout) == printed
+    assert "one --revision at a time" in world.surgeon("prune", "org/tiny", *arguments[:4], code=2).stderr

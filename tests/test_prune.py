@@ -14,6 +14,11 @@ from conftest import CALIBRATION, FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from surgery.errors import CheckpointError
+from surgery.gate import check_folder
+from surgery.plan import ResizePlan
+from surgery.resize import TensorCut, cut_tensor
+
 
 def masked_logits(folder: Path, kept: list[list[int]], ids: torch.Tensor) -> torch.Tensor:
     """Logits of the source with the removed channels' down columns set to zero."""
@@ -157,3 +162,34 @@ def test_prune_measures_before_and_after(save_tiny: Callable[..., Path], surgeon
     assert measured["dense"]["perplexity"] != measured["shrunk"]["perplexity"]
     card = (source.parent / "cut" / "README.md").read_text()
     assert f"{measured['shrunk']['perplexity']:.2f}" in card
+
+
+def test_gate_refuses_a_wrong_cut(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery import prune
+
+    def shuffled(tensor: torch.Tensor, cut: TensorCut, plan: ResizePlan) -> torch.Tensor:
+        right = cut_tensor(tensor, cut, plan)
+        return right.flip(1).contiguous() if cut.axis == 1 else right
+
+    source = save_tiny("llama")
+    monkeypatch.setattr(prune, "cut_tensor", shuffled)
+    options = ["--sparsity", "0.5", "--multiple-of", "8", "--out", "cut"]
+    result = surgeon("prune", str(source), *options, *CALIBRATION, code=1)
+    assert "does not compute what the masked source does" in result.stderr
+    assert not (source.parent / "cut").exists()
+
+
+def test_gate_refuses_what_does_not_load_or_is_not_finite(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("llama")
+    check_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[0, 0] = float("inf")
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="finite"):
+        check_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    with pytest.raises(CheckpointError, match="missing_keys"):
+        check_folder(folder)

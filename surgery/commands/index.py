@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.commands.options import calibration_options, common_options, output_options
 from surgery.commands.session import data_console, local_path, make_index, open_model, say
+from surgery.destination import check_destination, complete_folder
+
+if TYPE_CHECKING:
+    from surgery.index import ChannelIndex
 
 
 @click.command()
@@ -20,36 +24,62 @@ from surgery.commands.session import data_console, local_path, make_index, open_
 def index(
     model: str, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Write the index of MODEL: what every FFN channel is worth, and its super weights."""
-    from surgery.destination import check_destination, complete_folder
-    from surgery.show import show_index
+    """Write the index of MODEL: what every FFN channel is worth, and its super weights.
 
-    checkpoint = open_model(model, options)
-    destination = out or Path(f"{checkpoint.name.split('/')[-1]}-index")
+    Several --revision make one index each, in folders of --out named by revision; `surgeon show` compares them.
+
+    \b
+    surgeon index org/name --out name-index
+    """
+    revisions = options["revision"]
+    base = out or Path(f"{Path(model).name}-index")
+    folders = [base / r.replace("/", "--") for r in revisions] if len(revisions) > 1 else [base]
     if not dry_run:
-        check_destination(destination, overwrite=overwrite, source=local_path(model))
-    result = make_index(checkpoint, options, dry_run=dry_run, quiet=quiet)
-    if result is None:
+        for folder in folders:
+            check_destination(folder, overwrite=overwrite, source=local_path(model))
+    made = []
+    for number, folder in enumerate(folders):
+        one = {**options, "revision": revisions[number : number + 1]}
+        result = make_index(open_model(model, one), one, dry_run=dry_run, quiet=quiet)
+        if result is not None:
+            with complete_folder(folder) as partial:
+                result.save(partial)
+            say(f"Index written to {folder}", quiet)
+            made.append((folder.name, result))
+    present(made, as_json)
+
+
+def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:
+    """Print one index in full, or several side by side."""
+    from surgery.show import compare_indexes, show_comparison, show_index
+
+    if not indexes:
         return
-    with complete_folder(destination) as folder:
-        result.save(folder)
     if as_json:
-        click.echo(json.dumps(result.as_json(), indent=1))
+        one = indexes[0][1].as_json() if len(indexes) == 1 else compare_indexes(indexes)
+        click.echo(json.dumps(one, indent=1))
+    elif len(indexes) == 1:
+        show_index(indexes[0][1], data_console())
     else:
-        show_index(result, data_console())
-    say(f"Index written to {destination}", quiet)
+        show_comparison(indexes, data_console())
 
 
 @click.command()
-@click.argument("folder", metavar="INDEX")
-@click.option("--json", "as_json", is_flag=True, help="Print index.json.")
-def show(folder: str, as_json: bool) -> None:
-    """Read an index: LP concentration, overlaps, super weights."""
-    from surgery.index import ChannelIndex
-    from surgery.show import show_index
+@click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print index.json; of several, the comparison.")
+def show(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Read an index: LP concentration, overlaps, super weights. Several, or a folder of them, are compared.
 
-    result = ChannelIndex.load(folder)
-    if as_json:
-        click.echo(json.dumps(result.as_json(), indent=1))
-    else:
-        show_index(result, data_console())
+    \b
+    surgeon show name-index
+    """
+    from surgery.index import JSON_FILE, ChannelIndex
+
+    found: list[Path] = []
+    for folder in folders:
+        # Sub-folders keep the order they were made in: that of training, when revisions were named so.
+        inside = sorted(folder.glob(f"*/{JSON_FILE}"), key=lambda p: p.stat().st_mtime_ns)
+        found += (
+            [path.parent for path in inside] if inside and not (folder / JSON_FILE).exists() else [folder]
+        )
+    present([(folder.name, ChannelIndex.load(folder)) for folder in found], as_json)

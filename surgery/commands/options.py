@@ -15,7 +15,7 @@ def common_options(command: Command) -> Command:
     """Options every computing command has."""
     for option in reversed(
         [
-            click.option("--revision", help="Branch, tag or commit of a Hub model."),
+            click.option("--revision", multiple=True, help="Branch, tag or commit of a Hub model."),
             click.option(
                 "--no-cache", is_flag=True, help="Read byte ranges from the Hub; store no weight file."
             ),

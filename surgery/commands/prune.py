@@ -18,6 +18,7 @@ from surgery.commands.session import (
     make_index,
     model_width,
     open_model,
+    read_template,
     run_options,
     say,
 )
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from surgery.index import ChannelIndex
     from surgery.plan import ResizePlan
 
+PUSH_EVAL_BLOCKS = 16
 METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
 
 
@@ -41,8 +43,14 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
 @click.option("--allocation", type=click.Choice(["uniform"]), default="uniform", show_default=True)
 @click.option("--repair", type=click.Choice(["none"]), default="none", show_default=True)
 @click.option("--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]")
-@click.option("--eval", "eval_text", metavar="FILE|DATASET", help="Measure before and after on this text.")
+@click.option(
+    "--eval",
+    "eval_text",
+    metavar="FILE|DATASET|none",
+    help="Measure before and after on this text. [default: none; with --push, 16 blocks of wikitext-test]",
+)
 @click.option("--eval-blocks", type=int, help="Blocks of it to use. [default: all]")
+@click.option("--card-template", type=click.Path(path_type=Path), help="jinja2 text for the card.")
 @click.option(
     "--push",
     "push_to",
@@ -66,6 +74,7 @@ def prune(
     as_json: bool,
     quiet: bool,
     push_to: str | None,
+    card_template: Path | None,
     **options: Any,
 ) -> None:
     """Shrink MODEL: choose channels, cut them out, write a smaller checkpoint.
@@ -73,18 +82,25 @@ def prune(
     \b
     surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
     """
+    from surgery.calibration import read_text
     from surgery.destination import check_destination
     from surgery.prune import write_pruned
 
     check_size_options(options)
+    template = read_template(card_template)
     checkpoint = open_model(model, options)
     check_width(checkpoint, options)
+    if eval_text is None and push_to is not None:  # a published card must say how bad it got
+        eval_text, eval_blocks = "wikitext-test", eval_blocks or PUSH_EVAL_BLOCKS
+    measured = eval_text not in (None, "none")
     destination = out or Path(default_name(checkpoint, options))
     target = None
     if not dry_run:
         source = local_path(model)
         check_destination(destination, overwrite=overwrite, source=source, needs_bytes=checkpoint.nbytes)
         target = push_target(push_to, destination, options, overwrite)
+        if measured:
+            read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
     channels = index_for(checkpoint, index_folder, options, quiet)
     plan, sizes = plan_cut(checkpoint, channels, options)
     if not as_json:
@@ -97,10 +113,10 @@ def prune(
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
 
-    def measure(measured: Checkpoint) -> dict[str, Any]:
-        return evaluate(measured, str(eval_text), eval_blocks, None, options, quiet)
+    def measure(which: Checkpoint) -> dict[str, Any]:
+        return evaluate(which, str(eval_text), eval_blocks, None, options, quiet)
 
-    dense = measure(checkpoint) if eval_text is not None else None
+    dense = measure(checkpoint) if measured else None
     manifest = write_pruned(
         checkpoint,
         channels,
@@ -111,6 +127,7 @@ def prune(
         measure=measure if dense else None,
         command=canonical_command(checkpoint, channels, plan),
         repo=target.repo if target else None,
+        card_template=template,
         track=bars(quiet),
     )
     if as_json:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from surgery.commands.options import push_options
-from surgery.commands.session import say
+from surgery.commands.session import read_template, say
 from surgery.errors import CheckpointError
 
 
@@ -77,8 +77,7 @@ def card(folder: Path, card_template: Path | None, stdout: bool) -> None:
     manifest = read_manifest(folder)
     existing = folder / "README.md"
     source_card = existing.read_text(encoding="utf-8") if existing.exists() else None
-    template = card_template.read_text(encoding="utf-8") if card_template else None
-    text = render_card(manifest, source_card, template)
+    text = render_card(manifest, source_card, read_template(card_template))
     if stdout:
         click.echo(text, nl=False)
     else:

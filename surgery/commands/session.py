@@ -23,12 +23,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def open_model(model: str, options: dict[str, Any]) -> Checkpoint:
-    """The checkpoint MODEL names: a local folder, or `org/name` on the Hub."""
+    """The checkpoint MODEL names: a local folder, or `org/name` on the Hub at one `--revision`."""
     from surgery.checkpoint import Checkpoint
     from surgery.errors import CheckpointError
 
+    revisions = options["revision"]
+    if len(revisions) > 1:
+        raise UsageError("one --revision at a time", where=model, next_step="`surgeon index` takes several")
     if Path(model).is_dir():
-        if options["revision"]:
+        if revisions:
             raise UsageError("--revision is for models on the Hub", where=model)
         return Checkpoint.open(model)
     if not HUB_ID.fullmatch(model):
@@ -39,7 +42,17 @@ def open_model(model: str, options: dict[str, Any]) -> Checkpoint:
         )
     from surgery.hub import open_hub
 
-    return open_hub(model, options["revision"], ranges=options["no_cache"])
+    return open_hub(model, revisions[0] if revisions else None, ranges=options["no_cache"])
+
+
+def read_template(path: Path | None) -> str | None:
+    """The text of --card-template. Raises UsageError when it can't be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the card template can't be read", where=path.name, found=str(error)) from error
 
 
 def local_path(model: str) -> Path | None:
