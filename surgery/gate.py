@@ -14,7 +14,8 @@ from surgery.index import Track, untracked
 from surgery.indexing import RunOptions
 from surgery.plan import ResizePlan
 from surgery.skeleton import Skeleton, quiet_transformers
-from surgery.stream import StreamedModel, TokenStream
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
 
 GATE_TOKENS = 64
 # Cut and masked models sum the same products in another order; a wrong slice is off by the size of the logits.

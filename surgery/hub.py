@@ -1,6 +1,6 @@
-"""Checkpoints on the Hugging Face Hub, read through the cache or by byte ranges, and finished folders pushed back.
+"""Checkpoints on the Hugging Face Hub, read through the cache or by byte ranges.
 
-The only module that knows the network. A revision is resolved to a commit once; everything after asks for that commit.
+This module and `push` are the only ones that know the network. A revision is resolved to a commit once; everything after asks for that commit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ from surgery.checkpoint import Checkpoint, LocalFolder, new_buffer
 from surgery.errors import HubError
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
-MANIFEST = "surgeon.json"
 Result = TypeVar("Result")
 READ_TIMEOUT = 30.0  # seconds without a byte before a request counts as failed
 
@@ -240,119 +238,3 @@ def open_hub(repo: str, revision: str | None = None, *, ranges: bool = False) ->
     checkpoint = Checkpoint(source, repo, source.sha)
     source.headers_only = False
     return checkpoint
-
-
-# -- pushing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PushTarget:
-    """Where and how to publish: `revision` a branch to make or extend, `create_pr` to open a pull request."""
-
-    repo: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    overwrite: bool = False
-
-
-@dataclass
-class PushReport:
-    """What a push did: its commit's address, the files in it, and the bytes that were not there before."""
-
-    url: str
-    files: dict[str, int] = field(default_factory=dict)
-
-
-def account_name() -> str:
-    """Name of the account the token belongs to. Raises HubError without a valid token."""
-    from huggingface_hub import HfApi
-
-    with hub_errors("checking the token", "the Hub"):
-        return str(HfApi().whoami()["name"])
-
-
-def check_push(target: PushTarget) -> None:
-    """Raise HubError unless the token may write to the repo and the repo may be written. Run before computing."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with hub_errors("checking the token", target.repo):
-        who = api.whoami()
-        token = (who.get("auth") or {}).get("accessToken") or {}
-        owners = {who["name"], *(org["name"] for org in who.get("orgs", []))}
-        if token.get("role") == "read":
-            raise HubError(
-                "the token may only read",
-                where=target.repo,
-                expected="a token with write access",
-                next_step="make one on the Hub's token page and set HF_TOKEN",
-            )
-        owner = target.repo.partition("/")[0]
-        if "/" not in target.repo or (owner not in owners and not target.create_pr):
-            raise HubError(
-                "this account can't write there",
-                where=target.repo,
-                expected=f"{' or '.join(sorted(owners))}/NAME",
-                next_step="name a repo of your own, or open a pull request with --create-pr",
-            )
-        existing = _existing_files(api, target)
-    if existing - {".gitattributes", "README.md"} and MANIFEST not in existing and not target.overwrite:
-        raise HubError(
-            "the repo exists and was not written by surgeon",
-            where=target.repo,
-            found=", ".join(sorted(existing)[:3]),
-            next_step="name another repo, or give --overwrite",
-        )
-
-
-def _existing_files(api: Any, target: PushTarget) -> set[str]:
-    from huggingface_hub import errors
-
-    try:
-        return set(api.list_repo_files(target.repo, revision=target.revision))
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        return set()
-
-
-def push_folder(
-    folder: Path, target: PushTarget, message: str, say: Callable[[str], None] = lambda _: None
-) -> PushReport:
-    """Publish a finished folder in one commit.
-
-    Large files go up first and stay invisible; the one commit that follows makes everything visible at once and takes
-    away what the folder no longer has. Run again after an interruption, only what is missing is sent. Raises HubError.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    check_push(target)
-    api = HfApi()
-    names = LocalFolder(folder).files()
-    report = PushReport("", {name: (folder / name).stat().st_size for name in names})
-    with hub_errors("pushing", target.repo):
-        patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
-        if target.revision is not None and not target.create_pr:
-            branch = target.revision
-            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True))
-        stale = patiently(lambda: _existing_files(api, target)) - set(names) - {".gitattributes"}
-        additions = [CommitOperationAdd(name, folder / name) for name in names]
-        say(f"Uploading {len(names)} files, {sum(report.files.values()) / 2**20:,.0f} MiB, to {target.repo}")
-        # Uploads the large files and forgets them; the commit then refers to them by their hash.
-        patiently(
-            lambda: api.preupload_lfs_files(
-                target.repo,
-                additions,
-                revision=target.revision,
-                create_pr=target.create_pr or None,
-                free_memory=False,
-            )
-        )
-        commit = api.create_commit(
-            target.repo,
-            [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
-            commit_message=message,
-            revision=target.revision,
-            create_pr=target.create_pr or None,
-        )
-    report.url = str(commit.pr_url or commit.commit_url)
-    return report

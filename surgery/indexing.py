@@ -17,8 +17,9 @@ from surgery.devices import micro_batch
 from surgery.errors import NumericsError
 from surgery.index import ChannelIndex, LayerIndex, Track, source_json, untracked
 from surgery.statistics import ChannelStatistics, weight_norms
-from surgery.stream import StreamedModel, TokenStream
+from surgery.stream import StreamedModel
 from surgery.super_weights import SuperWeight, SuperWeightDetector
+from surgery.tokens import TokenStream
 
 ABLATION_BLOCKS = 8
 MAX_ABLATIONS = 12

@@ -11,7 +11,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
 from surgery.index import Track, untracked
 from surgery.indexing import RunOptions
-from surgery.stream import LayerEdit, StreamedModel, TokenStream
+from surgery.stream import LayerEdit, StreamedModel
+from surgery.tokens import TokenStream
 
 CONVENTION = (
     "rows joined by two newlines, tokenised once, non-overlapping blocks of {block_size} tokens, last partial block "

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.stream import StreamedModel, TokenStream
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
 
 PROMPT = "Apple Inc. is a worldwide tech company."
 SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer

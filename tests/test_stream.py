@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NumericsError
 from surgery.statistics import ChannelStatistics
-from surgery.stream import StreamedModel, TokenStream
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
 
 CPU = torch.device("cpu")
 

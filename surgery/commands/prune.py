@@ -26,9 +26,9 @@ from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
-    from surgery.hub import PushTarget
     from surgery.index import ChannelIndex
     from surgery.plan import ResizePlan
+    from surgery.push import PushTarget
 
 PUSH_EVAL_BLOCKS = 16
 METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
@@ -137,7 +137,7 @@ def prune(
         click.echo(f"Perplexity {dense['perplexity']:.2f} → {shrunk['perplexity']:.2f} on {dense['text']}")
     say(f"Checkpoint written to {destination}", quiet)
     if target is not None:
-        from surgery.hub import push_folder
+        from surgery.push import push_folder
 
         report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
         say(f"Published: {report.url}", quiet)
@@ -173,7 +173,7 @@ def push_target(
     """Where --push goes, checked to be writable; without a name, the account's repo named as the folder."""
     if push_to is None:
         return None
-    from surgery.hub import PushTarget, account_name, check_push
+    from surgery.push import PushTarget, account_name, check_push
 
     repo = f"{account_name()}/{destination.name}" if push_to == "auto" else push_to
     target = PushTarget(repo, options["private"], options["push_revision"], options["create_pr"], overwrite)

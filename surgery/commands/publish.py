@@ -37,8 +37,8 @@ def push(
     """
     from surgery.checkpoint import LocalFolder
     from surgery.gate import check_folder
-    from surgery.hub import PushTarget, check_push, push_folder
     from surgery.prune import name_repo
+    from surgery.push import PushTarget, check_push, push_folder
 
     read_manifest(folder)
     if dry_run:

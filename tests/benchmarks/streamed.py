@@ -32,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
 from surgery.statistics import ChannelStatistics
-from surgery.stream import StreamedModel, TokenStream
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
 from surgery.writer import ShardWriter, TensorSpec
 
 MIB = 1 << 20

@@ -1,0 +1,172 @@
+"""Blocks of tokens on their way through the layers of a StreamedModel: forward, loss, backward.
+
+Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from surgery.errors import NumericsError
+from surgery.hidden import HiddenStore
+from surgery.stream import LayerCall, StreamedModel
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+HEAD_ELEMENTS = 1 << 23  # logits alive at once in the loss: tokens x vocabulary
+
+
+class TokenStream:
+    """Blocks of tokens on their way through the layers, micro-batch by micro-batch.
+
+    `ids` [N, T]. With `keep_inputs` every layer's input is kept (slot i holds what enters layer i), which the
+    backward pass needs; without it, one slot is overwritten from layer to layer.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        *,
+        micro_batch: int,
+        keep_inputs: bool = False,
+        host_bytes: int | None = None,
+    ) -> None:
+        self.model = model
+        self.ids = ids
+        self.keep_inputs = keep_inputs
+        self.slices = [slice(i, min(i + micro_batch, len(ids))) for i in range(0, len(ids), micro_batch)]
+        self.calls: list[list[LayerCall]] = []
+        shared = _SharedArguments()
+        slots = len(model.layers) + 1 if keep_inputs else 1
+        self.hidden: HiddenStore | None = None
+        with model.outside():
+            for part in self.slices:
+                entering, calls = model.capture(ids[part])
+                self.calls.append([shared.intern(call) for call in calls])
+                if self.hidden is None:
+                    shape = (slots, *ids.shape, entering.shape[-1])
+                    self.hidden = HiddenStore(shape, entering.dtype, host_bytes)
+                self.hidden.put(0, part, entering)
+
+    @property
+    def store(self) -> HiddenStore:
+        """The hidden states."""
+        assert self.hidden is not None
+        return self.hidden
+
+    def _slot(self, layer: int) -> int:
+        return layer if self.keep_inputs else 0
+
+    def fork(self, number: int, layer: int) -> TokenStream:
+        """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
+        twin = object.__new__(TokenStream)
+        twin.model, twin.keep_inputs = self.model, False
+        twin.slices = [part for part in self.slices if part.start < number]
+        twin.ids = self.ids[: twin.slices[-1].stop]
+        twin.calls = self.calls[: len(twin.slices)]
+        shape = (1, *twin.ids.shape, self.store.shape[-1])
+        twin.hidden = HiddenStore(shape, self.store.dtype, None)
+        for part in twin.slices:
+            twin.hidden.put(0, part, self.store.get(self._slot(layer), part, self.model.device))
+        return twin
+
+    @torch.no_grad()
+    def forward(self, number: int, layer: nn.Module) -> None:
+        """Move every block through the resident layer `number`. Raises NumericsError on NaN or infinity."""
+        finite = torch.ones((), dtype=torch.bool, device=self.model.device)
+        for part, calls in zip(self.slices, self.calls, strict=True):
+            hidden = self.store.get(self._slot(number), part, self.model.device)
+            output = self.model.run_layer(layer, hidden, calls[number])
+            finite &= output.isfinite().all()
+            self.store.put(self._slot(number + 1), part, output)
+        if not finite:
+            raise NumericsError(
+                "NaN or infinity in the hidden states",
+                where=f"the output of layer {number}",
+                next_step="check the checkpoint's weights, or use --dtype float32",
+            )
+
+    def backward(self, number: int, layer: nn.Module, observe: Observer) -> None:
+        """Pull dL/d(output) of layer `number` back to its input, in place of the stored output.
+
+        `observe(first block, u, s)` gets the input u [n, T, F] of the layer's down projection and s = dL/du.
+        """
+        down = layer.get_submodule(self.model.layout.down)
+        seen: list[torch.Tensor] = []
+        handle = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            for part, calls in zip(self.slices, self.calls, strict=True):
+                hidden = self.store.get(number, part, self.model.device).requires_grad_(True)
+                gradient = self.store.get(number + 1, part, self.model.device)
+                with torch.enable_grad():
+                    output = self.model.run_layer(layer, hidden, calls[number])
+                u = seen.pop()
+                to_input, s = torch.autograd.grad(output, (hidden, u), gradient)
+                self.store.put(number, part, to_input)
+                observe(part.start, u.detach(), s)
+        finally:
+            handle.remove()
+
+    def loss(self, with_gradient: bool = False) -> torch.Tensor:
+        """Summed next-token cross-entropy in nats of each block, [N] float64, from the last layer's output.
+
+        The last token of a block predicts nothing. With `with_gradient`, dL/d(last hidden state) takes the place of
+        the stored output; L is the sum over all blocks.
+        """
+        nats = torch.zeros(len(self.ids), dtype=torch.float64)
+        with self.model.outside():
+            for block in range(len(self.ids)):
+                nats[block] = self._block_loss(block, with_gradient)
+        return nats
+
+    def _block_loss(self, block: int, with_gradient: bool) -> torch.Tensor:
+        """Summed loss of one block, through the head a slice of tokens at a time."""
+        device = self.model.device
+        slot, part = self._slot(len(self.model.layers)), slice(block, block + 1)
+        tokens = max(1, HEAD_ELEMENTS // self.model.model.config.get_text_config().vocab_size)
+        hidden = self.store.get(slot, part, device)[0]
+        gradient = torch.zeros_like(hidden)
+        targets = self.ids[block, 1:].to(device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for start in range(0, len(targets), tokens):
+            rows = slice(start, min(start + tokens, len(targets)))
+            states = hidden[rows].detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient):
+                logits = self.model.logits(states).float()
+                piece = functional.cross_entropy(logits, targets[rows], reduction="sum")
+            if with_gradient:
+                (gradient[rows],) = torch.autograd.grad(piece, states)
+            total += piece.detach().double()
+        if with_gradient:
+            self.store.put(slot, part, gradient[None])
+        return total
+
+
+class _SharedArguments:
+    """Keeps one copy of arguments that are equal for every micro-batch, as masks and rotary tables are."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+
+    def intern(self, call: LayerCall) -> LayerCall:
+        return LayerCall(self._same(call.args), self._same(call.kwargs))
+
+    def _same(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            for known in self.tensors:
+                if known is value or (
+                    known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+                ):
+                    return known
+            self.tensors.append(value)
+            return value
+        if isinstance(value, tuple) and type(value) is tuple:
+            return tuple(self._same(item) for item in value)
+        if type(value) is dict:
+            return {key: self._same(item) for key, item in value.items()}
+        return value
