@@ -11,7 +11,6 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -322,8 +321,3 @@ def _entry(name: str, file: str, fields: dict[str, Any], data_start: int) -> Ten
 def _is_weight_like(file: str) -> bool:
     endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
     return file.endswith(endings) or file.endswith((".index.json", ".safetensors.index.json"))
-
-
-def total_bytes(entries: Iterable[TensorEntry]) -> int:
-    """Bytes of several stored tensors together."""
-    return sum(entry.nbytes for entry in entries)

@@ -29,6 +29,10 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
 
     try:
         yield
+    except errors.LocalTokenNotFoundError as error:
+        raise HubError(
+            f"{what}: no token", where=repo, next_step="log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what}: the repo is gated and this account has no access",

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from surgery import halo as halo_module
-from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.errors import IndexMismatchError
 from surgery.super_weights import SuperWeight
@@ -188,8 +187,3 @@ def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
 def untracked(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:  # noqa: ARG001
     """The progress bar that shows nothing."""
     yield from items
-
-
-def calibration_json(blocks: TokenBlocks) -> dict[str, Any]:
-    """The `calibration` entry of index.json."""
-    return blocks.as_json()

@@ -150,6 +150,7 @@ def test_failures_end_in_one_clear_line(world: World) -> None:
         (["index", "org/gated"], {}, "ask for access at"),
         (["index", "org/tiny", "--revision", "nope"], {}, "no such revision"),
         ([*PRUNE, "--push", "me/cut", "--out", "a"], {"HF_TOKEN": "hf_wrong"}, "log in"),
+        ([*PRUNE, "--push", "me/cut", "--out", "a"], {"HF_TOKEN": ""}, "no token"),
         ([*PRUNE, "--push", "them/cut", "--out", "b"], {}, "can't write there"),
         ([*PRUNE, "--push", "me/theirs", "--out", "c"], {}, "not written by surgeon"),
     ]

@@ -84,7 +84,6 @@ def prune(
     """
     from surgery.calibration import read_text
     from surgery.destination import check_destination
-    from surgery.prune import write_pruned
 
     check_size_options(options)
     template = read_template(card_template)
@@ -113,27 +112,12 @@ def prune(
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
 
-    def measure(which: Checkpoint) -> dict[str, Any]:
-        return evaluate(which, str(eval_text), eval_blocks, None, options, quiet)
-
-    dense = measure(checkpoint) if measured else None
-    manifest = write_pruned(
-        checkpoint,
-        channels,
-        plan,
-        destination,
-        options=run_options(checkpoint, options),
-        dense=dense,
-        measure=measure if dense else None,
-        command=canonical_command(checkpoint, channels, plan),
-        repo=target.repo if target else None,
-        card_template=template,
-        track=bars(quiet),
-    )
+    text = (str(eval_text), eval_blocks) if measured else None
+    manifest = carry_out(checkpoint, channels, plan, destination, text, target, template, options, quiet)
     if as_json:
         click.echo(json.dumps(manifest))
-    elif dense:
-        shrunk = manifest["measurements"]["shrunk"]
+    elif measured:
+        dense, shrunk = manifest["measurements"]["dense"], manifest["measurements"]["shrunk"]
         click.echo(f"Perplexity {dense['perplexity']:.2f} → {shrunk['perplexity']:.2f} on {dense['text']}")
     say(f"Checkpoint written to {destination}", quiet)
     if target is not None:
@@ -141,6 +125,39 @@ def prune(
 
         report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
         say(f"Published: {report.url}", quiet)
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    channels: ChannelIndex,
+    plan: ResizePlan,
+    destination: Path,
+    text: tuple[str, int | None] | None,
+    target: PushTarget | None,
+    template: str | None,
+    options: dict[str, Any],
+    quiet: bool,
+) -> dict[str, Any]:
+    """Write the cut and return its manifest; with `text` (what to measure on, blocks), measured before and after."""
+    from surgery.prune import write_pruned
+
+    def measure(which: Checkpoint) -> dict[str, Any]:
+        assert text is not None
+        return evaluate(which, *text, None, options, quiet)
+
+    return write_pruned(
+        checkpoint,
+        channels,
+        plan,
+        destination,
+        options=run_options(checkpoint, options),
+        dense=measure(checkpoint) if text else None,
+        measure=measure if text else None,
+        command=canonical_command(checkpoint, channels, plan),
+        repo=target.repo if target else None,
+        card_template=template,
+        track=bars(quiet),
+    )
 
 
 def check_size_options(options: dict[str, Any]) -> None:
