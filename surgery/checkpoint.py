@@ -24,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 OWN_PAGES_BYTES = 1 << 20
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -319,5 +320,4 @@ def _entry(name: str, file: str, fields: dict[str, Any], data_start: int) -> Ten
 
 
 def _is_weight_like(file: str) -> bool:
-    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
-    return file.endswith(endings) or file.endswith((".index.json", ".safetensors.index.json"))
+    return file.endswith((*WEIGHT_ENDINGS, ".index.json"))

@@ -14,10 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery.checkpoint import Checkpoint, LocalFolder, new_buffer
+from surgery.checkpoint import WEIGHT_ENDINGS, Checkpoint, LocalFolder, new_buffer
 from surgery.errors import HubError
 
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 Result = TypeVar("Result")
 READ_TIMEOUT = 30.0  # seconds without a byte before a request counts as failed
 
