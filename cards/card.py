@@ -33,7 +33,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license, language and
     tags are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`,
-    `front_matter`, `method`, `percent`, `saved`, `obligation` and `load_from`.
+    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `auto_class` and `load_from`.
     """
     import jinja2
 
@@ -53,6 +53,9 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         percent=f"{100 * plan['sparsity']:.0f}%",
         saved=f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
         obligation=obligation(source_card),
+        widths=plan.get("widths")
+        or {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}},
+        auto_class=manifest.get("auto_class", "AutoModelForCausalLM"),
         load_from=manifest.get("repo") or "path/to/this/folder",
     )
     return re.sub(r"\n{3,}", "\n\n", rendered)

@@ -10,10 +10,11 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.devices import default_memory, pick_dtype
 from surgery.errors import CheckpointError
+from surgery.families import text_config
 from surgery.index import Track, untracked
 from surgery.indexing import RunOptions
 from surgery.plan import ResizePlan
-from surgery.skeleton import Skeleton, quiet_transformers
+from surgery.skeleton import Skeleton, auto_class, build_config, quiet_transformers
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
@@ -44,7 +45,7 @@ def pass_gate(
 ) -> dict[str, Any]:
     """Check a written checkpoint and return what was seen, for the manifest. Raises CheckpointError.
 
-    It must load through AutoModelForCausalLM with no missing, unexpected or mismatched key; its logits on `ids`
+    It must load through transformers' Auto class with no missing, unexpected or mismatched key; its logits on `ids`
     [1, T] must be finite and equal `expected` [T, V], those of the masked source, up to rounding; every super weight
     the plan keeps must be at its new column.
     """
@@ -75,24 +76,37 @@ def check_super_weights(written: Checkpoint, skeleton: Skeleton, weights: tuple[
     for weight in weights:
         if weight["column"] is None:
             continue
-        name = skeleton.stored_name(weight["layer"], f"{skeleton.layout.down}.weight")
-        assert name is not None
-        value = float(written.read(name)[weight["row"], weight["column"]])
+        value = _stored_weight(written, skeleton, weight)
         # The index read it in the compute dtype, which may be coarser than the stored one.
         if abs(value - weight["value"]) > 0.01 * abs(weight["value"]):
             raise CheckpointError(
                 "a super weight is not where the manifest says",
-                where=f"{name} [{weight['row']}, {weight['column']}]",
+                where=f"layer {weight['layer']} [{weight['row']}, {weight['column']}]",
                 expected=str(weight["value"]),
                 found=str(value),
             )
+
+
+def _stored_weight(written: Checkpoint, skeleton: Skeleton, weight: dict[str, Any]) -> float:
+    """The value a written checkpoint has at a super weight's coordinates."""
+    layer = weight["layer"]
+    ffn = next(ffn for ffn in skeleton.ffns[layer] if weight["ffn"] in ffn.units)
+    name = ffn.site.down if ffn.stacked else f"{ffn.site.down}.weight"
+    target = f"{skeleton.layers_path}.{layer}.{name}"
+    assembly = next(a for a in skeleton.inside[layer] if target in a.targets)
+    skeleton.fill(skeleton.assemble(assembly, [written.read(stored) for stored in assembly.stored]))
+    value = float(ffn.down_weight(ffn.units.index(weight["ffn"]))[weight["row"], weight["column"]])
+    skeleton.drop([assembly])
+    return value
 
 
 def check_folder(folder: Path) -> None:
     """The gate for a finished folder, as before a push: it loads, and its weights and logits are finite."""
     check_loads(folder)
     written = Checkpoint.open(folder)
-    ids = torch.arange(min(GATE_TOKENS, int(written.config.get("vocab_size", GATE_TOKENS))))[None]
+    ids = torch.arange(min(GATE_TOKENS, int(text_config(written.config).get("vocab_size", GATE_TOKENS))))[
+        None
+    ]
     options = cpu_options(written)
     logits = run_to_logits(StreamedModel(written, options.device, options.dtype), ids)
     if not logits.isfinite().all():
@@ -104,14 +118,15 @@ def check_loads(folder: Path) -> None:
 
     Loaded onto the meta device: names and shapes are checked by transformers itself, no weight is read.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    source = Checkpoint.open(folder)
+    automatic = auto_class(build_config(source.config, source.name))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with quiet_transformers():
-            _, info = AutoModelForCausalLM.from_pretrained(
+            _, info = automatic.from_pretrained(
                 str(folder), device_map="meta", output_loading_info=True, dtype="auto"
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -24,6 +24,8 @@ def connectivity(down: torch.Tensor, core: torch.Tensor, support_size: int = SUP
     of all); Conn_i = sum_{h in S} |W[h, i]| / sum_h |W[h, i]|. W = down_proj weight [D, F]. A channel that writes
     nothing has connectivity 0.
     """
+    if len(core) == 0:
+        return torch.zeros(down.shape[1], device=down.device)
     size = min(support_size, max(1, down.shape[0] // 2))
     magnitude_DF = down.float().abs()
     support = torch.topk(magnitude_DF[:, core].sum(1), size).indices
@@ -41,6 +43,8 @@ def redundancy(q: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     The published code adds 1e-8 inside the root of the correlation's denominator, which swamps the variances of
     small gradients; here each channel is scaled to unit norm first, so that scale drops out.
     """
+    if len(core) == 0 or len(q) < 2:
+        return torch.zeros(q.shape[1], device=q.device)
     centred = q.float() - q.float().mean(0)
     norms = centred.norm(dim=0)
     unit = centred / norms.clamp_min(torch.finfo(torch.float32).tiny)

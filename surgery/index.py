@@ -38,12 +38,15 @@ Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 
 
 @dataclass
-class LayerIndex:
-    """One layer: `statistics` by name ([F] float32) and `supernodes` as sorted channel indices."""
+class FfnIndex:
+    """One FFN (a dense one, a shared one, or one expert): `statistics` by name ([F] float32), sorted `supernodes`.
+
+    `tokens` is how many calibration tokens it saw; an expert that saw none has no supernodes.
+    """
 
     statistics: dict[str, torch.Tensor]
     supernodes: torch.Tensor
-    maxima: dict[str, float] = field(default_factory=dict)
+    tokens: int
 
     @property
     def width(self) -> int:
@@ -53,37 +56,121 @@ class LayerIndex:
     @property
     def halo(self) -> torch.Tensor:
         """Sorted indices of the halo: the top 10% of the other channels by connectivity."""
+        if len(self.supernodes) == 0:
+            return self.supernodes
         return halo_module.halo(self.statistics["halo_connectivity"], self.supernodes)
+
+
+DENSE, SHARED, EXPERT = "dense", "shared", "expert."
+
+
+@dataclass
+class LayerIndex:
+    """One decoder layer: its FFNs by name ("dense", "shared", "expert.0", …) and the largest prompt activations."""
+
+    ffns: dict[str, FfnIndex]
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[FfnIndex]:
+        """The routed experts, none in a dense layer."""
+        return [ffn for name, ffn in self.ffns.items() if name.startswith(EXPERT)]
+
+    @property
+    def others(self) -> dict[str, FfnIndex]:
+        """The FFNs every token passes."""
+        return {name: ffn for name, ffn in self.ffns.items() if not name.startswith(EXPERT)}
+
+    @property
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Statistics by name: [E, F] of the routed experts, or [F] of the dense FFN."""
+        if self.experts:
+            return {name: torch.stack([e.statistics[name] for e in self.experts]) for name in STATISTICS}
+        return next(iter(self.ffns.values())).statistics
+
+    @property
+    def supernodes(self) -> torch.Tensor:
+        """Sorted supernodes of the dense FFN; of experts, indices into the flattened [E, F] statistics."""
+        if self.experts:
+            return torch.cat([e.supernodes + n * e.width for n, e in enumerate(self.experts)])
+        return next(iter(self.ffns.values())).supernodes
+
+    @property
+    def width(self) -> int:
+        """Channels of the dense FFN, or of one expert."""
+        return (self.experts or list(self.ffns.values()))[0].width if self.ffns else 0
 
     def summary(self) -> dict[str, Any]:
         """The entry of `layers` in index.json."""
-        values = self.statistics
-        norms = values["gate_norm"] + values["up_norm"] + values["down_norm"]
-        return {
-            "width": self.width,
-            "lp_share": {
-                str(fraction): halo_module.mass_share(values["loss_proxy"], fraction)
-                for fraction in (0.001, 0.01, 0.05)
-            },
-            "supernodes": self.supernodes.tolist(),
-            "overlap": {
-                "activation_power": halo_module.overlap(self.supernodes, values["activation_power"]),
-                "max_abs": halo_module.overlap(self.supernodes, values["max_abs"]),
-                "weight_norm": halo_module.overlap(self.supernodes, norms),
-            },
-            "halo": {
-                "channels": len(self.halo),
-                "redundancy_mean": float(values["halo_redundancy"][self.halo].mean())
-                if len(self.halo)
-                else 0.0,
-            },
-            "prompt_max": self.maxima,
-        }
+        if not self.ffns:
+            return {
+                "width": 0,
+                "lp_share": {},
+                "supernodes": [],
+                "overlap": {},
+                "halo": {"channels": 0, "redundancy_mean": 0.0},
+            }
+        main = self.experts or [next(iter(self.ffns.values()))]
+        fields = _summary(main)
+        fields["supernodes"] = self.supernodes.tolist()
+        fields["prompt_max"] = self.maxima
+        if self.experts:
+            fields["experts"] = len(self.experts)
+            fields["expert_tokens"] = [expert.tokens for expert in self.experts]
+            for name, ffn in self.others.items():
+                fields[name] = {**_summary([ffn]), "supernodes": ffn.supernodes.tolist()}
+        return fields
+
+
+def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
+    """Concentration and overlaps of FFNs of one width; of several, weighted by LP mass and by supernodes."""
+    seen = [ffn for ffn in ffns if len(ffn.supernodes)]
+    norms = [sum(f.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")) for f in seen]
+    mass = [float(f.statistics["loss_proxy"].double().sum()) for f in seen]
+    cores = [len(f.supernodes) for f in seen]
+    halos = [f.halo for f in seen]
+
+    def average(values: list[float], weights: list[Any]) -> float:
+        total = sum(weights)
+        return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
+
+    def overlaps(values: list[Any]) -> float:
+        shares = [halo_module.overlap(f.supernodes, v) for f, v in zip(seen, values, strict=True)]
+        return average(shares, cores)
+
+    return {
+        "width": ffns[0].width,
+        "lp_share": {
+            str(fraction): average(
+                [halo_module.mass_share(f.statistics["loss_proxy"], fraction) for f in seen], mass
+            )
+            for fraction in (0.001, 0.01, 0.05)
+        },
+        "overlap": {
+            "activation_power": overlaps([f.statistics["activation_power"] for f in seen]),
+            "max_abs": overlaps([f.statistics["max_abs"] for f in seen]),
+            "weight_norm": overlaps(norms),
+        },
+        "halo": {
+            "channels": sum(len(members) for members in halos),
+            "redundancy_mean": average(
+                [
+                    float(f.statistics["halo_redundancy"][members].mean()) if len(members) else 0.0
+                    for f, members in zip(seen, halos, strict=True)
+                ],
+                [len(members) for members in halos],
+            ),
+        },
+    }
 
 
 @dataclass
 class ChannelIndex:
-    """Statistics of all layers, super weights, and where all of it came from."""
+    """Statistics of all layers, super weights, and where all of it came from.
+
+    `widths` are the config keys that hold FFN widths, the one with most channels first; `keys` says which FFNs (dense,
+    shared, experts) each belongs to.
+    """
 
     source: dict[str, Any]
     calibration: dict[str, Any]
@@ -93,6 +180,17 @@ class ChannelIndex:
     super_weights: list[SuperWeight]
     echoes: list[SuperWeight]
     input_ids: torch.Tensor
+    widths: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.widths:  # made by hand, or by a version that knew one width only
+            self.widths = {"intermediate_size": self.layers[0].width}
+
+    def width_key(self, ffn: str) -> str:
+        """The config key that holds the width of the FFN of this name."""
+        kind = "experts" if ffn.startswith(EXPERT) else ffn
+        return self.keys.get(kind) or next(iter(self.widths))
 
     def as_json(self) -> dict[str, Any]:
         """The content of index.json."""
@@ -102,6 +200,8 @@ class ChannelIndex:
             "calibration": self.calibration,
             "run": self.run,
             "loss": self.loss,
+            "widths": self.widths,
+            "width_keys": self.keys,
             "layers": [layer.summary() for layer in self.layers],
             "super_weights": [weight.as_json() for weight in self.super_weights],
             "echoes": [weight.as_json() for weight in self.echoes],
@@ -111,8 +211,7 @@ class ChannelIndex:
         """Write index.json and index.safetensors into an existing folder."""
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
-            for name in STATISTICS:
-                tensors[f"layers.{number}.{name}"] = layer.statistics[name].contiguous()
+            tensors |= _layer_tensors(number, layer)
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
         text = json.dumps(self.as_json(), indent=1, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
@@ -132,13 +231,9 @@ class ChannelIndex:
                     found=str(fields["schema_version"]),
                     next_step="run surgeon index again",
                 )
+            tokens = fields["calibration"]["tokens"]
             layers = [
-                LayerIndex(
-                    {name: tensors[f"layers.{number}.{name}"] for name in STATISTICS},
-                    torch.tensor(entry["supernodes"], dtype=torch.long),
-                    entry.get("prompt_max", {}),
-                )
-                for number, entry in enumerate(fields["layers"])
+                _layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
             ]
             return cls(
                 source=fields["source"],
@@ -149,6 +244,8 @@ class ChannelIndex:
                 super_weights=[SuperWeight.from_json(entry) for entry in fields["super_weights"]],
                 echoes=[SuperWeight.from_json(entry) for entry in fields["echoes"]],
                 input_ids=tensors["calibration.input_ids"],
+                widths=fields.get("widths", {}),
+                keys=fields.get("width_keys", {}),
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise IndexMismatchError(
@@ -169,6 +266,44 @@ class ChannelIndex:
                 found="other names, dtypes or shapes",
                 next_step="index this checkpoint, or name the right --index",
             )
+
+
+def _layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
+    """Tensors of one layer as stored: `layers.{i}.{name}`, and of a shared FFN `layers.{i}.shared.{name}`."""
+    found = {}
+    for name in STATISTICS:
+        if layer.ffns:
+            found[f"layers.{number}.{name}"] = layer.statistics[name].contiguous()
+        if layer.experts:
+            for key, ffn in layer.others.items():
+                found[f"layers.{number}.{key}.{name}"] = ffn.statistics[name].contiguous()
+    return found
+
+
+def _layer_from(
+    number: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor], tokens: int
+) -> LayerIndex:
+    """Inverse of `_layer_tensors` and `LayerIndex.summary`."""
+
+    def load(prefix: str, place: int | None = None) -> dict[str, torch.Tensor]:
+        found = {name: tensors[f"layers.{number}.{prefix}{name}"] for name in STATISTICS}
+        return found if place is None else {name: value[place] for name, value in found.items()}
+
+    core = torch.tensor(entry["supernodes"], dtype=torch.long)
+    maxima = entry.get("prompt_max", {})
+    if entry["width"] == 0:
+        return LayerIndex({}, maxima)
+    if "experts" not in entry:
+        return LayerIndex({DENSE: FfnIndex(load(""), core, tokens)}, maxima)
+    ffns = {}
+    for place, seen in enumerate(entry["expert_tokens"]):
+        mine = core[core // entry["width"] == place] % entry["width"]
+        ffns[f"{EXPERT}{place}"] = FfnIndex(load("", place), mine, seen)
+    for key in entry:
+        if f"layers.{number}.{key}.loss_proxy" in tensors:
+            shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
+            ffns[key] = FfnIndex(load(f"{key}."), shared, tokens)
+    return LayerIndex(ffns, maxima)
 
 
 def source_json(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
 from surgery.errors import NumericsError
-from surgery.index import ChannelIndex, LayerIndex, Track, source_json, untracked
-from surgery.statistics import ChannelStatistics, weight_norms
+from surgery.ffn import Ffn
+from surgery.index import ChannelIndex, FfnIndex, LayerIndex, Track, source_json, untracked
+from surgery.statistics import LayerStatistics, UnitStatistics, weight_norms
 from surgery.stream import StreamedModel
-from surgery.super_weights import SuperWeight, SuperWeightDetector
+from surgery.super_weights import SuperWeight, SuperWeightDetector, down_of
 from surgery.tokens import TokenStream
 
 ABLATION_BLOCKS = 8
@@ -95,9 +96,11 @@ def build_index(
         run=options.as_json(),
         loss={"nats": total, "tokens": tokens, "perplexity": math.exp(total / tokens)},
         layers=[layer for layer in layers if layer is not None],
-        super_weights=[replace(w, ablation=effects.get((w.layer, w.row, w.column), {})) for w in weights],
-        echoes=[replace(w, ablation=effects.get((w.layer, w.row, w.column), {})) for w in echoes],
+        super_weights=[replace(w, ablation=effects.get(w.place, {})) for w in weights],
+        echoes=[replace(w, ablation=effects.get(w.place, {})) for w in echoes],
         input_ids=blocks.ids,
+        widths=model.skeleton.widths(),
+        keys={ffn.key: ffn.site.width_key for ffns in model.skeleton.ffns for ffn in ffns},
     )
 
 
@@ -105,24 +108,32 @@ def _index_layer(
     model: StreamedModel, stream: TokenStream, number: int, layer: nn.Module, maxima: dict[str, float]
 ) -> LayerIndex:
     """Pull gradients through a resident layer and finish its statistics."""
-    layout = model.layout
-    down = layer.get_submodule(layout.down).weight
-    gate, up = layer.get_submodule(layout.gate).weight, layer.get_submodule(layout.up).weight
-    assert isinstance(down, torch.Tensor) and isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)
-    sums = ChannelStatistics(down.shape[1], stream.ids.shape[0], stream.ids.shape[1], model.device)
+    ffns = model.ffns(number)
+    sums = LayerStatistics(ffns, stream.ids.shape[0], stream.ids.shape[1], model.device)
     stream.backward(number, layer, sums.add)
-    values = sums.finish()
-    if not all(value.isfinite().all() for value in values.values()):
-        raise NumericsError(
-            "NaN or infinity in the channel statistics",
-            where=f"layer {number}",
-            next_step="use --dtype float32, or check the checkpoint's weights",
-        )
-    values |= weight_norms(gate, up, down)
-    core = halo.supernodes(values["loss_proxy"])
+    finished = sums.finish()
+    found = {}
+    for ffn in ffns:
+        for place, unit in enumerate(ffn.units):
+            if not all(value.isfinite().all() for value in finished[unit].values.values()):
+                raise NumericsError(
+                    "NaN or infinity in the channel statistics",
+                    where=f"layer {number}",
+                    next_step="use --dtype float32, or check the checkpoint's weights",
+                )
+            found[unit] = _index_ffn(ffn, place, finished[unit])
+    return LayerIndex(found, maxima)
+
+
+def _index_ffn(ffn: Ffn, place: int, unit: UnitStatistics) -> FfnIndex:
+    """Add weight norms, supernodes and halo to the statistics of one FFN, whose weights are resident."""
+    values, down = dict(unit.values), ffn.down_weight(place)
+    values |= weight_norms(*ffn.row_weights(place), down)
+    # An expert no token reached has no loss proxy: it has no supernodes either.
+    core = halo.supernodes(values["loss_proxy"]) if unit.tokens else torch.empty(0, dtype=torch.long)
     values["halo_connectivity"] = halo.connectivity(down, core.to(down.device)).cpu()
-    values["halo_redundancy"] = halo.redundancy(sums.sampled_q, core.to(down.device)).cpu()
-    return LayerIndex(values, core, maxima)
+    values["halo_redundancy"] = halo.redundancy(unit.sampled_q, core.to(down.device)).cpu()
+    return FfnIndex(values, core, unit.tokens)
 
 
 class _Ablations:
@@ -140,26 +151,25 @@ class _Ablations:
 
     def forward(self, number: int, layer: nn.Module) -> None:
         """Move every branch through the resident layer, its own weight set to zero where that lies here."""
-        parameter = layer.get_submodule(self.model.layout.down).weight.data
-        assert isinstance(parameter, torch.Tensor)
         for weight, branch in self.branches:
             if weight.layer != number:
                 branch.forward(number, layer)
                 continue
+            parameter = down_of(self.model.ffns(number), weight.ffn)
             value = parameter[weight.row, weight.column].clone()
             parameter[weight.row, weight.column] = 0
             branch.forward(number, layer)
             parameter[weight.row, weight.column] = value
 
-    def finish(self, nats: torch.Tensor) -> dict[tuple[int, int, int], dict[str, float]]:
-        """(layer, row, column) -> perplexity with and without the weight, on the same tokens."""
+    def finish(self, nats: torch.Tensor) -> dict[tuple[int, str, int, int], dict[str, float]]:
+        """Place of a weight -> perplexity with and without the weight, on the same tokens."""
         effects = {}
         for weight, branch in self.branches:
             tokens = branch.ids.shape[0] * (branch.ids.shape[1] - 1)
             intact = math.exp(float(nats[: len(branch.ids)].sum()) / tokens)
             # A destroyed model can lose more nats a token than a float holds as perplexity.
             ablated = math.exp(min(700.0, float(branch.loss().sum()) / tokens))
-            effects[weight.layer, weight.row, weight.column] = {
+            effects[weight.place] = {
                 "perplexity": intact,
                 "perplexity_without": ablated,
                 "factor": ablated / intact,

@@ -10,7 +10,7 @@ import torch
 
 from surgery.errors import PlanError
 from surgery.importance import METHODS, PROTECTING
-from surgery.index import ChannelIndex
+from surgery.index import ChannelIndex, FfnIndex
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256)
@@ -18,11 +18,12 @@ NARROW_MODEL = 4096
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer: `kept` sorted channel indices [K]; `protected` those that may not go.
+class FfnPlan:
+    """One FFN: `kept` sorted channel indices [K]; `protected` those that may not go.
 
-    `supernodes` there were and `supernodes_kept` there are; `lp_share_top` is the share of the layer's LP mass held by
-    its supernodes, `lp_kept` the share held by the kept channels.
+    `supernodes` there were and `supernodes_kept` there are; `lp_share_top` is the share of the LP mass held by the
+    supernodes, `lp_kept` the share held by the kept channels; `lp_mass` the mass itself. `ranked_by` is the score: an
+    expert that no calibration token reached has no LP, and is ranked by weight magnitude.
     """
 
     kept: torch.Tensor
@@ -31,24 +32,85 @@ class LayerPlan:
     supernodes_kept: int
     lp_share_top: float
     lp_kept: float
+    lp_mass: float
+    ranked_by: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What surgeon.json says of it."""
+        return {
+            "width": len(self.kept),
+            "supernodes": self.supernodes,
+            "supernodes_kept": self.supernodes_kept,
+            "lp_share_top": self.lp_share_top,
+            "lp_kept": self.lp_kept,
+            "ranked_by": self.ranked_by,
+            "protected": self.protected.tolist(),
+            "kept": self.kept.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One decoder layer: the plans of its FFNs by name, as in LayerIndex."""
+
+    ffns: dict[str, FfnPlan]
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Kept channels of a dense layer's only FFN."""
+        return next(iter(self.ffns.values())).kept
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `plan.layers`: a dense FFN's own, or sums over the FFNs with each under its name."""
+        if len(self.ffns) == 1:
+            return next(iter(self.ffns.values())).as_json()
+        parts = list(self.ffns.values())
+        mass = sum(part.lp_mass for part in parts)
+        return {
+            "width": max((len(part.kept) for part in parts), default=0),
+            "supernodes": sum(part.supernodes for part in parts),
+            "supernodes_kept": sum(part.supernodes_kept for part in parts),
+            "lp_share_top": sum(p.lp_share_top * p.lp_mass for p in parts) / mass if mass else 0.0,
+            "lp_kept": sum(p.lp_kept * p.lp_mass for p in parts) / mass if mass else 0.0,
+            "ffns": {name: part.as_json() for name, part in self.ffns.items()},
+        }
+
+
+@dataclass(frozen=True)
+class WidthChange:
+    """A config key that holds a width, before and after."""
+
+    key: str
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
 class ResizePlan:
-    """The cut of a whole model. `sparsity` is the fraction of channels removed, after rounding."""
+    """The cut of a whole model. `widths` are its config keys, the one with most channels first."""
 
     method: str
     seed: int
-    multiple_of: int
-    width_before: int
-    width_after: int
+    multiple_of: int | None
+    widths: tuple[WidthChange, ...]
+    sparsity: float
     layers: tuple[LayerPlan, ...]
     super_weights: tuple[dict[str, Any], ...]
 
     @property
-    def sparsity(self) -> float:
-        """Fraction of FFN channels removed, in [0, 1)."""
-        return 1 - self.width_after / self.width_before
+    def changes_config(self) -> bool:
+        """Whether any width changes."""
+        return any(change.before != change.after for change in self.widths)
+
+    @property
+    def width_before(self) -> int:
+        """Channels of an FFN before, of the first key."""
+        return self.widths[0].before
+
+    @property
+    def width_after(self) -> int:
+        """Channels of an FFN after, of the first key."""
+        return self.widths[0].after
 
     def as_json(self) -> dict[str, Any]:
         """The `plan` entry of surgeon.json."""
@@ -61,19 +123,11 @@ class ResizePlan:
             "multiple_of": self.multiple_of,
             "width_before": self.width_before,
             "width_after": self.width_after,
+            "widths": {
+                change.key: {"before": change.before, "after": change.after} for change in self.widths
+            },
             "divides": deployability(self.width_after),
-            "layers": [
-                {
-                    "width": len(layer.kept),
-                    "supernodes": layer.supernodes,
-                    "supernodes_kept": layer.supernodes_kept,
-                    "lp_share_top": layer.lp_share_top,
-                    "lp_kept": layer.lp_kept,
-                    "protected": layer.protected.tolist(),
-                    "kept": layer.kept.tolist(),
-                }
-                for layer in self.layers
-            ],
+            "layers": [layer.as_json() for layer in self.layers],
         }
 
 
@@ -118,51 +172,100 @@ def make_plan(
     multiple_of: int | None = None,
     seed: int = 42,
 ) -> ResizePlan:
-    """Choose the channels to keep from an index, the same number in every layer.
+    """Choose the channels to keep from an index, the same number in every FFN whose width one config key holds.
 
-    Give `sparsity` in [0, 1) or an exact `width`. The SCAR methods never remove supernodes nor the column of a super
-    weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for a cut that can't be made.
+    Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
+    nor the column of a super weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for
+    a cut that can't be made.
     """
     if method not in METHODS:
         raise PlanError("unknown method", expected=", ".join(METHODS), found=method)
-    before = index.layers[0].width
-    multiple = default_multiple(before) if multiple_of is None else multiple_of
     if (sparsity is None) == (width is None):
         raise PlanError("give either a sparsity or a width", where="--sparsity, --intermediate-size")
-    after = rounded_width(before, sparsity, multiple) if sparsity is not None else width
-    assert after is not None
-    if not 1 <= after <= before:
-        raise PlanError(
-            "width out of range", where="--intermediate-size", expected=f"1 to {before}", found=str(after)
-        )
+    changes = width_changes(index.widths, sparsity, width, multiple_of)
+    after = {change.key: change.after for change in changes}
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for number, layer in enumerate(index.layers):
-        score = METHODS[method](layer, generator).double()
-        columns = torch.tensor([w.column for w in index.super_weights if w.layer == number], dtype=torch.long)
-        protected = (
-            torch.unique(torch.cat([layer.supernodes, columns])) if method in PROTECTING else columns[:0]
-        )
-        if len(protected) > after:
-            raise PlanError(
-                "more channels are protected than would be kept",
-                where=f"layer {number}",
-                expected=f"at most {after}",
-                found=str(len(protected)),
-                next_step="keep more channels",
-            )
-        kept = keep_highest(score, protected, after)
-        survivors = int(torch.isin(layer.supernodes, kept).sum())
-        top, held = (mass(layer.statistics["loss_proxy"], chosen) for chosen in (layer.supernodes, kept))
-        layers.append(LayerPlan(kept, protected, len(layer.supernodes), survivors, top, held))
+        ffns = {}
+        for name, ffn in layer.ffns.items():
+            columns = [w.column for w in index.super_weights if (w.layer, w.ffn) == (number, name)]
+            key = index.width_key(name)
+            count = after[key] * (ffn.width // index.widths[key])
+            ffns[name] = _plan_ffn(ffn, columns, count, method, generator, f"layer {number}, {name}")
+        layers.append(LayerPlan(ffns))
+    before = sum(ffn.width for layer in index.layers for ffn in layer.ffns.values())
+    kept = sum(len(ffn.kept) for layer in layers for ffn in layer.ffns.values())
     return ResizePlan(
         method=method,
         seed=seed,
-        multiple_of=multiple,
-        width_before=before,
-        width_after=after,
+        multiple_of=multiple_of or default_multiple(changes[0].before),
+        widths=changes,
+        sparsity=1 - kept / before,
         layers=tuple(layers),
         super_weights=tuple(_moved(index, layers)),
+    )
+
+
+def width_changes(
+    widths: dict[str, int], sparsity: float | None, width: int | None, multiple_of: int | None
+) -> tuple[WidthChange, ...]:
+    """The new width of every config key in `widths`. Raises PlanError where nothing would be removed, or too much."""
+    if width is not None:
+        if len(widths) > 1:
+            raise PlanError(
+                "this model has several FFN widths, so that one number does not say what to keep",
+                where="--intermediate-size",
+                found=", ".join(f"{key} {value}" for key, value in widths.items()),
+                next_step="use --sparsity",
+            )
+        key, before = next(iter(widths.items()))
+        if not 1 <= width <= before:
+            raise PlanError(
+                "width out of range", where="--intermediate-size", expected=f"1 to {before}", found=str(width)
+            )
+        return (WidthChange(key, before, width),)
+    assert sparsity is not None
+    changes, refusal = [], None
+    for key, before in widths.items():
+        multiple = default_multiple(before) if multiple_of is None else multiple_of
+        try:
+            changes.append(WidthChange(key, before, rounded_width(before, sparsity, multiple)))
+        except PlanError as error:
+            refusal = error
+            changes.append(WidthChange(key, before, before))
+    if refusal is not None and all(change.after == change.before for change in changes):
+        raise refusal
+    return tuple(changes)
+
+
+def _plan_ffn(
+    ffn: FfnIndex, columns: list[int], count: int, method: str, generator: torch.Generator, where: str
+) -> FfnPlan:
+    """Which `count` channels of one FFN stay; `columns` hold super weights."""
+    ranked_by = method if ffn.tokens or method == "random" else "magnitude"
+    score = METHODS[ranked_by](ffn, generator).double()
+    held = torch.tensor(columns, dtype=torch.long)
+    protected = torch.unique(torch.cat([ffn.supernodes, held])) if method in PROTECTING else held[:0]
+    if len(protected) > count:
+        raise PlanError(
+            "more channels are protected than would be kept",
+            where=where,
+            expected=f"at most {count}",
+            found=str(len(protected)),
+            next_step="keep more channels",
+        )
+    kept = keep_highest(score, protected, count)
+    proxy = ffn.statistics["loss_proxy"]
+    return FfnPlan(
+        kept=kept,
+        protected=protected,
+        supernodes=len(ffn.supernodes),
+        supernodes_kept=int(torch.isin(ffn.supernodes, kept).sum()),
+        lp_share_top=mass(proxy, ffn.supernodes),
+        lp_kept=mass(proxy, kept),
+        lp_mass=float(proxy.double().sum()),
+        ranked_by=ranked_by,
     )
 
 
@@ -184,7 +287,7 @@ def _moved(index: ChannelIndex, layers: list[LayerPlan]) -> list[dict[str, Any]]
     """Super weights with the column they have after the cut; None where their channel was removed."""
     moved = []
     for weight in index.super_weights:
-        place = (layers[weight.layer].kept == weight.column).nonzero()
+        place = (layers[weight.layer].ffns[weight.ffn].kept == weight.column).nonzero()
         new = int(place[0]) if len(place) else None
         moved.append({**weight.as_json(), "column_before": weight.column, "column": new})
     return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 
 from surgery.checkpoint import Checkpoint
 from surgery.destination import complete_folder
-from surgery.families import layout_of
+from surgery.families import check_prunable, family_of, text_config
 from surgery.gate import GATE_TOKENS, cpu_options, pass_gate, run_to_logits
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
 from surgery.resize import TensorCut, checkpoint_cuts, cut_tensor, mask_channels, resized_shape
+from surgery.skeleton import auto_class, build_config
 from surgery.stream import StreamedModel
 from surgery.writer import ShardWriter, TensorSpec
 
@@ -59,6 +61,7 @@ def write_pruned(
     whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
+    check_prunable(checkpoint.config, checkpoint.name)
     options = options or cpu_options(checkpoint)
     ids = index.input_ids[:1, :GATE_TOKENS].long()
     cuts = checkpoint_cuts(checkpoint)
@@ -74,6 +77,7 @@ def write_pruned(
             measurements["shrunk"] = measure(written)
         manifest = make_manifest(checkpoint, index, plan, specs, measurements) | {
             "command": command,
+            "auto_class": auto_class(build_config(checkpoint.config, checkpoint.name)).__name__,
             "repo": repo,
         }
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
@@ -100,8 +104,8 @@ def _copy_and_run(
             cut = cuts.get(name)
             writer.write(name, tensor if cut is None else cut_tensor(tensor, cut, plan))
 
-    layout = layout_of(checkpoint.config, checkpoint.name)
-    model = StreamedModel(checkpoint, options.device, options.dtype, mask_channels(layout, plan), save)
+    model = StreamedModel(checkpoint, options.device, options.dtype, on_read=save)
+    model.edit = mask_channels(plan, model.skeleton.ffns)
     logits = run_to_logits(model, ids, track)
     for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
         if entry.name in written:
@@ -122,11 +126,21 @@ def _carry_files(checkpoint: Checkpoint, plan: ResizePlan, folder: Path) -> None
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         data = bytes(checkpoint.source.read(file, 0, checkpoint.source.size(file)))
-        if file == "config.json" and plan.width_after != plan.width_before:
-            width_key = layout_of(checkpoint.config, checkpoint.name).width_key
-            config = {**checkpoint.config, width_key: plan.width_after}
+        if file == "config.json" and plan.changes_config:
+            config = resized_config(checkpoint, plan)
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         target.write_bytes(data)
+
+
+def resized_config(checkpoint: Checkpoint, plan: ResizePlan) -> dict[str, Any]:
+    """config.json with the new widths, each under the key its family uses, where that stands; all else as it was."""
+    config = copy.deepcopy(checkpoint.config)
+    text = text_config(config)
+    family = family_of(config, checkpoint.name)
+    changes = {change.key: change.after for change in plan.widths}
+    for key, value in {**changes, **dict(family.config_changes if family else ())}.items():
+        (config if key in config and key not in text else text)[key] = value
+    return config
 
 
 def make_manifest(

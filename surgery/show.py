@@ -12,6 +12,7 @@ from rich.table import Table
 from surgery.errors import IndexMismatchError
 from surgery.index import ChannelIndex
 from surgery.plan import ResizePlan
+from surgery.skeleton import Skeleton
 
 BAR_WIDTH = 20
 
@@ -30,13 +31,13 @@ def show_index(index: ChannelIndex, console: Console) -> None:
     revision = f" at {source['revision']}" if source["revision"] else ""
     console.print(
         f"[bold]{source['name']}[/bold]{revision}: {source['parameters'] / 1e6:,.1f} M parameters, "
-        f"{len(index.layers)} layers of {index.layers[0].width} FFN channels"
+        f"{len(index.layers)} layers of {describe_widths(index)}"
     )
     console.print(
         f"Calibrated on {calibration['blocks']} x {calibration['block_size']} tokens of {calibration['name']} "
         f"(perplexity there {index.loss['perplexity']:.2f}), computed in {fields['run']['dtype']}"
     )
-    shares = [layer["lp_share"]["0.01"] for layer in fields["layers"]]
+    shares = [layer["lp_share"]["0.01"] for layer in fields["layers"] if layer["width"]]
     console.print(
         f"\nShare of a layer's loss proxy held by its top 1% of channels (supernodes): median "
         f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
@@ -51,6 +52,9 @@ def show_index(index: ChannelIndex, console: Console) -> None:
     ):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for number, layer in enumerate(fields["layers"]):
+        if not layer["width"]:
+            table.add_row(str(number), "no FFN")
+            continue
         share, overlap = layer["lp_share"]["0.01"], layer["overlap"]
         table.add_row(
             str(number),
@@ -62,6 +66,40 @@ def show_index(index: ChannelIndex, console: Console) -> None:
     console.print(table)
     _show_weights("Super weights", fields["super_weights"], console)
     _show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+
+
+def describe_widths(index: ChannelIndex) -> str:
+    """How wide the FFNs are, and how many experts there are."""
+    experts = max((len(layer.experts) for layer in index.layers), default=0)
+    if not experts and len(index.widths) == 1:
+        return f"{index.layers[0].width} FFN channels"
+    silent = sum(expert.tokens == 0 for layer in index.layers for expert in layer.experts)
+    total = sum(len(layer.experts) for layer in index.layers)
+    widths = ", ".join(f"{key} {width}" for key, width in index.widths.items())
+    return f"up to {experts} experts ({widths}); {silent} of {total} experts saw no calibration token"
+
+
+def show_ffns(skeleton: Skeleton, console: Console) -> None:
+    """Print where a model's FFNs are, and what is changed in its config; says so when that was inferred."""
+    checkpoint = skeleton.checkpoint
+    console.print(
+        f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, {checkpoint.nbytes / 2**20:,.0f} MiB, "
+        f"{len(skeleton.layers)} layers at {skeleton.layers_path}"
+    )
+    found = "inferred from the model's shapes" if skeleton.inferred else "from the table of families"
+    console.print(f"FFNs of {checkpoint.config['model_type']}, {found}:")
+    for site in skeleton.family.sites:
+        bound = [ffn for ffns in skeleton.ffns for ffn in ffns if ffn.site == site]
+        if not bound:
+            continue
+        shape = "gate and up in one" if site.fused else "gated" if len(site.rows) == 2 else "no gate"
+        count = f", {len(bound[0].units)} experts each" if bound[0].stacked else ""
+        console.print(
+            f"  {site.kind}: {', '.join(site.rows)} → {site.down} ({shape}), width {bound[0].width} "
+            f"from {site.width_key}, in {len(bound)} layers{count}"
+        )
+    if skeleton.family.fixed:
+        console.print(f"  can't be pruned: {skeleton.family.fixed}")
 
 
 def compare_indexes(indexes: list[tuple[str, ChannelIndex]]) -> dict[str, Any]:
@@ -80,9 +118,9 @@ def compare_indexes(indexes: list[tuple[str, ChannelIndex]]) -> dict[str, Any]:
                 expected=f"{len(last.layers)} layers of {last.layers[0].width}",
                 found=f"{len(index.layers)} layers of {index.layers[0].width}",
             )
-        shares = [layer["lp_share"]["0.01"] for layer in index.as_json()["layers"]]
+        shares = [layer["lp_share"]["0.01"] for layer in index.as_json()["layers"] if layer["width"]]
         pairs = list(zip(index.layers, last.layers, strict=True))
-        shared = sum(int(torch.isin(a.supernodes, b.supernodes).sum()) for a, b in pairs)
+        shared = sum(int(torch.isin(a.supernodes, b.supernodes).sum()) for a, b in pairs if a.ffns)
         rows.append(
             {
                 "name": name,
@@ -91,7 +129,7 @@ def compare_indexes(indexes: list[tuple[str, ChannelIndex]]) -> dict[str, Any]:
                 "lp_share_median": statistics.median(shares),
                 "lp_share_min": min(shares),
                 "lp_share_max": max(shares),
-                "supernodes_shared": shared / sum(len(a.supernodes) for a, _ in pairs),
+                "supernodes_shared": shared / sum(len(a.supernodes) for a, _ in pairs if a.ffns),
                 "super_weights": [[w.layer, w.row, w.column] for w in index.super_weights],
             }
         )
@@ -152,7 +190,7 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
             else "not measured"
         )
         table.add_row(
-            str(entry["layer"]),
+            str(entry["layer"]) + ("" if entry["ffn"] == "dense" else f" {entry['ffn']}"),
             str(entry["row"]),
             str(entry["column"]),
             f"{entry['value']:.3f}",
@@ -181,14 +219,22 @@ def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None
         f"Method {plan.method}, uniform width {plan.width_before} → [bold]{plan.width_after}[/bold] "
         f"({100 * plan.sparsity:.1f}% of FFN channels removed)"
     )
+    if len(plan.widths) > 1:
+        console.print(", ".join(f"{c.key} {c.before} → {c.after}" for c in plan.widths))
     console.print(
         f"Parameters {sizes['parameters_before'] / 1e6:,.1f} M → {sizes['parameters_after'] / 1e6:,.1f} M, "
         f"bytes {sizes['bytes_before'] / 2**20:,.0f} MiB → {sizes['bytes_after'] / 2**20:,.0f} MiB"
     )
-    kept = sum(layer.supernodes_kept for layer in plan.layers)
-    total = sum(layer.supernodes for layer in plan.layers)
-    protected = sum(len(layer.protected) for layer in plan.layers)
+    parts = [ffn for layer in plan.layers for ffn in layer.ffns.values()]
+    kept = sum(part.supernodes_kept for part in parts)
+    total = sum(part.supernodes for part in parts)
+    protected = sum(len(part.protected) for part in parts)
     console.print(f"Protected channels: {protected}; supernodes kept: {kept} of {total}")
+    unseen = sum(part.ranked_by != plan.method for part in parts)
+    if unseen:
+        console.print(
+            f"{unseen} experts saw no calibration token: their channels are ranked by weight magnitude"
+        )
     for weight in plan.super_weights:
         fate = "removed" if weight["column"] is None else f"now in column {weight['column']}"
         console.print(

@@ -1,23 +1,32 @@
 """The model as transformers builds it, on the meta device, with weights put in and taken out layer by layer.
 
 Names on disk and names in memory are joined by transformers' own weight mapping (`get_model_conversion_mapping`),
-never guessed, so that a family whose checkpoints use older or other names loads as `from_pretrained` would load it.
+never guessed, so that a family whose checkpoints use older or other names, or store experts one by one that are
+stacked in memory, loads as `from_pretrained` would load it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, UnsupportedModelError
-from surgery.families import FfnLayout, layout_of
+from surgery.families import Family, family_of
+from surgery.ffn import Ffn, bind, show_experts
+from surgery.inference import infer_family
+
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 
 
 @contextlib.contextmanager
@@ -34,48 +43,113 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@dataclass
+class Assembly:
+    """Stored tensors that become parameters: one for one, or several through a converter of transformers'.
+
+    `sources` are (stored name, pattern of the converter it matched); `targets` parameter names.
+    """
+
+    targets: list[str]
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    converter: Any = None
+
+    @property
+    def stored(self) -> list[str]:
+        """Names on disk."""
+        return [name for name, _ in self.sources]
+
+
 class Skeleton:
     """A causal LM whose parameters are on the meta device until they are filled.
 
-    `model` is the transformers model, `layers` its decoder layers, `layout` where their FFNs are. `outside` lists the
-    stored tensors that belong to no layer, `inside[i]` those of layer i, both as (stored name, parameter name).
+    `model` is the transformers model, `layers` its decoder layers, `ffns[i]` the FFNs of layer i. `outside` lists the
+    assemblies that belong to no layer but are needed to run text, `inside[i]` those of layer i.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.checkpoint = checkpoint
-        self.layout: FfnLayout = layout_of(checkpoint.config, checkpoint.name)
-        self.model = _build(checkpoint, dtype)
+        known = family_of(checkpoint.config, checkpoint.name)
+        self.config = build_config(checkpoint.config, checkpoint.name)
+        self.model = build_model(self.config, dtype, checkpoint.name)
+        show_experts(self.model)
         self.layers_path, self.layers = _find_layers(self.model, checkpoint.name)
+        self.inferred = known is None
+        self.family: Family = known or infer_family(
+            self.config,
+            self.model,
+            self.layers_path,
+            lambda config: build_model(config, dtype, checkpoint.name),
+            checkpoint.name,
+        )
+        self.ffns: list[list[Ffn]] = [bind(self.family.sites, layer) for layer in self.layers]
+        if not any(self.ffns):
+            raise UnsupportedModelError(
+                "no decoder layer has the feed-forward network its family should have",
+                where=checkpoint.name,
+                expected=", ".join(site.down for site in self.family.sites),
+            )
+        for number, ffns in enumerate(self.ffns):
+            if len(ffns) > 1 and not any(ffn.stacked for ffn in ffns):
+                raise UnsupportedModelError(
+                    "a decoder layer has several feed-forward networks and no routed experts",
+                    where=f"layer {number}",
+                    expected="one",
+                    found=", ".join(ffn.site.down for ffn in ffns),
+                )
         self.parameters: dict[str, torch.Tensor] = dict(self.model.state_dict())
-        self.outside: list[tuple[str, str]] = []
-        self.inside: list[list[tuple[str, str]]] = [[] for _ in self.layers]
+        self.outside: list[Assembly] = []
+        self.inside: list[list[Assembly]] = [[] for _ in self.layers]
         self.ties: dict[str, str] = {}
+        self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
+            (re.compile(glob.replace("*", ".*")), wanted)
+            for glob, wanted in self.model._get_dtype_plan(dtype).items()
+        ]
         self._map_names()
 
     def _map_names(self) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
 
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
-        missing = set(self.parameters)
-        for stored in self.checkpoint.tensors:
-            target, _ = rename_source_key(stored, renamings, converters, prefix, self.parameters)
+        assemblies: dict[str, Assembly] = {}
+        for stored in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(stored, renamings, converters, prefix, self.parameters)
+            if target not in self.parameters and stored in self.parameters:
+                target, pattern = stored, None
+            converter = by_pattern[pattern] if pattern is not None else None
             if target not in self.parameters:
                 continue  # e.g. rotary buffers that older releases stored
-            self._check_shape(stored, target)
-            missing.discard(target)
+            if converter is None:
+                self._check_shape(stored, target)
+            assembly = assemblies.setdefault(
+                target, Assembly(_targets(target, converter), converter=converter)
+            )
+            assembly.sources.append((stored, pattern or stored))
+        needed = self._needed_prefixes()
+        for target, assembly in assemblies.items():
             if target.startswith(self.layers_path + "."):
                 number = int(target[len(self.layers_path) + 1 :].split(".", 1)[0])
-                self.inside[number].append((stored, target))
-            else:
-                self.outside.append((stored, target))
+                self.inside[number].append(assembly)
+            elif target.startswith(needed):
+                self.outside.append(assembly)
+        present = {name for assembly in assemblies.values() for name in assembly.targets}
+        self._check_missing({name for name in self.parameters if name not in present})
+
+    def _check_missing(self, missing: set[str]) -> None:
         ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         # A tied weight that is stored all the same is kept as stored, as from_pretrained does.
         self.ties = {target: source for target, source in ties.items() if target in missing}
-        missing -= set(self.ties)
+        missing = {n for n in missing - set(self.ties) if self.parameters[n].is_meta}
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors the model needs are not in the checkpoint",
@@ -83,6 +157,31 @@ class Skeleton:
                 expected=sorted(missing)[0],
                 next_step="fetch the complete checkpoint",
             )
+
+    def _needed_prefixes(self) -> tuple[str, ...]:
+        """Where the parameters are that run text: the decoder and the head, not a vision tower."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        if decoder is None or decoder is self.model or not self.config.sub_configs:
+            return ("",)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return tuple(f"{names[id(m)]}." for m in (decoder, head) if m is not None and id(m) in names)
+
+    def widths(self) -> dict[str, int]:
+        """Config key -> FFN width it holds, the key with most channels first."""
+        widths: dict[str, int] = {}
+        channels: dict[str, int] = {}
+        for ffns in self.ffns:
+            for ffn in ffns:
+                key = ffn.site.width_key
+                widths[key] = ffn.width // self._times(ffn)
+                channels[key] = channels.get(key, 0) + ffn.width * len(ffn.units)
+        return {key: widths[key] for key in sorted(widths, key=lambda k: -channels[k])}
+
+    def _times(self, ffn: Ffn) -> int:
+        times = ffn.site.times
+        if times is None:
+            return 1
+        return int(times) if times.isdigit() else int(getattr(self.config.get_text_config(), times) or 1)
 
     def _check_shape(self, stored: str, target: str) -> None:
         found, expected = self.checkpoint.tensors[stored].shape, tuple(self.parameters[target].shape)
@@ -94,10 +193,23 @@ class Skeleton:
                 found=str(list(found)),
             )
 
-    def stored_name(self, layer: int, parameter: str) -> str | None:
-        """Name on disk of a parameter given by its path inside decoder layer `layer`; None where there is none."""
-        target = f"{self.layers_path}.{layer}.{parameter}"
-        return next((stored for stored, name in self.inside[layer] if name == target), None)
+    def assemble(self, assembly: Assembly, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by name from the stored tensors of an assembly, in their order, as from_pretrained makes them."""
+        if assembly.converter is None:
+            return {assembly.targets[0]: tensors[0]}
+        converter = copy.deepcopy(assembly.converter)
+        first = assembly.targets[0]
+        for (stored, pattern), tensor in zip(assembly.sources, tensors, strict=True):
+            converter.add_tensor(first, stored, pattern, tensor)
+        made = converter.convert(first, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def compute_dtype(self, name: str) -> torch.dtype:
+        """The dtype a parameter is computed in: the model's, but where a family insists on float32."""
+        dtype = self.parameters[name].dtype
+        if not dtype.is_floating_point:
+            return dtype
+        return next((wanted for pattern, wanted in self._dtype_plan if pattern.search(name)), dtype)
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put tensors (parameter name -> tensor on the compute device) into the model, without gradients."""
@@ -109,12 +221,13 @@ class Skeleton:
             else:
                 module._buffers[leaf] = tensor
 
-    def drop(self, names: list[tuple[str, str]]) -> None:
-        """Return parameters, given as (stored name, parameter name), to the meta device, which frees them."""
-        for _, name in names:
+    def drop(self, assemblies: list[Assembly]) -> None:
+        """Return the parameters of assemblies to the meta device, which frees them."""
+        names = [name for assembly in assemblies for name in assembly.targets]
+        for name in names:
             self._set_parameter(name, self.parameters[name])
         for name in self.ties:
-            if self.ties[name] in (target for _, target in names):
+            if self.ties[name] in names:
                 self._set_parameter(name, self.parameters[name])
 
     def _set_parameter(self, name: str, tensor: torch.Tensor) -> None:
@@ -131,33 +244,71 @@ class Skeleton:
             self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+def _targets(first: str, converter: Any) -> list[str]:
+    """Names of all parameters a converter makes, given the first."""
+    if converter is None or len(converter.target_patterns) == 1:
+        return [first]
+    patterns = converter.target_patterns
+    return [first.replace(patterns[0], pattern) for pattern in patterns]
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Refuse, from the config alone, what can't be indexed. Raises UnsupportedModelError."""
+    family_of(checkpoint.config, checkpoint.name)
+    build_config(checkpoint.config, checkpoint.name)
+
+
+def build_config(config: dict[str, Any], where: str) -> Any:
+    """The transformers config object of a config.json. Raises UnsupportedModelError when transformers has no such."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    family = checkpoint.config["model_type"]
+    family = config["model_type"]
     try:
         config_class = CONFIG_MAPPING[family]
     except KeyError as error:
         raise UnsupportedModelError(
             "the installed transformers does not know this model type",
-            where=checkpoint.name,
+            where=where,
             found=family,
             next_step="upgrade transformers",
         ) from error
     with quiet_transformers():
         try:
-            config = config_class.from_dict(checkpoint.config)
+            return config_class.from_dict(config_class._decode_special_floats(copy.deepcopy(config)))
+        except CONFIG_ERRORS as error:
+            raise _cannot_build(error, where) from error
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class that builds a model of this config: AutoModelForCausalLM, or for images and text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def build_model(config: Any, dtype: torch.dtype, where: str) -> Any:
+    """A model whose parameters are on the meta device and whose buffers are real."""
+    from accelerate import init_empty_weights
+
+    with quiet_transformers():
+        try:
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UnsupportedModelError(
-                "transformers can't build a causal language model from this config",
-                where=checkpoint.name,
-                found=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            ) from error
+                model = auto_class(config).from_config(config, dtype=dtype)
+        except CONFIG_ERRORS as error:
+            raise _cannot_build(error, where) from error
     return model.eval().requires_grad_(False)
+
+
+def _cannot_build(error: Exception, where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "transformers can't build a causal language model from this config",
+        where=where,
+        found=" ".join(str(error).split())[:200] or type(error).__name__,
+    )
 
 
 def _find_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
@@ -165,9 +316,12 @@ def _find_layers(model: Any, where: str) -> tuple[str, nn.ModuleList]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     count = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in (decoder or model).modules()}
     for path, module in model.named_modules():
         if (
-            isinstance(module, nn.ModuleList)
+            id(module) in inside
+            and isinstance(module, nn.ModuleList)
             and len(module) == count
             and all(isinstance(item, GradientCheckpointingLayer) for item in module)
         ):

@@ -5,7 +5,12 @@ Symbols: u [T, F] input of down_proj; s = dL/du, L the summed token cross-entrop
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+from surgery.ffn import Ffn
+from surgery.tokens import Flow
 
 CORRELATION_TOKENS = (
     2048  # tokens whose q is kept for the halo's redundancy (the paper's code uses at most as many)
@@ -63,6 +68,97 @@ class ChannelStatistics:
             "max_abs": self.largest,
         }
         return {name: value.float().cpu() for name, value in named.items()}
+
+
+class ExpertStatistics:
+    """The same sums for the E experts of one layer, each over the tokens routed to it; means are over all tokens.
+
+    A token's block decides nothing here: each micro-batch is reduced in float32 and added in float64.
+    """
+
+    def __init__(self, experts: int, width: int, blocks: int, block_size: int, device: torch.device) -> None:
+        self.tokens = blocks * block_size
+        self.block_size = block_size
+        self.stride = max(1, -(-self.tokens // CORRELATION_TOKENS))
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(5, experts, width, dtype=wide, device=device)
+        self.largest = torch.zeros(experts, width, dtype=torch.float32, device=device)
+        self.routed = torch.zeros(experts, dtype=torch.long, device=device)
+        self.sampled_q: list[list[torch.Tensor]] = [[] for _ in range(experts)]
+
+    def add(self, expert: int, tokens: torch.Tensor, u: torch.Tensor, s: torch.Tensor) -> None:
+        """Account for u, s [routed, F] of one expert; `tokens` are their positions among all calibration tokens."""
+        u, s = u.float(), s.float()
+        q = u * s
+        rows = (q.square(), u.square(), s.square(), u, q.abs())
+        self.sums[:, expert] += torch.stack([row.sum(0) for row in rows])
+        torch.maximum(self.largest[expert], u.abs().amax(0), out=self.largest[expert])
+        self.routed[expert] += len(u)
+        self.sampled_q[expert].append(q[tokens % self.block_size % self.stride == 0])
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Statistics [E, F] float32 on the CPU, named as those of `ChannelStatistics.finish`."""
+        means = self.sums / self.tokens
+        named = {
+            "loss_proxy": means[0] / 2,
+            "activation_power": means[1],
+            "curvature": means[2],
+            "taylor": means[4],
+            "mean": means[3],
+            "max_abs": self.largest,
+        }
+        return {name: value.float().cpu() for name, value in named.items()}
+
+    def correlation_sample(self, expert: int) -> torch.Tensor:
+        """q of the sampled tokens that went to one expert, [sampled, F]."""
+        empty = torch.zeros(0, self.largest.shape[1], device=self.largest.device)
+        return torch.cat([empty, *self.sampled_q[expert]])
+
+
+@dataclass
+class UnitStatistics:
+    """One FFN's finished statistics by name ([F]), q of sampled tokens [S, F], and the tokens it saw."""
+
+    values: dict[str, torch.Tensor]
+    sampled_q: torch.Tensor
+    tokens: int
+
+
+class LayerStatistics:
+    """Statistics of all FFNs of one layer; `add` is an observer for `TokenStream.backward`."""
+
+    def __init__(self, ffns: list[Ffn], blocks: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.dense: dict[str, ChannelStatistics] = {}
+        self.experts: ExpertStatistics | None = None
+        for ffn in ffns:
+            if ffn.stacked:
+                self.experts = ExpertStatistics(len(ffn.units), ffn.width, blocks, block_size, device)
+            else:
+                self.dense[ffn.key] = ChannelStatistics(ffn.width, blocks, block_size, device)
+
+    def add(self, flow: Flow) -> None:
+        """Account for what went through one FFN."""
+        if flow.tokens is None:
+            self.dense[flow.unit].add(flow.first_block, flow.u, flow.s)
+            return
+        assert self.experts is not None
+        expert = int(flow.unit.partition(".")[2])
+        self.experts.add(expert, flow.tokens + flow.first_block * self.block_size, flow.u, flow.s)
+
+    def finish(self) -> dict[str, UnitStatistics]:
+        """Finished statistics by unit."""
+        found = {
+            key: UnitStatistics(sums.finish(), sums.sampled_q, sums.tokens)
+            for key, sums in self.dense.items()
+        }
+        if self.experts is not None:
+            stacked, routed = self.experts.finish(), self.experts.routed.tolist()
+            for expert, tokens in enumerate(routed):
+                values = {name: value[expert] for name, value in stacked.items()}
+                sample = self.experts.correlation_sample(expert)
+                found[f"expert.{expert}"] = UnitStatistics(values, sample, tokens)
+        return found
 
 
 def weight_norms(gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -23,7 +23,9 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from surgery.checkpoint import Checkpoint
-from surgery.skeleton import Skeleton
+from surgery.errors import UnsupportedModelError
+from surgery.ffn import Ffn
+from surgery.skeleton import Assembly, Skeleton
 
 LayerEdit = Callable[[int, nn.Module], None]
 
@@ -68,7 +70,6 @@ class StreamedModel:
         self.skeleton = Skeleton(checkpoint, dtype)
         self.model = self.skeleton.model
         self.layers = self.skeleton.layers
-        self.layout = self.skeleton.layout
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._outside_users = 0
         for module in self.model.modules():
@@ -79,14 +80,17 @@ class StreamedModel:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
-    def _fetch(self, names: list[tuple[str, str]]) -> tuple[dict[str, torch.Tensor], Any]:
+    def _fetch(self, assemblies: list[Assembly]) -> tuple[dict[str, torch.Tensor], Any]:
         """Read stored tensors and start them on their way to the device; runs in the reader thread."""
-        host = {}
-        for stored, target in names:
-            host[target] = self.checkpoint.read(stored)
-            if self.on_read is not None:
-                self.on_read(stored, host[target])
-        dtypes = {target: self.skeleton.parameters[target].dtype for target in host}
+        host: dict[str, torch.Tensor] = {}
+        for assembly in assemblies:
+            tensors = []
+            for stored in assembly.stored:
+                tensors.append(self.checkpoint.read(stored))
+                if self.on_read is not None:
+                    self.on_read(stored, tensors[-1])
+            host |= self.skeleton.assemble(assembly, tensors)
+        dtypes = {target: self.skeleton.compute_dtype(target) for target in host}
         if self._side_stream is None:
             return {name: t.to(self.device, dtypes[name]) for name, t in host.items()}, None
         with torch.cuda.stream(self._side_stream):
@@ -160,7 +164,18 @@ class StreamedModel:
 
         with torch.no_grad(), self.outside():
             self._bypass(ids, record, logits=False)
+        if len(calls) != len(self.layers):
+            raise UnsupportedModelError(
+                "the model does not call each decoder layer once",
+                where=self.checkpoint.name,
+                expected=f"{len(self.layers)} calls",
+                found=str(len(calls)),
+            )
         return entering[0], calls
+
+    def ffns(self, number: int) -> list[Ffn]:
+        """The FFNs of decoder layer `number`."""
+        return self.skeleton.ffns[number]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits [n, V] of hidden states [n, D] that left the last layer; call it inside `outside`."""

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.ffn import Ffn, observed
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
+Activations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [T, F], y [T, D], positions [T]
 PROMPT = "Apple Inc. is a worldwide tech company."
 SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer
 MIN_EXPLAINED = 0.5  # share of the output spike that the one product accounts for
@@ -36,7 +38,8 @@ class SuperWeight:
     `ratio` = |output| over the layer's median |output|; `residual` the hidden state at (token, row) after the layer;
     `persistence` the share of the layers above it where that hidden state keeps its size within a factor of two;
     `rank` the place of |value| in its matrix (1 = largest); `published` the catalogue entry it agrees with;
-    `ablation` perplexity with and without the weight on the same blocks.
+    `ffn` the FFN of the layer it belongs to ("dense", "shared", "expert.3"); `ablation` perplexity with and without
+    the weight on the same blocks.
     """
 
     layer: int
@@ -49,10 +52,16 @@ class SuperWeight:
     ratio: float
     rank: int
     token: int
+    ffn: str = "dense"
     residual: float = 0.0
     persistence: float = 0.0
     published: str | None = None
     ablation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[int, str, int, int]:
+        """(layer, FFN, row, column)."""
+        return self.layer, self.ffn, self.row, self.column
 
     def as_json(self) -> dict[str, Any]:
         """The entry of index.json."""
@@ -84,18 +93,38 @@ class SuperWeightDetector:
         explains, that weight is noted and set to zero; all are put back at the end.
         """
         before = self.stream.fork(1, number)
-        x_TF, y_TD = self._activations(number, layer, self.stream)
-        self.maxima.append({"input": float(x_TF.abs().max()), "output": float(y_TD.abs().max())})
+        activations = self._activations(number, layer, self.stream)
+        self.maxima.append(
+            {
+                "input": max((float(x.abs().max()) for x, _, _ in activations.values()), default=0.0),
+                "output": max((float(y.abs().max()) for _, y, _ in activations.values()), default=0.0),
+            }
+        )
         residual = self.stream.store.get(0, slice(0, 1), self.model.device)[0]
         for trace, known in zip(self.traces, self.candidates, strict=True):
             trace.append(abs(float(residual[known.token, known.row])))
-        down = layer.get_submodule(self.model.layout.down)
-        weight = down.weight.data
-        assert isinstance(weight, torch.Tensor)
+        found = []
+        for unit in list(activations):
+            found += self._search(number, layer, unit, activations[unit], before, residual)
+        self.candidates += found
+        self.traces += [[abs(candidate.residual)] for candidate in found]
+        return found
+
+    def _search(
+        self,
+        number: int,
+        layer: nn.Module,
+        unit: str,
+        activations: Activations,
+        before: TokenStream,
+        residual: torch.Tensor,
+    ) -> list[SuperWeight]:
+        """Super weights of one FFN: remove the weight behind the largest spike for as long as there is one."""
+        weight = down_of(self.model.ffns(number), unit)
         original = weight.clone()
         found: list[SuperWeight] = []
         while len(found) < MAX_PER_LAYER:
-            candidate = _spike(number, x_TF, y_TD, weight, original)
+            candidate = _spike(number, unit, activations, weight, original)
             if candidate is None:
                 break
             if found and abs(candidate.output) < MIN_OF_LARGEST * abs(found[0].output):
@@ -110,28 +139,22 @@ class SuperWeightDetector:
                 break
             found.append(replace(candidate, residual=peak))
             weight[candidate.row, candidate.column] = 0
-            again = before.fork(1, number)
-            x_TF, y_TD = self._activations(number, layer, again)
+            activations = self._activations(number, layer, before.fork(1, number))[unit]
         weight.copy_(original)
-        self.candidates += found
-        self.traces += [[abs(candidate.residual)] for candidate in found]
         return found
 
-    def _activations(
-        self, number: int, layer: nn.Module, stream: TokenStream
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the prompt through the layer; input [T, F] and output [T, D] of its down projection in float32."""
-        seen: list[torch.Tensor] = []
+    def _activations(self, number: int, layer: nn.Module, stream: TokenStream) -> dict[str, Activations]:
+        """Run the prompt through the layer; per FFN the input [T, F] and output [T, D] of its down projection."""
+        seen: dict[str, Activations] = {}
 
-        def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            seen.extend((inputs[0][0].float(), output[0].float()))
+        def keep(unit: str, tokens: torch.Tensor | None, u: torch.Tensor, y: torch.Tensor) -> None:
+            places = torch.arange(len(self.stream.ids[0])) if tokens is None else tokens
+            u, y = u.reshape(-1, u.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
+            seen[unit] = (u, y, places)
 
-        handle = layer.get_submodule(self.model.layout.down).register_forward_hook(keep)
-        try:
+        with observed(self.model.ffns(number), keep):
             stream.forward(number, layer)
-        finally:
-            handle.remove()
-        return seen[0], seen[1]
+        return seen
 
     def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
         """(super weights, echoes): candidates whose spike persists, and those whose does not."""
@@ -154,10 +177,19 @@ class SuperWeightDetector:
         return weights, echoes
 
 
+def down_of(ffns: list[Ffn], unit: str) -> torch.Tensor:
+    """W_down [D, F], as a view, of one of a layer's FFNs."""
+    for ffn in ffns:
+        if unit in ffn.units:
+            return ffn.down_weight(ffn.units.index(unit))
+    raise KeyError(unit)
+
+
 def _spike(
-    number: int, x_TF: torch.Tensor, y_TD: torch.Tensor, weight: torch.Tensor, original: torch.Tensor
+    number: int, unit: str, activations: Activations, weight: torch.Tensor, original: torch.Tensor
 ) -> SuperWeight | None:
-    """The weight behind the layer's largest output, when that is a spike which one product explains."""
+    """The weight behind an FFN's largest output, when that is a spike which one product explains."""
+    x_TF, y_TD, places = activations
     magnitude = y_TD.abs()
     token, row = divmod(int(magnitude.argmax()), y_TD.shape[1])
     output = float(y_TD[token, row])
@@ -180,7 +212,8 @@ def _spike(
         explained=explained,
         ratio=abs(output) / median,
         rank=1 + int((original.abs() > value.abs()).sum()),
-        token=token,
+        token=int(places[token]),
+        ffn=unit,
     )
 
 

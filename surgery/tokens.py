@@ -6,6 +6,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,29 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.errors import NumericsError
+from surgery.ffn import observed
 from surgery.hidden import HiddenStore
 from surgery.stream import LayerCall, StreamedModel
 
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 HEAD_ELEMENTS = 1 << 23  # logits alive at once in the loss: tokens x vocabulary
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What went through one FFN for a micro-batch of blocks beginning with `first_block`.
+
+    `unit` names the FFN; u and s = dL/du are [n, T, F] or, for an expert, [routed, F] with the positions `tokens`
+    [routed] in the flattened n x T batch.
+    """
+
+    unit: str
+    first_block: int
+    tokens: torch.Tensor | None
+    u: torch.Tensor
+    s: torch.Tensor
+
+
+Observer = Callable[[Flow], None]
 
 
 class TokenStream:
@@ -94,23 +113,23 @@ class TokenStream:
     def backward(self, number: int, layer: nn.Module, observe: Observer) -> None:
         """Pull dL/d(output) of layer `number` back to its input, in place of the stored output.
 
-        `observe(first block, u, s)` gets the input u [n, T, F] of the layer's down projection and s = dL/du.
+        `observe` gets what went through each of the layer's FFNs.
         """
-        down = layer.get_submodule(self.model.layout.down)
-        seen: list[torch.Tensor] = []
-        handle = down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
+        seen: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
+        with observed(self.model.ffns(number), lambda unit, tokens, u, _: seen.append((unit, tokens, u))):
             for part, calls in zip(self.slices, self.calls, strict=True):
                 hidden = self.store.get(number, part, self.model.device).requires_grad_(True)
                 gradient = self.store.get(number + 1, part, self.model.device)
                 with torch.enable_grad():
                     output = self.model.run_layer(layer, hidden, calls[number])
-                u = seen.pop()
-                to_input, s = torch.autograd.grad(output, (hidden, u), gradient)
+                inputs = (hidden, *(u for _, _, u in seen))
+                to_input, *to_channels = torch.autograd.grad(output, inputs, gradient)
                 self.store.put(number, part, to_input)
-                observe(part.start, u.detach(), s)
-        finally:
-            handle.remove()
+                shape = hidden.shape[:2]
+                for (unit, tokens, u), s in zip(seen, to_channels, strict=True):
+                    blocks = (*shape, -1) if tokens is None else u.shape
+                    observe(Flow(unit, part.start, tokens, u.detach().view(blocks), s.view(blocks)))
+                seen.clear()
 
     def loss(self, with_gradient: bool = False) -> torch.Tensor:
         """Summed next-token cross-entropy in nats of each block, [N] float64, from the last layer's output.

@@ -14,6 +14,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from click.testing import CliRunner
+from model_families import config_fields
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
@@ -21,32 +22,20 @@ REAL_MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
 CALIBRATION = ["--calibration", "text.txt", "--blocks", "4", "--block-size", "32"]
 REAL_TEXT = ROOT / ".cache" / "wikipedia.txt"
 
-TINY: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
-}
-WINDOW = {"sliding_window": 8}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "llama-tied-bias": {"model_type": "llama", "tie_word_embeddings": True, "mlp_bias": True},
-    "mistral": {"model_type": "mistral", **WINDOW},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3"},
-    "olmo2": {"model_type": "olmo2"},
-    "gemma": {"model_type": "gemma"},
-    "gemma2": {"model_type": "gemma2", **WINDOW, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"model_type": "gemma3_text", **WINDOW, "query_pre_attn_scalar": 8},
-    "smollm3": {"model_type": "smollm3"},
-}
+FAMILIES = [
+    "llama",
+    "llama-tied-bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "mixtral",
+    "deepseek_v3",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +65,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A tiny random model of a family of `FAMILIES`, weights large enough that its layers matter."""
-    config = AutoConfig.for_model(**{**TINY, **FAMILIES[family], **changes})
+    """A tiny random model of a variant of `model_families`, weights large enough that its layers matter."""
+    config = AutoConfig.for_model(**{**config_fields(family), **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -86,6 +75,9 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
                 parameter.normal_(0, 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as some families set it on loading
     return model.to(dtype)
 
 

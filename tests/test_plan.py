@@ -7,7 +7,7 @@ import torch
 
 from surgery import halo, importance
 from surgery.errors import PlanError
-from surgery.index import STATISTICS, ChannelIndex, LayerIndex
+from surgery.index import STATISTICS, ChannelIndex, FfnIndex, LayerIndex
 from surgery.plan import deployability, keep_highest, make_plan, rounded_width
 from surgery.super_weights import SuperWeight
 
@@ -17,7 +17,7 @@ def random_index(seed: int, width: int = 64, layers: int = 3) -> ChannelIndex:
     made = []
     for _ in range(layers):
         values = {name: torch.rand(width, generator=generator) for name in STATISTICS}
-        made.append(LayerIndex(values, halo.supernodes(values["loss_proxy"])))
+        made.append(LayerIndex({"dense": FfnIndex(values, halo.supernodes(values["loss_proxy"]), 100)}))
     column = int(torch.randint(0, width, (1,), generator=generator))
     weight = SuperWeight(1, 0, column, 1.0, 1.0, 1.0, 1.0, 1.0, 1, 0)
     return ChannelIndex({}, {}, {}, {}, made, [weight], [], torch.zeros(1, 2))
@@ -41,7 +41,7 @@ def test_baselines_protect_nothing_and_say_so() -> None:
     index = random_index(0)
     index.layers[0].statistics["activation_power"] = -index.layers[0].statistics["loss_proxy"]
     plan = make_plan(index, method="activation", sparsity=0.5, multiple_of=1)
-    assert plan.layers[0].supernodes_kept == 0
+    assert plan.layers[0].ffns["dense"].supernodes_kept == 0
 
 
 def test_removed_super_weight_has_no_column() -> None:
@@ -87,7 +87,7 @@ def test_ties_keep_the_lower_channel() -> None:
 
 
 def test_protect_follows_the_papers_formula() -> None:
-    layer = random_index(3, width=400).layers[0]
+    layer = random_index(3, width=400).layers[0].ffns["dense"]
     protect = importance.protection(layer)
     members = layer.halo
     assert len(members) == round(0.1 * (400 - 4))

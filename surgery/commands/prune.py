@@ -16,7 +16,6 @@ from surgery.commands.session import (
     evaluate,
     local_path,
     make_index,
-    model_width,
     open_model,
     read_template,
     run_options,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.index import ChannelIndex
     from surgery.plan import ResizePlan
     from surgery.push import PushTarget
+    from surgery.skeleton import Skeleton
 
 PUSH_EVAL_BLOCKS = 16
 METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
@@ -88,7 +88,7 @@ def prune(
     check_size_options(options)
     template = read_template(card_template)
     checkpoint = open_model(model, options)
-    check_width(checkpoint, options)
+    skeleton = check_width(checkpoint, options)
     if eval_text is None and push_to is not None:  # a published card must say how bad it got
         eval_text, eval_blocks = "wikitext-test", eval_blocks or PUSH_EVAL_BLOCKS
     measured = eval_text not in (None, "none")
@@ -101,7 +101,7 @@ def prune(
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
     channels = index_for(checkpoint, index_folder, options, quiet)
-    plan, sizes = plan_cut(checkpoint, channels, options)
+    plan, sizes = plan_cut(skeleton, channels, options)
     if not as_json:
         from surgery.show import show_plan
 
@@ -153,7 +153,7 @@ def carry_out(
         options=run_options(checkpoint, options),
         dense=measure(checkpoint) if text else None,
         measure=measure if text else None,
-        command=canonical_command(checkpoint, channels, plan),
+        command=canonical_command(checkpoint, channels, plan, options),
         repo=target.repo if target else None,
         card_template=template,
         track=bars(quiet),
@@ -168,13 +168,20 @@ def check_size_options(options: dict[str, Any]) -> None:
         options["sparsity"] = 0.5
 
 
-def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> None:
-    """Refuse a width that can't be made before anything is computed."""
-    from surgery.plan import default_multiple, rounded_width
+def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
+    """Refuse a model or a width that can't be cut before anything is computed; returns the model's skeleton."""
+    import torch
 
-    if options["sparsity"] is not None:
-        width, multiple = model_width(checkpoint), options["multiple_of"]
-        rounded_width(width, options["sparsity"], default_multiple(width) if multiple is None else multiple)
+    from surgery.families import check_prunable
+    from surgery.plan import width_changes
+    from surgery.skeleton import Skeleton
+
+    check_prunable(checkpoint.config, checkpoint.name)
+    skeleton = Skeleton(checkpoint, torch.float32)
+    width_changes(
+        skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
+    )
+    return skeleton
 
 
 def default_name(checkpoint: Checkpoint, options: dict[str, Any]) -> str:
@@ -214,13 +221,14 @@ def index_for(
 
 
 def plan_cut(
-    checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any]
+    skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any]
 ) -> tuple[ResizePlan, dict[str, int]]:
     """The plan, and parameters and bytes before and after it."""
     from surgery.plan import make_plan
     from surgery.prune import planned_specs
-    from surgery.resize import checkpoint_cuts
+    from surgery.resize import tensor_cuts
 
+    checkpoint = skeleton.checkpoint
     plan = make_plan(
         channels,
         method=options["method"],
@@ -229,7 +237,7 @@ def plan_cut(
         multiple_of=options["multiple_of"],
         seed=options["seed"],
     )
-    specs = planned_specs(checkpoint, plan, checkpoint_cuts(checkpoint))
+    specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
     return plan, {
         "parameters_before": checkpoint.parameters,
         "parameters_after": sum(spec.numel for spec in specs.values()),
@@ -238,13 +246,20 @@ def plan_cut(
     }
 
 
-def canonical_command(checkpoint: Checkpoint, channels: ChannelIndex, plan: ResizePlan) -> str:
+def canonical_command(
+    checkpoint: Checkpoint, channels: ChannelIndex, plan: ResizePlan, options: dict[str, Any]
+) -> str:
     """The command that makes the same checkpoint again, free of paths of this machine."""
     calibration = channels.calibration
     words = ["surgeon", "prune", checkpoint.name]
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
-    words += ["--intermediate-size", str(plan.width_after), "--method", plan.method, "--seed", str(plan.seed)]
+    if len(plan.widths) == 1:
+        words += ["--intermediate-size", str(plan.width_after)]
+    else:
+        words += ["--sparsity", str(options["sparsity"])]
+        words += ["--multiple-of", str(options["multiple_of"])] if options["multiple_of"] else []
+    words += ["--method", plan.method, "--seed", str(plan.seed)]
     words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", channels.run["dtype"]]
     return shlex.join(words)

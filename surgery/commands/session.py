@@ -60,13 +60,6 @@ def local_path(model: str) -> Path | None:
     return Path(model) if Path(model).is_dir() else None
 
 
-def model_width(checkpoint: Checkpoint) -> int:
-    """Width of the model's FFNs, from its config."""
-    from surgery.families import layout_of
-
-    return int(checkpoint.config[layout_of(checkpoint.config, checkpoint.name).width_key])
-
-
 def run_options(checkpoint: Checkpoint, options: dict[str, Any]) -> RunOptions:
     """Device, dtype and memory from the command line."""
     from surgery.devices import default_memory, parse_bytes, pick_device, pick_dtype
@@ -84,11 +77,15 @@ def make_index(
     import torch
 
     from surgery.calibration import load_tokenizer, read_text, token_blocks
-    from surgery.families import layout_of
     from surgery.indexing import build_index
+    from surgery.skeleton import Skeleton, check_model
     from surgery.super_weights import PROMPT
 
-    layout = layout_of(checkpoint.config, checkpoint.name)
+    check_model(checkpoint)
+    if dry_run:
+        from surgery.show import show_ffns
+
+        show_ffns(Skeleton(checkpoint, torch.float32), data_console())
     run = run_options(checkpoint, options)
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(options["calibration"])
@@ -101,12 +98,6 @@ def make_index(
         seed=options["seed"],
     )
     if dry_run:
-        click.echo(
-            f"{checkpoint.name}: {checkpoint.parameters / 1e6:,.1f} M parameters, {checkpoint.nbytes / 2**20:,.0f} MiB"
-        )
-        click.echo(
-            f"FFN: {', '.join(layout.rows)}, {layout.down}; width {checkpoint.config[layout.width_key]} ({layout.width_key})"
-        )
         click.echo(f"Calibration: {options['blocks']} x {options['block_size']} tokens of {name}")
         click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
         return None

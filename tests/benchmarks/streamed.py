@@ -132,9 +132,9 @@ def streamed_lp(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -
     stream.loss(with_gradient=True)
     scores = [torch.empty(0)] * count
     for number, layer in model.walk(reversed(range(count))):
-        width = layer.get_submodule(model.layout.down).in_features
+        width = layer.mlp.down_proj.in_features
         sums = ChannelStatistics(int(width), *ids.shape, device)
-        stream.backward(number, layer, sums.add)
+        stream.backward(number, layer, lambda flow, sums=sums: sums.add(flow.first_block, flow.u, flow.s))
         scores[number] = sums.finish()["loss_proxy"]
     return scores
 
