@@ -33,7 +33,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license, language and
     tags are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`,
-    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `auto_class` and `load_from`.
+    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `per_layer`, `auto_class` and `load_from`.
     """
     import jinja2
 
@@ -55,6 +55,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         obligation=obligation(source_card),
         widths=plan.get("widths")
         or {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}},
+        per_layer=plan.get("allocation") == "global" and not plan.get("padded"),
         auto_class=manifest.get("auto_class", "AutoModelForCausalLM"),
         load_from=manifest.get("repo") or "path/to/this/folder",
     )

@@ -285,6 +285,13 @@ def family_of(config: dict[str, Any], where: str) -> Family | None:
 def check_prunable(config: dict[str, Any], where: str) -> None:
     """Raise UnsupportedModelError for a family whose width no config key controls."""
     family = family_of(config, where)
+    if text_config(config).get("per_layer_config"):
+        raise UnsupportedModelError(
+            "this checkpoint's layers have widths of their own already",
+            where=where,
+            found="per_layer_config",
+            next_step="prune the checkpoint it was made from, at the size you want",
+        )
     if family is not None and family.fixed:
         raise UnsupportedModelError(
             f"{config['model_type']} can be indexed but not pruned: {family.fixed}",

@@ -9,6 +9,7 @@ from typing import Any
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
+from surgery.families import text_config
 from surgery.index import Track, untracked
 from surgery.indexing import RunOptions
 from surgery.stream import LayerEdit, StreamedModel
@@ -82,5 +83,8 @@ def measure_perplexity(
 
 def default_block_size(config: dict[str, Any]) -> int:
     """2048, or the context length of the model where that is shorter."""
-    length = config.get("max_position_embeddings")
-    return min(2048, length) if isinstance(length, int) and length > 1 else 2048
+    text = text_config(config)
+    lengths = [
+        text.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    ]
+    return min([2048, *(length for length in lengths if isinstance(length, int) and length > 1)])

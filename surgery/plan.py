@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from surgery.allocation import allocate, score_damage, standardised
 from surgery.errors import PlanError
 from surgery.importance import METHODS, PROTECTING
 from surgery.index import ChannelIndex, FfnIndex
@@ -78,11 +79,20 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class WidthChange:
-    """A config key that holds a width, before and after."""
+    """A config key that holds a width, before and after; `per_layer` where layers differ (None: no such FFN there).
+
+    `after` is then the widest layer's.
+    """
 
     key: str
     before: int
     after: int
+    per_layer: tuple[int | None, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `plan.widths`."""
+        fields: dict[str, Any] = {"before": self.before, "after": self.after}
+        return {**fields, "per_layer": list(self.per_layer)} if self.per_layer else fields
 
 
 @dataclass(frozen=True)
@@ -96,11 +106,25 @@ class ResizePlan:
     sparsity: float
     layers: tuple[LayerPlan, ...]
     super_weights: tuple[dict[str, Any], ...]
+    allocation: str = "uniform"
+    padded: bool = False
+
+    @property
+    def per_layer_widths(self) -> bool:
+        """Whether the written layers differ in width, which takes more than stock classes to load."""
+        return not self.padded and any(len(set(c.per_layer) - {None}) > 1 for c in self.widths)
 
     @property
     def changes_config(self) -> bool:
         """Whether any width changes."""
         return any(change.before != change.after for change in self.widths)
+
+    def stored_width(self, layer: int, ffn: str) -> int:
+        """Channels an FFN is written with: those kept, or of a padded plan the most any layer keeps."""
+        count = len(self.layers[layer].ffns[ffn].kept)
+        if not self.padded:
+            return count
+        return max(len(other.ffns[ffn].kept) for other in self.layers if ffn in other.ffns)
 
     @property
     def width_before(self) -> int:
@@ -116,16 +140,15 @@ class ResizePlan:
         """The `plan` entry of surgeon.json."""
         return {
             "method": self.method,
-            "allocation": "uniform",
+            "allocation": self.allocation,
+            "padded": self.padded,
             "repair": "none",
             "seed": self.seed,
             "sparsity": self.sparsity,
             "multiple_of": self.multiple_of,
             "width_before": self.width_before,
             "width_after": self.width_after,
-            "widths": {
-                change.key: {"before": change.before, "after": change.after} for change in self.widths
-            },
+            "widths": {change.key: change.as_json() for change in self.widths},
             "divides": deployability(self.width_after),
             "layers": [layer.as_json() for layer in self.layers],
         }
@@ -171,10 +194,13 @@ def make_plan(
     width: int | None = None,
     multiple_of: int | None = None,
     seed: int = 42,
+    allocation: str = "uniform",
+    pad: bool = False,
 ) -> ResizePlan:
     """Choose the channels to keep from an index, the same number in every FFN whose width one config key holds.
 
-    Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
+    With `allocation` "global" layers differ, at the same total: those that lose least give most (`pad` writes them
+    zero-padded to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
     nor the column of a super weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for
     a cut that can't be made.
     """
@@ -183,28 +209,89 @@ def make_plan(
     if (sparsity is None) == (width is None):
         raise PlanError("give either a sparsity or a width", where="--sparsity, --intermediate-size")
     changes = width_changes(index.widths, sparsity, width, multiple_of)
-    after = {change.key: change.after for change in changes}
     generator = torch.Generator().manual_seed(seed)
+    drafts = [
+        {name: _draft(index, number, name, method, generator) for name in layer.ffns}
+        for number, layer in enumerate(index.layers)
+    ]
+    multiple = multiple_of or default_multiple(changes[0].before)
+    if allocation == "global":
+        changes = tuple(_spread(index, change, drafts, multiple, method) for change in changes)
     layers = []
     for number, layer in enumerate(index.layers):
         ffns = {}
         for name, ffn in layer.ffns.items():
-            columns = [w.column for w in index.super_weights if (w.layer, w.ffn) == (number, name)]
-            key = index.width_key(name)
-            count = after[key] * (ffn.width // index.widths[key])
-            ffns[name] = _plan_ffn(ffn, columns, count, method, generator, f"layer {number}, {name}")
+            change = next(c for c in changes if c.key == index.width_key(name))
+            width = change.per_layer[number] if change.per_layer else change.after
+            assert width is not None
+            count = width * (ffn.width // change.before)
+            ffns[name] = _plan_ffn(ffn, drafts[number][name], count, f"layer {number}, {name}")
         layers.append(LayerPlan(ffns))
     before = sum(ffn.width for layer in index.layers for ffn in layer.ffns.values())
     kept = sum(len(ffn.kept) for layer in layers for ffn in layer.ffns.values())
     return ResizePlan(
         method=method,
         seed=seed,
-        multiple_of=multiple_of or default_multiple(changes[0].before),
+        multiple_of=multiple,
         widths=changes,
         sparsity=1 - kept / before,
         layers=tuple(layers),
         super_weights=tuple(_moved(index, layers)),
+        allocation=allocation,
+        padded=pad and allocation == "global",
     )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What one FFN's channels are worth, [F] float64, and which may not go, before it is known how many stay."""
+
+    score: torch.Tensor
+    protected: torch.Tensor
+    ranked_by: str
+
+
+def _draft(index: ChannelIndex, layer: int, name: str, method: str, generator: torch.Generator) -> _Draft:
+    ffn = index.layers[layer].ffns[name]
+    columns = [w.column for w in index.super_weights if (w.layer, w.ffn) == (layer, name)]
+    held = torch.tensor(columns, dtype=torch.long)
+    ranked_by = method if ffn.tokens or method == "random" else "magnitude"
+    return _Draft(
+        score=METHODS[ranked_by](ffn, generator).double(),
+        protected=torch.unique(torch.cat([ffn.supernodes, held])) if method in PROTECTING else held[:0],
+        ranked_by=ranked_by,
+    )
+
+
+def _spread(
+    index: ChannelIndex, change: WidthChange, drafts: list[dict[str, _Draft]], multiple: int, method: str
+) -> WidthChange:
+    """Give each layer a width of its own, together as many channels as a uniform cut keeps.
+
+    LP-like scores are losses and compare across layers as they are; others are standardised within their layer. FFNs
+    of one layer under one key (experts, a shared FFN) keep one width: their damages are summed.
+    """
+    places, damages, floors = [], [], []
+    for number, layer in enumerate(index.layers):
+        mine = [name for name in layer.ffns if index.width_key(name) == change.key]
+        if not mine:
+            continue
+        total = torch.zeros(change.before + 1, dtype=torch.float64)
+        floor = 1
+        for name in mine:
+            times = layer.ffns[name].width // change.before
+            draft = drafts[number][name]
+            score = draft.score if method in PROTECTING else standardised(draft.score)
+            total += score_damage(score, draft.protected)[::times]
+            floor = max(floor, -(-len(draft.protected) // times))
+        places.append(number)
+        damages.append(total)
+        floors.append(floor)
+    widths = allocate(damages, multiple, floors, change.after * len(places))
+    per_layer: list[int | None] = [None] * len(index.layers)
+    for number, width in zip(places, widths, strict=True):
+        per_layer[number] = width
+    return WidthChange(change.key, change.before, max(widths), tuple(per_layer))
 
 
 def width_changes(
@@ -239,33 +326,27 @@ def width_changes(
     return tuple(changes)
 
 
-def _plan_ffn(
-    ffn: FfnIndex, columns: list[int], count: int, method: str, generator: torch.Generator, where: str
-) -> FfnPlan:
-    """Which `count` channels of one FFN stay; `columns` hold super weights."""
-    ranked_by = method if ffn.tokens or method == "random" else "magnitude"
-    score = METHODS[ranked_by](ffn, generator).double()
-    held = torch.tensor(columns, dtype=torch.long)
-    protected = torch.unique(torch.cat([ffn.supernodes, held])) if method in PROTECTING else held[:0]
-    if len(protected) > count:
+def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, where: str) -> FfnPlan:
+    """Which `count` channels of one FFN stay."""
+    if len(draft.protected) > count:
         raise PlanError(
             "more channels are protected than would be kept",
             where=where,
             expected=f"at most {count}",
-            found=str(len(protected)),
+            found=str(len(draft.protected)),
             next_step="keep more channels",
         )
-    kept = keep_highest(score, protected, count)
+    kept = keep_highest(draft.score, draft.protected, count)
     proxy = ffn.statistics["loss_proxy"]
     return FfnPlan(
         kept=kept,
-        protected=protected,
+        protected=draft.protected,
         supernodes=len(ffn.supernodes),
         supernodes_kept=int(torch.isin(ffn.supernodes, kept).sum()),
         lp_share_top=mass(proxy, ffn.supernodes),
         lp_kept=mass(proxy, kept),
         lp_mass=float(proxy.double().sum()),
-        ranked_by=ranked_by,
+        ranked_by=draft.ranked_by,
     )
 
 

@@ -18,14 +18,32 @@ from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
-from surgery.resize import TensorCut, checkpoint_cuts, cut_tensor, mask_channels, resized_shape
-from surgery.skeleton import auto_class, build_config
+from surgery.resize import TensorCut, cut_tensor, mask_channels, resized_shape, tensor_cuts
+from surgery.skeleton import Skeleton, auto_class, build_config
 from surgery.stream import StreamedModel
 from surgery.writer import ShardWriter, TensorSpec
 
 COPY_BYTES = 64 << 20
 MANIFEST = "surgeon.json"
 SCHEMA_VERSION = 1
+MODELING = "modeling_per_layer"
+MODELING_TEMPLATE = '''"""{name} whose decoder layers have feed-forward widths of their own.
+
+`per_layer_config` in config.json holds them. Written by surgeon; loaded with `trust_remote_code=True`. With surgeon
+installed, `import surgery.loading` does the same and no code of this repo is run.
+"""
+
+from transformers import {name}
+
+
+class PerLayerForCausalLM({name}):
+    def __init__(self, config):
+        super().__init__(config)
+        layers = self.{layers}
+        for index, layer in enumerate(layers):
+            layers[index] = type(layer)(config.per_layer_config[index], index)
+        self.post_init()
+'''
 
 
 def planned_specs(
@@ -64,12 +82,16 @@ def write_pruned(
     check_prunable(checkpoint.config, checkpoint.name)
     options = options or cpu_options(checkpoint)
     ids = index.input_ids[:1, :GATE_TOKENS].long()
-    cuts = checkpoint_cuts(checkpoint)
+    skeleton = Skeleton(checkpoint, torch.float32)
+    cuts = tensor_cuts(skeleton)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
         with ShardWriter(folder, specs) as writer:
             expected = _copy_and_run(checkpoint, plan, cuts, writer, ids, options, track)
         _carry_files(checkpoint, plan, folder)
+        if plan.per_layer_widths:
+            code = modeling_code(skeleton.model, skeleton.layers_path)
+            (folder / f"{MODELING}.py").write_text(code, encoding="utf-8")
         written = Checkpoint.open(folder)
         gate = pass_gate(written, expected, ids, options, plan)
         measurements: dict[str, Any] = {"gate": gate, **({"dense": dense} if dense else {})}
@@ -140,7 +162,23 @@ def resized_config(checkpoint: Checkpoint, plan: ResizePlan) -> dict[str, Any]:
     changes = {change.key: change.after for change in plan.widths}
     for key, value in {**changes, **dict(family.config_changes if family else ())}.items():
         (config if key in config and key not in text else text)[key] = value
+    if plan.per_layer_widths:
+        text["per_layer_config"] = {
+            str(layer): {
+                c.key: c.per_layer[layer] for c in plan.widths if c.per_layer[layer] not in (None, c.after)
+            }
+            for layer in range(len(plan.layers))
+        }
+        text["per_layer_config"] = {k: v for k, v in text["per_layer_config"].items() if v}
+        text["allow_global_per_layer_attribute_access"] = True
+        config["auto_map"] = {"AutoModelForCausalLM": f"{MODELING}.PerLayerForCausalLM"}
     return config
+
+
+def modeling_code(model: Any, layers_path: str) -> str:
+    """A modeling file that loads per-layer widths with `trust_remote_code=True`, where surgeon is not installed."""
+    name = type(model).__name__
+    return MODELING_TEMPLATE.format(name=name, layers=layers_path)
 
 
 def make_manifest(

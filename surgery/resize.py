@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, TensorEntry
+from surgery.checkpoint import TensorEntry
 from surgery.errors import PlanError, UnsupportedModelError
 from surgery.ffn import Ffn, ParameterCut
 from surgery.index import EXPERT
@@ -106,30 +106,37 @@ def resized_shape(entry: TensorEntry, cut: TensorCut | None, plan: ResizePlan) -
             found=str(cut.width(entry)),
         )
     shape = list(entry.shape)
-    shape[cut.axis] = cut.parts * len(kept)
+    shape[cut.axis] = cut.parts * plan.stored_width(cut.layer, cut.ffns[0])
     return tuple(shape)
 
 
 def cut_tensor(tensor: torch.Tensor, cut: TensorCut, plan: ResizePlan) -> torch.Tensor:
-    """The kept slices of a tensor along the cut's axis, contiguous, dtype unchanged."""
-    ffns = plan.layers[cut.layer].ffns
-    width = tensor.shape[cut.axis] // cut.parts
+    """The kept slices of a tensor along the cut's axis, contiguous, dtype unchanged; zeros where the plan pads."""
     if not cut.stacked:
-        places = _places(ffns[cut.ffns[0]].kept, width, cut)
-        return tensor.index_select(cut.axis, places).contiguous()
-    slices = [
-        one.index_select(cut.axis - 1, _places(ffns[unit].kept, width, cut))
-        for one, unit in zip(tensor, cut.ffns, strict=True)
-    ]
+        return _take(tensor, cut, cut.axis, cut.ffns[0], plan)
+    slices = [_take(one, cut, cut.axis - 1, unit, plan) for one, unit in zip(tensor, cut.ffns, strict=True)]
     return torch.stack(slices)
 
 
-def _places(kept: torch.Tensor, width: int, cut: TensorCut) -> torch.Tensor:
-    """Positions along the cut axis of the kept channels [K]: `parts` per channel."""
+def _take(tensor: torch.Tensor, cut: TensorCut, axis: int, unit: str, plan: ResizePlan) -> torch.Tensor:
+    kept = plan.layers[cut.layer].ffns[unit].kept
+    width = tensor.shape[axis] // cut.parts
     parts = torch.arange(cut.parts)
     if cut.interleaved:
-        return (kept[:, None] * cut.parts + parts).flatten()
-    return (kept + parts[:, None] * width).flatten()
+        places = (kept[:, None] * cut.parts + parts).flatten()
+    else:
+        places = (kept + parts[:, None] * width).flatten()
+    taken = tensor.index_select(axis, places).contiguous()
+    padding = plan.stored_width(cut.layer, unit) - len(kept)
+    return _pad(taken, cut, axis, padding) if padding else taken
+
+
+def _pad(tensor: torch.Tensor, cut: TensorCut, axis: int, channels: int) -> torch.Tensor:
+    """Add zero channels behind the others, in each of the parts."""
+    pieces = [tensor] if cut.interleaved else list(tensor.chunk(cut.parts, axis))
+    shape = list(tensor.shape)
+    shape[axis] = channels * (cut.parts if cut.interleaved else 1)
+    return torch.cat([part for piece in pieces for part in (piece, tensor.new_zeros(shape))], axis)
 
 
 def mask_channels(plan: ResizePlan, ffns: list[list[Ffn]]) -> LayerEdit:
@@ -144,8 +151,3 @@ def mask_channels(plan: ResizePlan, ffns: list[list[Ffn]]) -> LayerEdit:
                 weight[:, removed] = 0
 
     return edit
-
-
-def checkpoint_cuts(checkpoint: Checkpoint) -> dict[str, TensorCut]:
-    """`tensor_cuts` of a checkpoint whose model has not been built yet."""
-    return tensor_cuts(Skeleton(checkpoint, torch.float32))

@@ -212,11 +212,19 @@ def _short(value: float) -> str:
     return f"{value:.2g}" if value >= 1e5 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def width_text(plan: ResizePlan) -> str:
+    """The width after a cut, or the range of widths."""
+    own = [width for width in plan.widths[0].per_layer if width is not None]
+    if not own:
+        return str(plan.width_after)
+    return f"{min(own)} to {max(own)}" + (f", padded to {plan.width_after}" if plan.padded else "")
+
+
 def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None:
     """Print what a plan does. `sizes` holds parameters and bytes before and after."""
     fields = plan.as_json()
     console.print(
-        f"Method {plan.method}, uniform width {plan.width_before} → [bold]{plan.width_after}[/bold] "
+        f"Method {plan.method}, {plan.allocation} width {plan.width_before} → [bold]{width_text(plan)}[/bold] "
         f"({100 * plan.sparsity:.1f}% of FFN channels removed)"
     )
     if len(plan.widths) > 1:
@@ -240,6 +248,11 @@ def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None
         console.print(
             f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {fate}"
         )
+    if plan.per_layer_widths:
+        console.print(
+            "Layers differ in width: loading takes `import surgery.loading` or trust_remote_code=True"
+        )
+        return
     fits = [
         f"groups of {group} with TP {', '.join(map(str, tp))}"
         for group, tp in fields["divides"].items()

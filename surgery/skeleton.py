@@ -22,7 +22,7 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, UnsupportedModelError
-from surgery.families import Family, family_of
+from surgery.families import Family, family_of, text_config
 from surgery.ffn import Ffn, bind, show_experts
 from surgery.inference import infer_family
 
@@ -173,7 +173,7 @@ class Skeleton:
         for ffns in self.ffns:
             for ffn in ffns:
                 key = ffn.site.width_key
-                widths[key] = ffn.width // self._times(ffn)
+                widths[key] = max(widths.get(key, 0), ffn.width // self._times(ffn))
                 channels[key] = channels.get(key, 0) + ffn.width * len(ffn.units)
         return {key: widths[key] for key in sorted(widths, key=lambda k: -channels[k])}
 
@@ -272,6 +272,8 @@ def build_config(config: dict[str, Any], where: str) -> Any:
             found=family,
             next_step="upgrade transformers",
         ) from error
+    if text_config(config).get("per_layer_config"):
+        import surgery.loading  # noqa: F401  (teaches transformers to build it)
     with quiet_transformers():
         try:
             return config_class.from_dict(config_class._decode_special_floats(copy.deepcopy(config)))

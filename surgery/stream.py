@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import UnsupportedModelError
+from surgery.errors import CalibrationError, UnsupportedModelError
 from surgery.ffn import Ffn
 from surgery.skeleton import Assembly, Skeleton
 
@@ -200,6 +200,13 @@ class StreamedModel:
         try:
             module = self.model if logits else self.model.base_model
             return module(input_ids=ids.to(self.device), use_cache=False)
+        except IndexError as error:
+            raise CalibrationError(
+                "a block is longer than the model has positions for, or holds ids outside its vocabulary",
+                where=self.checkpoint.name,
+                found=f"blocks of {ids.shape[1]} tokens",
+                next_step="use a smaller --block-size, and the model's own tokenizer",
+            ) from error
         finally:
             for layer in self.layers:
                 del layer.forward

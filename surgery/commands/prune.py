@@ -40,7 +40,16 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
 @click.option("--sparsity", type=float, help="Fraction of FFN channels to remove, 0 to 1. [default: 0.5]")
 @click.option("--intermediate-size", type=int, help="Exact width to keep, in place of --sparsity.")
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
-@click.option("--allocation", type=click.Choice(["uniform"]), default="uniform", show_default=True)
+@click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "global"]),
+    default="uniform",
+    show_default=True,
+    help="One width for all layers, which loads everywhere, or each its own, which needs a loader.",
+)
+@click.option(
+    "--pad", is_flag=True, help="With --allocation global: zero-pad to one width, which loads everywhere."
+)
 @click.option("--repair", type=click.Choice(["none"]), default="none", show_default=True)
 @click.option("--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]")
 @click.option(
@@ -166,6 +175,10 @@ def check_size_options(options: dict[str, Any]) -> None:
         raise UsageError("give --sparsity or --intermediate-size, not both")
     if options["sparsity"] is None and options["intermediate_size"] is None:
         options["sparsity"] = 0.5
+    if options["pad"] and options["allocation"] == "uniform":
+        raise UsageError(
+            "--pad makes layers of different width alike", next_step="use it with --allocation global"
+        )
 
 
 def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
@@ -236,6 +249,8 @@ def plan_cut(
         width=options["intermediate_size"],
         multiple_of=options["multiple_of"],
         seed=options["seed"],
+        allocation=options["allocation"],
+        pad=options["pad"],
     )
     specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
     return plan, {
@@ -254,11 +269,16 @@ def canonical_command(
     words = ["surgeon", "prune", checkpoint.name]
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
-    if len(plan.widths) == 1:
+    if len(plan.widths) == 1 and plan.allocation == "uniform":
         words += ["--intermediate-size", str(plan.width_after)]
     else:
-        words += ["--sparsity", str(options["sparsity"])]
+        size = options["intermediate_size"]
+        words += (
+            ["--sparsity", str(options["sparsity"])] if size is None else ["--intermediate-size", str(size)]
+        )
         words += ["--multiple-of", str(options["multiple_of"])] if options["multiple_of"] else []
+    if plan.allocation != "uniform":
+        words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
     words += ["--method", plan.method, "--seed", str(plan.seed)]
     words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", channels.run["dtype"]]

@@ -1,0 +1,70 @@
+"""Import this to load checkpoints whose layers have feed-forward widths of their own.
+
+    import surgery.loading
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+The widths stand in config.json as transformers' own `per_layer_config`; its model classes do not build from it yet
+(transformers 5.23). When such a config is read, the decoder layer of its family is registered with transformers'
+public patch mapping, in a form that builds each layer from its own config. No code of the checkpoint is run, and
+configs without `per_layer_config` are not touched. `save_pretrained` keeps the form.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+
+LAYER_NUMBER = ("layer_idx", "layer_id", "layer_index", "idx")
+
+
+def own_config(config: Any, layer: int) -> Any:
+    """The config of one layer: that of the model where all are alike."""
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
+def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
+    """A decoder layer class that builds itself from the config of its own layer."""
+
+    def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+        layer_class.__init__(self, own_config(config, layer_idx), layer_idx, *args, **kwargs)
+
+    fields = {"__init__": __init__, "__module__": layer_class.__module__, "__doc__": layer_class.__doc__}
+    return type(layer_class.__name__, (layer_class,), fields)
+
+
+def register_family(config: PreTrainedConfig) -> None:
+    """Register the decoder layers of the family of a config, once."""
+    module_name = type(config).__module__.replace(".configuration_", ".modeling_")
+    module = importlib.import_module(module_name)
+    known = get_patch_mapping()
+    for name, found in vars(module).items():
+        if not (isinstance(found, type) and issubclass(found, GradientCheckpointingLayer)):
+            continue
+        if found.__module__ != module_name or f"^{name}$" in known:
+            continue
+        parameters = list(inspect.signature(found).parameters)
+        if parameters[:1] == ["config"] and parameters[1:2] and parameters[1] in LAYER_NUMBER:
+            register_patch_mapping({f"^{name}$": per_layer(found)})
+
+
+def _install() -> None:
+    original = HeterogeneousConfigMixin.per_layer_config
+    assert original.fset is not None
+
+    def set_widths(self: Any, value: Any) -> None:
+        original.__set__(self, value)
+        if value is not None:
+            self.allow_global_per_layer_attribute_access = True
+            register_family(self)
+
+    HeterogeneousConfigMixin.per_layer_config = property(original.fget, set_widths)
+
+
+_install()
