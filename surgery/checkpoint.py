@@ -11,10 +11,11 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -39,6 +40,15 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+}
+QUANTISATIONS = {
+    "fp8": "FP8 weights in blocks",
+    "fbgemm_fp8": "FP8 weights (FBGEMM)",
+    "mxfp4": "MXFP4 weights",
+    "gptq": "GPTQ weights",
+    "awq": "AWQ weights",
+    "bitsandbytes": "bitsandbytes weights",
+    "compressed-tensors": "compressed-tensors weights",
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -146,6 +156,9 @@ class Checkpoint:
         for file in self.weight_files:
             self.tensors.update(self._read_header(file))
         self._check_weight_map()
+        for entry in self.tensors.values():
+            if entry.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) or entry.name.endswith(".qweight"):
+                self._refuse_quantised(f"{DTYPE_NAMES[entry.dtype]} weights, as {entry.name}")
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -216,13 +229,23 @@ class Checkpoint:
             )
         method = (config.get("quantization_config") or {}).get("quant_method")
         if method:
-            raise CheckpointError(
-                "the checkpoint is quantised, and surgery needs the original weights",
-                where=self.name,
-                found=f"quantization_config with quant_method {method!r}",
-                next_step="use the unquantised checkpoint it was made from",
-            )
+            self._refuse_quantised(QUANTISATIONS.get(str(method), str(method)))
         return config
+
+    def _refuse_quantised(self, form: str) -> NoReturn:
+        """Raise CheckpointError for weights that were rounded, naming what they were made from if the card does."""
+        base = None
+        if "README.md" in self.file_names:
+            card = bytes(self.source.read("README.md", 0, self.source.size("README.md")))
+            found = re.search(r"^base_model:\s*(?:\n- *)?([\w./-]+)", card.decode("utf-8", "replace"), re.M)
+            base = found and found[1]
+        raise CheckpointError(
+            "the checkpoint is quantised, and surgery needs the original weights",
+            where=self.name,
+            expected="float32, float16 or bfloat16 weights",
+            found=form,
+            next_step=f"use the unquantised checkpoint it was made from{': ' + base if base else ''}",
+        )
 
     def _find_weight_files(self) -> list[str]:
         if INDEX_FILE in self.file_names:

@@ -78,6 +78,13 @@ QWEN_MOE = Family(
     (GATED, experts(), shared("mlp.shared_expert.", "shared_expert_intermediate_size")),
 )
 DEEPSEEK = Family((GATED, experts(), shared(times="n_shared_experts")))
+LLAMA4 = Family(
+    (
+        gated("feed_forward.", "intermediate_size_mlp"),
+        experts("feed_forward.experts", "intermediate_size"),
+        shared("feed_forward.shared_expert.", "intermediate_size"),
+    )
+)
 GRANITE_MOE = Family(
     (
         experts("block_sparse_moe.experts", "intermediate_size"),
@@ -189,6 +196,8 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": GRANITE_MOE,
     "granitemoeshared": GRANITE_MOE,
     "jamba": Family((GATED_FEED_FORWARD, experts("feed_forward.experts", "intermediate_size"))),
+    "llama4": LLAMA4,
+    "llama4_text": LLAMA4,
     "lfm2_moe": Family((LFM_FEED_FORWARD, experts("feed_forward.experts"))),
     "minimax": Family((experts(width_key="intermediate_size"),)),
     "minimax_m2": Family((experts(width_key="intermediate_size"),)),
@@ -228,14 +237,6 @@ NO_FFN = {
     ),
     "recurrent_gemma": "its recurrent layers are not supported",
     "bitnet": "a norm over its FFN channels mixes them, so that removing one changes all others",
-}
-QUANTISED = {
-    "fp8": "FP8",
-    "mxfp4": "MXFP4",
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
 }
 
 

@@ -6,6 +6,7 @@ Shape letters: E experts, T tokens, D hidden_size, F intermediate width.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -60,13 +61,13 @@ class Ffn:
     def down_weight(self, expert: int = 0) -> torch.Tensor:
         """W_down [D, F] of one unit: a view, through which weights can be set."""
         if self.stacked:
-            return self._oriented(self._stack(self.site.down)[expert], bool(self.module.is_transposed))
+            return self._oriented(self._stack(self.site.down)[expert], self._transposed)
         return self._linear_weight(self.site.down)
 
     def row_weights(self, expert: int = 0) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(W_gate or None, W_up), each [F, D], of one unit: views."""
         if self.stacked:
-            rows = [self._oriented(self._stack(self.site.rows[0])[expert], bool(self.module.is_transposed))]
+            rows = [self._oriented(self._stack(self.site.rows[0])[expert], self._transposed)]
         else:
             rows = [self._linear_weight(row) for row in self.site.rows]
         if len(rows) == 2:
@@ -81,7 +82,7 @@ class Ffn:
         """Parameter path inside the layer -> how it is cut. The bias of the down projection stays."""
         parts = 2 if self.site.fused else 1
         if self.stacked:
-            flipped = bool(self.module.is_transposed)
+            flipped = self._transposed
             row, down = self.site.rows[0], self.site.down
             fused = ParameterCut(self.key, 2 if flipped else 1, parts, self._interleaved, True)
             found = {row: fused, down: ParameterCut(self.key, 1 if flipped else 2, stacked=True)}
@@ -98,8 +99,12 @@ class Ffn:
         return found
 
     @property
+    def _transposed(self) -> bool:
+        return bool(getattr(self.module, "is_transposed", True))  # Llama 4's, which say nothing, are
+
+    @property
     def _interleaved(self) -> bool:
-        return self.stacked and self.site.fused and not self.module.is_concatenated
+        return self.stacked and self.site.fused and not getattr(self.module, "is_concatenated", True)
 
     def _stack(self, path: str) -> torch.Tensor:
         stack = getattr(self.module, path.rpartition(".")[2])
@@ -212,11 +217,34 @@ def _linear(
     return functional.linear(x, weight, bias)
 
 
+def scaled_experts_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Llama 4's experts, which get every token, scaled by its routing score: by zero where it isn't routed to them.
+
+    hidden [E * T, D]; only the rows that are not zero are computed, the others come out as zero.
+    """
+    stacked = hidden.view(module.num_experts, -1, module.hidden_size)
+    note = getattr(module, "_surgeon_note", None)
+    outputs = []
+    for expert, x in enumerate(stacked):
+        (tokens,) = torch.where(x.detach().abs().amax(-1) > 0)
+        gate, up = (x[tokens] @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+        u = up * module.act_fn(gate)
+        y = u @ module.down_proj[expert]
+        if note is not None and len(tokens):
+            note(f"expert.{expert}", tokens, u, y)
+        outputs.append(torch.zeros_like(x).index_copy(0, tokens, y))
+    return torch.stack(outputs).view(-1, module.hidden_size)
+
+
 def show_experts(model: nn.Module) -> None:
-    """Make every experts module of a model run through `experts_forward`."""
+    """Make every experts module of a model run through `experts_forward`, or its like for Llama 4."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
     for module in model.modules():
         if hasattr(module, "is_concatenated") and hasattr(module, "config"):
             cast(Any, module.config)._experts_implementation = EXPERTS_IMPLEMENTATION
+        elif type(module).__name__ == "Llama4TextExperts":
+            experts: Any = module
+            experts.is_transposed, experts.is_concatenated, experts.has_bias = True, True, False
+            experts.forward = functools.partial(scaled_experts_forward, experts)

@@ -282,14 +282,21 @@ def build_config(config: dict[str, Any], where: str) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class that builds a model of this config: AutoModelForCausalLM, or for images and text."""
+    """The Auto class that builds a model of this config: AutoModelForCausalLM, or for images and text.
+
+    Where both know the config, the class that the checkpoint names as its own decides.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    known = [
+        automatic
+        for automatic in (AutoModelForCausalLM, AutoModelForImageTextToText)
+        if type(config) in automatic._model_mapping
+    ]
+    for automatic in known:
+        if automatic._model_mapping[type(config)].__name__ in (config.architectures or []):
+            return automatic
+    return known[0] if known else AutoModelForCausalLM
 
 
 def build_model(config: Any, dtype: torch.dtype, where: str) -> Any:

@@ -174,6 +174,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 48,
         "layer_types": ["mamba", "attention"] * 3,
     },
+    "llama4_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 40,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+    },
     "jamba": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

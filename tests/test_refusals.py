@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CALIBRATION
+from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import INDEX_FILE, Checkpoint
 from surgery.errors import CheckpointError
@@ -63,6 +65,11 @@ def garbage_header(folder: Path) -> None:
     shards(folder)[0].write_bytes(data)
 
 
+def store_fp8(folder: Path) -> None:
+    tensors = load_file(shards(folder)[0])
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, shards(folder)[0])
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing shard": (lambda folder: shards(folder)[0].unlink(), "missing"),
     "truncated shard": (truncate, "wrong length"),
@@ -74,7 +81,21 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "encoder-decoder": (set_config(is_encoder_decoder=True, model_type="t5"), "encoder-decoder"),
     "unknown family": (set_config(model_type="mamba"), "mamba"),
     "no width": (set_config(intermediate_size=None), "intermediate_size"),
-    "quantised": (set_config(quantization_config={"quant_method": "gptq"}), "quantised"),
+    "GPTQ": (set_config(quantization_config={"quant_method": "gptq"}), "GPTQ"),
+    "AWQ": (set_config(quantization_config={"quant_method": "awq"}), "AWQ"),
+    "bitsandbytes": (set_config(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
+    "FP8": (set_config(quantization_config={"quant_method": "fp8"}), "FP8"),
+    "FP8 that the config does not tell": (store_fp8, "F8_E4M3"),
+    "shared keys and values": (set_config(model_type="gemma3n_text", num_kv_shared_layers=2), "shares keys"),
+    "shared keys and values, nested": (
+        set_config(model_type="gemma4", text_config={"num_kv_shared_layers": 2}),
+        "shares keys",
+    ),
+    "recurrent": (set_config(model_type="rwkv"), "without an FFN"),
+    "shared blocks": (set_config(model_type="zamba2"), "share"),
+    "encoder": (set_config(model_type="bert"), "encoder"),
+    "norm over channels": (set_config(model_type="bitnet"), "norm over its FFN channels"),
+    "made up": (set_config(model_type="no_such_model"), "does not know this model type"),
     "shape mismatch": (set_config(intermediate_size=64), "shape"),
     "config is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
@@ -157,3 +178,41 @@ def test_hostile_headers_do_not_allocate(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["bloom", "mpt"])
+def test_a_family_without_a_width_is_indexed_but_not_pruned(
+    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny(variant)
+    surgeon("index", str(source), "--out", "index", *CALIBRATION)
+    result = surgeon("prune", str(source), "--index", "index", "--out", "cut", code=1)
+    assert "can be indexed but not pruned" in result.stderr and "4 x hidden_size" in result.stderr
+    assert not (source.parent / "cut").exists()
+
+
+def test_a_quantised_checkpoint_names_what_it_was_made_from(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("llama")
+    set_config(quantization_config={"quant_method": "awq"})(source)
+    (source / "README.md").write_text("---\nbase_model: org/original\n---\n")
+    result = surgeon("index", str(source), "--out", "index", *CALIBRATION, code=1)
+    assert "org/original" in result.stderr
+
+
+def test_mixed_dtypes_stay_as_they_were_stored(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("llama", dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    kinds = {"norm": torch.float32, "up_proj": torch.float16}
+    for name in tensors:
+        for word, dtype in kinds.items():
+            if word in name:
+                tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    surgeon("prune", str(source), "--multiple-of", "8", "--out", "cut", *CALIBRATION)
+    cut = load_file(source.parent / "cut" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in cut.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert len({tensor.dtype for tensor in cut.values()}) == 3
