@@ -17,7 +17,7 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python examples/assets.py .cache
+	$(BIN)/python examples/assets.py .cache --tests
 	$(BIN)/pytest
 
 format: .venv/ready

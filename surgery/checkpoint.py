@@ -194,6 +194,11 @@ class Checkpoint:
         return [f for f in self.file_names if f not in weights and not _is_weight_like(f)]
 
     @property
+    def stored_form(self) -> str | None:
+        """How the weights are stored, where that is not as safetensors."""
+        return None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(entry.nbytes for entry in self.tensors.values())
@@ -278,6 +283,14 @@ class Checkpoint:
                 where=self.name,
                 found=pickled[0],
                 next_step="load the model once with transformers and save_pretrained it to a new folder",
+            )
+        packed = [f for f in self.file_names if f.endswith(".gguf")]
+        if packed:
+            raise CheckpointError(
+                "this folder holds GGUF",
+                where=self.name,
+                found=packed[0],
+                next_step="name the .gguf file itself",
             )
         raise CheckpointError(
             "no safetensors weights", where=self.name, expected=f"{SINGLE_FILE} or {INDEX_FILE}"

@@ -53,14 +53,19 @@ def storage_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(held, key=lambda dtype: held[dtype], default=torch.float32)
 
 
+def check_dtype(option: str) -> None:
+    """Raise UsageError for a --dtype there is not."""
+    if option != "auto" and option not in DTYPE_OPTIONS:
+        raise UsageError("unknown dtype", expected=f"auto, {', '.join(DTYPE_OPTIONS)}", found=option)
+
+
 def pick_dtype(option: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The dtype to compute in; `auto` keeps the checkpoint's where the device multiplies it in hardware.
 
     float16 computes in bfloat16, or in float32 where that is slow: gradients of a summed loss overflow float16.
     """
+    check_dtype(option)
     if option != "auto":
-        if option not in DTYPE_OPTIONS:
-            raise UsageError("unknown dtype", expected=f"auto, {', '.join(DTYPE_OPTIONS)}", found=option)
         return DTYPE_OPTIONS[option]
     if storage_dtype(checkpoint) not in (torch.bfloat16, torch.float16):
         return torch.float32

@@ -316,6 +316,7 @@ def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "shape_digest": checkpoint.shape_digest,
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
+        "stored_form": checkpoint.stored_form,
     }
 
 

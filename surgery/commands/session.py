@@ -34,15 +34,26 @@ def open_model(model: str, options: dict[str, Any]) -> Checkpoint:
         if revisions:
             raise UsageError("--revision is for models on the Hub", where=model)
         return Checkpoint.open(model)
+    if Path(model).is_file() and Path(model).suffix == ".gguf":
+        return open_gguf(Path(model), options)
     if not HUB_ID.fullmatch(model):
         raise CheckpointError(
             "no such model folder",
             where=model,
-            next_step="give a folder holding config.json, or a Hub id as org/name",
+            next_step="give a folder holding config.json, a .gguf file, or a Hub id as org/name",
         )
     from surgery.hub import open_hub
 
     return open_hub(model, revisions[0] if revisions else None, ranges=options["no_cache"])
+
+
+def open_gguf(file: Path, options: dict[str, Any]) -> Checkpoint:
+    """A GGUF file, to be dequantised to --dtype; bfloat16 unless that is given."""
+    from surgery.devices import DTYPE_OPTIONS, check_dtype
+    from surgery.gguf_checkpoint import GgufCheckpoint
+
+    check_dtype(options["dtype"])
+    return GgufCheckpoint(file, DTYPE_OPTIONS.get(options["dtype"], DTYPE_OPTIONS["bfloat16"]))
 
 
 def read_template(path: Path | None) -> str | None:
@@ -74,14 +85,15 @@ def make_index(
     checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool, quiet: bool
 ) -> ChannelIndex | None:
     """Calibrate and index; with `dry_run` only say what would be done."""
+    from surgery.skeleton import Skeleton, check_model
+
+    check_model(checkpoint)
     import torch
 
     from surgery.calibration import load_tokenizer, read_text, token_blocks
     from surgery.indexing import build_index
-    from surgery.skeleton import Skeleton, check_model
     from surgery.super_weights import PROMPT
 
-    check_model(checkpoint)
     if dry_run:
         from surgery.show import show_ffns
 
