@@ -210,3 +210,35 @@ def config_fields(name: str) -> dict[str, Any]:
     """All fields of a variant's config; a head_dim of None is left to the family."""
     fields = {"model_type": name, **TINY, **{**CONFIGS, **INDEX_ONLY}[name]}
     return {key: value for key, value in fields.items() if (key, value) != ("head_dim", None)}
+
+
+def readme_table() -> str:
+    """The README's table of tested families, by the shape of their FFN and the config keys that hold its width."""
+    from surgery.families import FAMILIES, FfnSite
+
+    def shape(site: FfnSite) -> str:
+        rows = "gate and up fused" if site.fused else "gate, up" if len(site.rows) == 2 else "no gate"
+        return f"experts, {rows}" if site.kind == "experts" else rows
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in [*CONFIGS, *INDEX_ONLY]:
+        family = {**CONFIGS, **INDEX_ONLY}[name].get("model_type", name)
+        sites = FAMILIES[family].sites
+        kinds = {site.kind for site in sites}
+        shapes = " + ".join(
+            dict.fromkeys(
+                shape(s) + (" (shared)" if s.kind == "shared" and "experts" in kinds else "") for s in sites
+            )
+        )
+        keys = ", ".join(dict.fromkeys(f"`{site.width_key}`" for site in sites))
+        if FAMILIES[family].fixed:
+            keys = "none: index only"
+        members = groups.setdefault((shapes, keys), [])
+        if family not in members:
+            members.append(family)
+    rows = [f"| {shapes} | {keys} | {', '.join(sorted(names))} |" for (shapes, keys), names in groups.items()]
+    return "\n".join(["| FFN | width in the config | model types |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(readme_table())

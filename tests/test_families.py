@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION, byte_tokenizer, tiny_model
-from model_families import CONFIGS, INDEX_ONLY
+from conftest import CALIBRATION, ROOT, byte_tokenizer, tiny_model
+from model_families import CONFIGS, INDEX_ONLY, readme_table
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -373,3 +373,8 @@ def test_removing_an_experts_silent_channels_changes_nothing(
         assert torch.equal(before.mlp.gate.weight, after.mlp.gate.weight)
         assert torch.equal(before.mlp.shared_expert_gate.weight, after.mlp.shared_expert_gate.weight)
     assert cut.config.num_experts == 4 and cut.config.num_experts_per_tok == 2
+
+
+def test_the_readme_lists_the_families_that_are_tested() -> None:
+    assert len({CONFIGS[name].get("model_type", name) for name in CONFIGS}) >= 40
+    assert readme_table() in (ROOT / "README.md").read_text()
