@@ -241,4 +241,4 @@ def readme_table() -> str:
 
 
 if __name__ == "__main__":
-    print(readme_table())
+    print(readme_table())  # noqa: T201
