@@ -33,7 +33,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license, language and
     tags are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`,
-    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `per_layer`, `auto_class` and `load_from`.
+    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `per_layer`, `repair`, `repaired`, `auto_class` and `load_from`.
     """
     import jinja2
 
@@ -56,10 +56,23 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         widths=plan.get("widths")
         or {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}},
         per_layer=plan.get("allocation") == "global" and not plan.get("padded"),
+        repair=plan.get("repair", "none"),
+        repaired=describe_repair(manifest),
         auto_class=manifest.get("auto_class", "AutoModelForCausalLM"),
         load_from=manifest.get("repo") or "path/to/this/folder",
     )
     return re.sub(r"\n{3,}", "\n\n", rendered)
+
+
+def describe_repair(manifest: dict[str, Any]) -> str:
+    """What repair changed: which matrices, in how many layers."""
+    entries = manifest.get("repair") or []
+    ffns = sum(any(r["ridge"] is not None for r in entry["ffns"].values()) for entry in entries)
+    attention = sum(bool(entry["attention"] and entry["attention"]["ridge"] is not None) for entry in entries)
+    parts = [f"the FFN's down projection in {ffns} of {len(entries)} layers"]
+    if attention:
+        parts.append(f"the attention's output projection in {attention}")
+    return ", ".join(parts)
 
 
 def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> str:

@@ -14,6 +14,7 @@ from surgery.importance import METHODS, PROTECTING
 from surgery.index import ChannelIndex, FfnIndex
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+REPAIRS = ("none", "lstsq", "lstsq-acc")
 GROUP_SIZES = (32, 64, 128, 256)
 NARROW_MODEL = 4096
 
@@ -108,6 +109,7 @@ class ResizePlan:
     super_weights: tuple[dict[str, Any], ...]
     allocation: str = "uniform"
     padded: bool = False
+    repair: str = "none"
 
     @property
     def per_layer_widths(self) -> bool:
@@ -142,7 +144,7 @@ class ResizePlan:
             "method": self.method,
             "allocation": self.allocation,
             "padded": self.padded,
-            "repair": "none",
+            "repair": self.repair,
             "seed": self.seed,
             "sparsity": self.sparsity,
             "multiple_of": self.multiple_of,
@@ -196,14 +198,17 @@ def make_plan(
     seed: int = 42,
     allocation: str = "uniform",
     pad: bool = False,
+    repair: str = "none",
 ) -> ResizePlan:
     """Choose the channels to keep from an index, the same number in every FFN whose width one config key holds.
 
     With `allocation` "global" layers differ, at the same total: those that lose least give most (`pad` writes them
     zero-padded to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
     nor the column of a super weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for
-    a cut that can't be made.
+    a cut that can't be made. `repair` says what is done to the weights that stay when the plan is carried out.
     """
+    if repair not in REPAIRS:
+        raise PlanError("unknown repair", expected=", ".join(REPAIRS), found=repair)
     if method not in METHODS:
         raise PlanError("unknown method", expected=", ".join(METHODS), found=method)
     if (sparsity is None) == (width is None):
@@ -239,6 +244,7 @@ def make_plan(
         super_weights=tuple(_moved(index, layers)),
         allocation=allocation,
         padded=pad and allocation == "global",
+        repair=repair,
     )
 
 

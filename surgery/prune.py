@@ -13,14 +13,16 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.destination import complete_folder
 from surgery.families import check_prunable, family_of, text_config
-from surgery.gate import GATE_TOKENS, cpu_options, pass_gate, run_to_logits
+from surgery.gate import GATE_TOKENS, cpu_options, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
+from surgery.mending import layer_tensors, make_mender, mended_tensors
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
 from surgery.resize import TensorCut, cut_tensor, mask_channels, resized_shape, tensor_cuts
 from surgery.skeleton import Skeleton, auto_class, build_config
 from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
 from surgery.writer import ShardWriter, TensorSpec
 
 COPY_BYTES = 64 << 20
@@ -87,7 +89,10 @@ def write_pruned(
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
         with ShardWriter(folder, specs) as writer:
-            expected = _copy_and_run(checkpoint, plan, cuts, writer, ids, options, track)
+            calibration = index.input_ids.long()
+            expected, repairs = _copy_and_run(
+                checkpoint, plan, cuts, writer, ids, calibration, options, track
+            )
         _carry_files(checkpoint, plan, folder)
         if plan.per_layer_widths:
             code = modeling_code(skeleton.model, skeleton.layers_path)
@@ -101,6 +106,7 @@ def write_pruned(
             "command": command,
             "auto_class": auto_class(build_config(checkpoint.config, checkpoint.name)).__name__,
             "repo": repo,
+            "repair": repairs,
         }
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         save_figures(folder, manifest)
@@ -114,21 +120,48 @@ def _copy_and_run(
     cuts: dict[str, TensorCut],
     writer: ShardWriter,
     ids: torch.Tensor,
+    calibration: torch.Tensor,
     options: RunOptions,
     track: Track[Any],
-) -> torch.Tensor:
-    """Write every tensor, cut where the plan says so; logits [T, V] of the source with removed channels masked."""
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Write every tensor, cut where the plan says so, and repaired; returns what the gate and the manifest need.
+
+    Logits [T, V] are those of the source with removed channels masked and repaired weights in place.
+    """
     written: set[str] = set()
+    late: dict[str, torch.Tensor] = {}
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        cut = cuts.get(name)
+        writer.write(name, tensor if cut is None else cut_tensor(tensor, cut, plan))
 
     def save(name: str, tensor: torch.Tensor) -> None:
         if name not in written:
             written.add(name)
-            cut = cuts.get(name)
-            writer.write(name, tensor if cut is None else cut_tensor(tensor, cut, plan))
+            if name in mendable:
+                late[name] = tensor
+            else:
+                write(name, tensor)
 
     model = StreamedModel(checkpoint, options.device, options.dtype, on_read=save)
-    model.edit = mask_channels(plan, model.skeleton.ffns)
-    logits = run_to_logits(model, ids, track)
+    mendable = layer_tensors(model.skeleton) if plan.repair != "none" else set()
+    mask = mask_channels(plan, model.skeleton.ffns)
+    count = len(model.layers)
+    repairs: list[dict[str, Any]] = []
+    with model.outside(), torch.no_grad():
+        gate = TokenStream(model, ids, micro_batch=1)
+        mender = make_mender(model, plan, calibration, options) if plan.repair != "none" else None
+    for number, layer in track(model.walk(range(count)), "layers", count):
+        if mender is None:
+            mask(number, layer)
+        else:
+            done = mender.layer(number, layer)
+            repairs.append(done.as_json())
+            for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
+                write(name, tensor)
+        gate.forward(number, layer)
+    with model.outside(), torch.no_grad():
+        logits = model.logits(gate.store.get(0, slice(0, 1), model.device)[0]).float().cpu()
     for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
         if entry.name in written:
             continue
@@ -137,7 +170,7 @@ def _copy_and_run(
             writer.write_bytes(
                 entry.name, checkpoint.source.read(entry.file, start, stop), start - entry.start
             )
-    return logits
+    return logits, repairs
 
 
 def _carry_files(checkpoint: Checkpoint, plan: ResizePlan, folder: Path) -> None:

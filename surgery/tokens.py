@@ -81,7 +81,7 @@ class TokenStream:
     def _slot(self, layer: int) -> int:
         return layer if self.keep_inputs else 0
 
-    def fork(self, number: int, layer: int) -> TokenStream:
+    def fork(self, number: int, layer: int, host_bytes: int | None = None) -> TokenStream:
         """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
         twin = object.__new__(TokenStream)
         twin.model, twin.keep_inputs = self.model, False
@@ -89,7 +89,7 @@ class TokenStream:
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
         shape = (1, *twin.ids.shape, self.store.shape[-1])
-        twin.hidden = HiddenStore(shape, self.store.dtype, None)
+        twin.hidden = HiddenStore(shape, self.store.dtype, host_bytes)
         for part in twin.slices:
             twin.hidden.put(0, part, self.store.get(self._slot(layer), part, self.model.device))
         return twin

@@ -221,7 +221,18 @@ def test_cut_loads_cleanly_and_equals_masking(
 ) -> None:
     source = save_tiny(variant, shard="20KB")
     surgeon("index", str(source), "--out", "index", *CALIBRATION)
-    options = ["--sparsity", "0.5", "--multiple-of", "8", "--out", "cut", "--index", "index"]
+    options = [
+        "--sparsity",
+        "0.5",
+        "--multiple-of",
+        "8",
+        "--out",
+        "cut",
+        "--index",
+        "index",
+        "--repair",
+        "none",
+    ]
     surgeon("prune", str(source), *options)
     cut = source.parent / "cut"
     model, info = AutoModelForCausalLM.from_pretrained(cut, output_loading_info=True)

@@ -21,7 +21,18 @@ from surgery.allocation import allocate, score_damage
 from surgery.checkpoint import Checkpoint
 from surgery.skeleton import Skeleton
 
-GLOBAL = ["--sparsity", "0.5", "--multiple-of", "4", "--allocation", "global", "--out", "cut"]
+GLOBAL = [
+    "--sparsity",
+    "0.5",
+    "--multiple-of",
+    "4",
+    "--allocation",
+    "global",
+    "--repair",
+    "none",
+    "--out",
+    "cut",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from surgery.skeleton import Skeleton
 
 PUSH_EVAL_BLOCKS = 16
+REPAIR_NAMES = ("none", "lstsq", "lstsq-acc")
 METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
 
 
@@ -50,7 +51,14 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
 @click.option(
     "--pad", is_flag=True, help="With --allocation global: zero-pad to one width, which loads everywhere."
 )
-@click.option("--repair", type=click.Choice(["none"]), default="none", show_default=True)
+@click.option(
+    "--repair",
+    type=click.Choice(REPAIR_NAMES),
+    default="lstsq-acc",
+    show_default=True,
+    help="Refit what stays by least squares on the calibration text, each layer by itself (lstsq) or making up for "
+    "the layers before it too (lstsq-acc).",
+)
 @click.option("--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]")
 @click.option(
     "--eval",
@@ -251,6 +259,7 @@ def plan_cut(
         seed=options["seed"],
         allocation=options["allocation"],
         pad=options["pad"],
+        repair=options["repair"],
     )
     specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
     return plan, {
@@ -279,7 +288,7 @@ def canonical_command(
         words += ["--multiple-of", str(options["multiple_of"])] if options["multiple_of"] else []
     if plan.allocation != "uniform":
         words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
-    words += ["--method", plan.method, "--seed", str(plan.seed)]
+    words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(plan.seed)]
     words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", channels.run["dtype"]]
     return shlex.join(words)

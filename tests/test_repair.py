@@ -1,0 +1,139 @@
+"""Least squares on what stays: against closed forms, special cases that must be lossless, and whole models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALIBRATION
+from transformers import AutoModelForCausalLM
+
+from surgery.index import ChannelIndex
+from surgery.repair import RIDGES, Moments, least_squares, repair
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def moments(
+    u: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor | None = None
+) -> Moments:
+    made = Moments.zeros(r.shape[1], u.shape[1], torch.device("cpu"))
+    made.add(u, r, weight, torch.ones(len(u)) if weights is None else weights)
+    return made
+
+
+def test_all_channels_and_their_own_output_give_the_weights_back() -> None:
+    u, weight = normal(500, 20) * torch.logspace(-1, 1, 20), normal(7, 20)
+    for ridge in RIDGES:
+        assert least_squares(moments(u, u @ weight.T, weight), ridge).abs().max() < 1e-5
+
+
+def test_it_is_weighted_ridge_regression() -> None:
+    u, r, weight, w = normal(300, 5), normal(300, 3), normal(3, 5), torch.rand(300, generator=GENERATOR) + 0.1
+    found = least_squares(moments(u, r, weight, w), 0.03)
+    gram = (u.double() * w[:, None].double()).T @ u.double()
+    left = (r.double() - u.double() @ weight.double().T) * w[:, None].double()
+    change = torch.linalg.solve(gram + 0.03 * gram.diagonal().diag(), u.double().T @ left).T
+    assert torch.allclose(found, change, atol=1e-5)
+
+
+def test_error_is_the_unexplained_share() -> None:
+    u, weight, noise = normal(400, 6), normal(4, 6), normal(400, 4)
+    r = u @ weight.T + noise
+    expected = float(noise.square().sum() / r.square().sum())
+    assert moments(u, r, weight).error() == pytest.approx(expected, rel=1e-4)
+    assert moments(u, r, torch.zeros(4, 6)).error() == pytest.approx(1.0)
+    assert moments(u, r, torch.zeros(4, 6)).error(weight.double()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_removed_copy_costs_nothing() -> None:
+    u, weight = normal(400, 6), normal(4, 6)
+    u[:, 5] = u[:, 2]
+    kept = moments(u[:, :5], u @ weight.T, weight[:, :5])
+    change = least_squares(kept, 1e-9)
+    assert kept.error() > 0.01 and kept.error(change) < 1e-6
+    assert torch.allclose(change[:, 2].float(), weight[:, 5], atol=1e-4)
+
+
+def test_a_duplicated_kept_channel_does_not_break_the_solver() -> None:
+    u, weight = normal(400, 6), normal(4, 6)
+    u[:, 5] = u[:, 2]
+    u[:, 1] = 0
+    change = least_squares(moments(u, u @ weight.T + 0.1 * normal(400, 4), weight), 1e-4)
+    assert change.isfinite().all() and torch.all(change[:, 1] == 0)
+
+
+def test_repair_that_does_not_help_on_held_out_blocks_is_not_made() -> None:
+    weight = normal(4, 30)
+    train, held = (normal(20, 30) for _ in range(2))  # fewer tokens than channels: it can only learn noise
+    noise = moments(train, normal(20, 4), weight)
+    none = repair(noise, moments(held, held @ weight.T, weight), weight)
+    assert none.ridge is None and torch.equal(none.weight, weight)
+    found = repair(noise, moments(held, held @ weight.T + normal(20, 4), weight), weight)
+    assert found.ridge is None or found.after < found.before
+
+
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "opt",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "gpt_oss",
+    "mixtral",
+    "deepseek_v3",
+    "llama4_text",
+]
+
+
+CASES = [*((variant, "lstsq-acc") for variant in FAMILIES), ("llama", "lstsq"), ("deepseek_v3", "lstsq")]
+
+
+@pytest.mark.parametrize(("variant", "how"), CASES)
+def test_repaired_models_load_and_are_closer_to_the_dense_one(
+    variant: str, how: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny(variant)
+    surgeon("index", str(source), "--out", "index", *CALIBRATION[:2], "--blocks", "16", "--block-size", "64")
+    options = ["--sparsity", "0.5", "--multiple-of", "8", "--index", "index"]
+    distances = {}
+    ids = ChannelIndex.load(source.parent / "index").input_ids[:4].long()
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(source).eval()(ids, use_cache=False).logits
+        for repair_option in ("none", how):
+            surgeon("prune", str(source), *options, "--repair", repair_option, "--out", repair_option)
+            cut, info = AutoModelForCausalLM.from_pretrained(
+                source.parent / repair_option, output_loading_info=True
+            )
+            assert not any(info.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+            distances[repair_option] = float((cut.eval()(ids, use_cache=False).logits - dense).norm())
+    manifest = json.loads((source.parent / how / "surgeon.json").read_text())
+    assert manifest["plan"]["repair"] == how and len(manifest["repair"]) == 6
+    assert distances[how] < distances["none"], distances
+
+
+def test_attention_is_mended_where_its_output_can_be_told(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    for variant, expected in (("llama", True), ("gpt_neox", True), ("olmo2", False), ("mixtral", False)):
+        source = save_tiny(variant, name=variant)
+        surgeon("prune", str(source), "--multiple-of", "8", "--out", f"{variant}-cut", *CALIBRATION)
+        entries = json.loads((source.parent / f"{variant}-cut" / "surgeon.json").read_text())["repair"]
+        assert any(entry["attention"] for entry in entries) == expected, variant
+
+
+def test_same_seed_same_bytes(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    for name in ("a", "b"):
+        surgeon("prune", str(source), "--multiple-of", "8", "--out", name, *CALIBRATION)
+    files = [(source.parent / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
