@@ -55,7 +55,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         obligation=obligation(source_card),
         widths=plan.get("widths")
         or {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}},
-        per_layer=plan.get("allocation") == "global" and not plan.get("padded"),
+        per_layer=plan.get("allocation", "uniform") != "uniform" and not plan.get("padded"),
         repair=plan.get("repair", "none"),
         repaired=describe_repair(manifest),
         auto_class=manifest.get("auto_class", "AutoModelForCausalLM"),

@@ -14,6 +14,7 @@ from surgery.importance import METHODS, PROTECTING
 from surgery.index import ChannelIndex, FfnIndex
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+ALLOCATIONS = ("uniform", "global", "score")
 REPAIRS = ("none", "lstsq", "lstsq-acc")
 GROUP_SIZES = (32, 64, 128, 256)
 NARROW_MODEL = 4096
@@ -119,7 +120,7 @@ class ResizePlan:
     @property
     def changes_config(self) -> bool:
         """Whether any width changes."""
-        return any(change.before != change.after for change in self.widths)
+        return self.per_layer_widths or any(change.before != change.after for change in self.widths)
 
     def stored_width(self, layer: int, ffn: str) -> int:
         """Channels an FFN is written with: those kept, or of a padded plan the most any layer keeps."""
@@ -199,11 +200,13 @@ def make_plan(
     allocation: str = "uniform",
     pad: bool = False,
     repair: str = "none",
+    curves: list[torch.Tensor] | None = None,
 ) -> ResizePlan:
     """Choose the channels to keep from an index, the same number in every FFN whose width one config key holds.
 
-    With `allocation` "global" layers differ, at the same total: those that lose least give most (`pad` writes them
-    zero-padded to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
+    With `allocation` "global" or "score" layers differ, at the same total: those that lose least give most, by what was
+    measured (`curves`, as `surgery.curves` makes them, [F + 1] a layer) or by the scores (`pad` writes layers zero-padded
+    to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
     nor the column of a super weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for
     a cut that can't be made. `repair` says what is done to the weights that stay when the plan is carried out.
     """
@@ -220,8 +223,12 @@ def make_plan(
         for number, layer in enumerate(index.layers)
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
-    if allocation == "global":
-        changes = tuple(_spread(index, change, drafts, multiple, method) for change in changes)
+    if allocation not in ALLOCATIONS or (allocation == "global") != (curves is not None):
+        raise PlanError(
+            "curves go with the allocation global", expected=", ".join(ALLOCATIONS), found=allocation
+        )
+    if allocation != "uniform":
+        changes = tuple(_spread(index, change, drafts, multiple, method, curves) for change in changes)
     layers = []
     for number, layer in enumerate(index.layers):
         ffns = {}
@@ -243,7 +250,7 @@ def make_plan(
         layers=tuple(layers),
         super_weights=tuple(_moved(index, layers)),
         allocation=allocation,
-        padded=pad and allocation == "global",
+        padded=pad and allocation != "uniform",
         repair=repair,
     )
 
@@ -270,7 +277,12 @@ def _draft(index: ChannelIndex, layer: int, name: str, method: str, generator: t
 
 
 def _spread(
-    index: ChannelIndex, change: WidthChange, drafts: list[dict[str, _Draft]], multiple: int, method: str
+    index: ChannelIndex,
+    change: WidthChange,
+    drafts: list[dict[str, _Draft]],
+    multiple: int,
+    method: str,
+    curves: list[torch.Tensor] | None,
 ) -> WidthChange:
     """Give each layer a width of its own, together as many channels as a uniform cut keeps.
 
@@ -291,13 +303,25 @@ def _spread(
             total += score_damage(score, draft.protected)[::times]
             floor = max(floor, -(-len(draft.protected) // times))
         places.append(number)
-        damages.append(total)
+        damages.append(total if curves is None else curves[number])
         floors.append(floor)
     widths = allocate(damages, multiple, floors, change.after * len(places))
     per_layer: list[int | None] = [None] * len(index.layers)
     for number, width in zip(places, widths, strict=True):
         per_layer[number] = width
     return WidthChange(change.key, change.before, max(widths), tuple(per_layer))
+
+
+def keep_orders(index: ChannelIndex, method: str, seed: int = 42) -> list[torch.Tensor]:
+    """Channels of every layer's dense FFN, the most worth keeping first: protected ones, then by score."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = []
+    for number, layer in enumerate(index.layers):
+        draft = _draft(index, number, next(iter(layer.ffns)), method, generator)
+        ranked = draft.score.clone()
+        ranked[draft.protected] = torch.inf
+        orders.append(ranked.sort(descending=True, stable=True).indices)
+    return orders
 
 
 def width_changes(

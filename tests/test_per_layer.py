@@ -27,7 +27,7 @@ GLOBAL = [
     "--multiple-of",
     "4",
     "--allocation",
-    "global",
+    "score",
     "--repair",
     "none",
     "--out",

@@ -24,6 +24,8 @@ from surgery.commands.session import (
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from surgery.checkpoint import Checkpoint
     from surgery.index import ChannelIndex
     from surgery.plan import ResizePlan
@@ -43,13 +45,14 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
 @click.option(
     "--allocation",
-    type=click.Choice(["uniform", "global"]),
+    type=click.Choice(["uniform", "global", "score"]),
     default="uniform",
     show_default=True,
-    help="One width for all layers, which loads everywhere, or each its own, which needs a loader.",
+    help="One width for all layers, which loads everywhere; or each its own, which needs a loader, from what cutting it "
+    "costs as measured (global) or from the scores alone (score).",
 )
 @click.option(
-    "--pad", is_flag=True, help="With --allocation global: zero-pad to one width, which loads everywhere."
+    "--pad", is_flag=True, help="With layers of their own width: zero-pad to one, which loads everywhere."
 )
 @click.option(
     "--repair",
@@ -118,7 +121,7 @@ def prune(
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
     channels = index_for(checkpoint, index_folder, options, quiet)
-    plan, sizes = plan_cut(skeleton, channels, options)
+    plan, sizes = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
         from surgery.show import show_plan
 
@@ -242,7 +245,7 @@ def index_for(
 
 
 def plan_cut(
-    skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any]
+    skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any], quiet: bool
 ) -> tuple[ResizePlan, dict[str, int]]:
     """The plan, and parameters and bytes before and after it."""
     from surgery.plan import make_plan
@@ -260,6 +263,9 @@ def plan_cut(
         allocation=options["allocation"],
         pad=options["pad"],
         repair=options["repair"],
+        curves=curves_for(checkpoint, channels, options, quiet)
+        if options["allocation"] == "global"
+        else None,
     )
     specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
     return plan, {
@@ -268,6 +274,26 @@ def plan_cut(
         "bytes_before": checkpoint.nbytes,
         "bytes_after": sum(spec.nbytes for spec in specs.values()),
     }
+
+
+def curves_for(
+    checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any], quiet: bool
+) -> list[torch.Tensor]:
+    """What cutting each layer costs, measured on the index's own calibration blocks."""
+    from surgery.curves import measure_curves
+    from surgery.devices import micro_batch
+    from surgery.plan import keep_orders
+    from surgery.stream import StreamedModel
+
+    run = run_options(checkpoint, options)
+    say("Measuring what each layer loses at a few widths", quiet)
+    return measure_curves(
+        StreamedModel(checkpoint, run.device, run.dtype),
+        channels.input_ids.long(),
+        keep_orders(channels, options["method"], options["seed"]),
+        micro_batch(channels.input_ids.shape[1], run.device),
+        bars(quiet),
+    )
 
 
 def canonical_command(

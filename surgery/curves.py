@@ -1,0 +1,133 @@
+"""What cutting one layer costs, measured: the loss of the whole model with that layer alone at a few widths.
+
+One forward pass. At each layer, for each width, the best channels by score are kept and refitted by least squares; a
+copy of a few calibration blocks branches off through that layer and runs on beside the others, each layer being read
+once for all branches. Curves differ by a factor of fifty between layers, and not as any score foretells.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import PlanError
+from surgery.ffn import observed
+from surgery.index import Track, untracked
+from surgery.repair import Moments, least_squares
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
+
+FRACTIONS = (0.0625, 0.125, 0.25, 0.5, 0.75)  # of the width kept
+MEASURE_TOKENS = 2048  # of calibration text that each branch runs
+FIT_BLOCKS = 32  # calibration blocks the refits of the branches are made on
+RIDGE = 0.01
+
+
+def measure_curves(
+    model: StreamedModel,
+    ids: torch.Tensor,
+    orders: list[torch.Tensor],
+    micro_batch: int,
+    track: Track[Any] = untracked,
+) -> list[torch.Tensor]:
+    """Nats a token that each layer costs at every width, [F + 1] for 0 … F, straight between those measured.
+
+    `ids` [N, T] are calibration blocks; `orders[i]` the channels of layer i, the most worth keeping first. Raises
+    PlanError for a model whose layers have anything but one dense FFN.
+    """
+    count = len(model.layers)
+    if any([ffn.key for ffn in model.ffns(n)] != ["dense"] for n in range(count)):
+        raise PlanError(
+            "curves are measured for models with one dense FFN in every layer",
+            where=model.checkpoint.name,
+            next_step="use --allocation score",
+        )
+    fit = TokenStream(model, ids[:FIT_BLOCKS], micro_batch=micro_batch)
+    few = max(1, MEASURE_TOKENS // ids.shape[1])
+    base = fit.fork(few, 0)
+    branches: list[tuple[int, int, TokenStream]] = []
+    for number, layer in track(model.walk(range(count)), "curves", count):
+        for _, _, branch in branches:
+            branch.forward(number, layer)
+        branches += _branch(model, fit, base, number, layer, orders[number])
+        base.forward(number, layer)
+        fit.forward(number, layer)
+    with model.outside():
+        dense = float(base.loss().sum())
+        tokens = base.ids.shape[0] * (base.ids.shape[1] - 1)
+        costs: list[dict[int, float]] = [{} for _ in range(count)]
+        for number, width, branch in branches:
+            costs[number][width] = (float(branch.loss().sum()) - dense) / tokens
+    return [_curve(cost, len(order)) for cost, order in zip(costs, orders, strict=True)]
+
+
+@torch.no_grad()
+def _branch(
+    model: StreamedModel,
+    fit: TokenStream,
+    base: TokenStream,
+    number: int,
+    layer: nn.Module,
+    order: torch.Tensor,
+) -> list[tuple[int, int, TokenStream]]:
+    """Copies of `base` behind the resident layer, cut to each width; the layer is as before afterwards."""
+    ffn = model.ffns(number)[0]
+    weight = ffn.down_weight()
+    original = weight.clone()
+    moments = _moments(model, fit, number, layer, original)
+    branches = []
+    for width in sorted({max(1, round(fraction * len(order))) for fraction in FRACTIONS}):
+        kept = order[:width].sort().values.to(weight.device)
+        weight.zero_()
+        weight[:, kept] = (original[:, kept].double() + _refit(moments, original, kept)).to(weight.dtype)
+        branch = base.fork(len(base.ids), number)
+        branch.forward(number, layer)
+        branches.append((number, width, branch))
+    weight.copy_(original)
+    return branches
+
+
+def _moments(
+    model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module, weight: torch.Tensor
+) -> Moments:
+    """Second moments of all channels of the layer's FFN, tokens weighted as in repair."""
+    found = Moments.zeros(weight.shape[0], weight.shape[1], weight.device)
+    seen: list[torch.Tensor] = []
+    with observed(model.ffns(number), lambda _, __, u, ___: seen.append(u)):
+        for part, calls in zip(fit.slices, fit.calls, strict=True):
+            output = model.run_layer(layer, fit.store.get(0, part, model.device), calls[number])
+            weights = output.float().square().sum(-1).flatten().clamp_min(1e-30).reciprocal()
+            u = seen.pop().flatten(0, -2)
+            found.add(u, u.float() @ weight.float().T, weight, weights)
+    return found
+
+
+def _refit(moments: Moments, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Change of the kept columns that best makes up for the removed ones, from the moments of all channels."""
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[kept] = False
+    between = moments.gram[removed][:, kept]
+    cross = weight[:, removed].to(between) @ between
+    part = Moments(moments.gram[kept][:, kept], cross, moments.left, moments.power)
+    return least_squares(part, RIDGE)
+
+
+def _curve(costs: dict[int, float], width: int) -> torch.Tensor:
+    """Costs at all widths, never rising with width: straight between those measured, steeper by as much below them."""
+    known = sorted(costs)
+    points = {width: 0.0}
+    for place in reversed(known):
+        points[place] = max(costs[place], points[min(p for p in points if p > place)])
+    places = sorted(points)
+    curve = torch.zeros(width + 1, dtype=torch.float64)
+    for left, right in pairwise(places):
+        curve[left : right + 1] = torch.linspace(
+            points[left], points[right], right - left + 1, dtype=torch.float64
+        )
+    slope = (points[places[0]] - points[places[1]]) / (places[1] - places[0])
+    for place in range(places[0]):
+        curve[place] = points[places[0]] + slope * (places[0] - place)
+    return curve
