@@ -66,5 +66,7 @@ def test_global_allocation_gives_most_where_a_cut_costs_most(
     plan = json.loads((source.parent / "cut" / "surgeon.json").read_text())["plan"]
     widths = plan["widths"]["intermediate_size"]["per_layer"]
     assert widths[4] == 48 and sum(widths) <= 6 * 24
-    refused = surgeon("prune", str(save_tiny("mixtral", name="moe")), *options, *CALIBRATION, code=1)
+    refused = surgeon(
+        "prune", str(save_tiny("mixtral", name="moe")), *options, "--overwrite", *CALIBRATION, code=1
+    )
     assert "--allocation score" in refused.stderr
