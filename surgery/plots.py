@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.compare import Row
 
 # Okabe-Ito colours: told apart by colour-blind readers and in grey.
 BLUE, ORANGE = "#0072B2", "#E69F00"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = "osD^vPX*"
 CONCENTRATION, CUT = "lp_concentration.png", "cut.png"
 
 
@@ -27,6 +32,40 @@ def save_figures(folder: Path, manifest: dict[str, Any]) -> None:
         f"Loss proxy kept by the cut ({plan['width_before']} → {plan['width_after']} channels a layer)",
         "share of the layer's loss proxy (%)",
     )
+
+
+def save_comparison(path: Path, rows: list[Row]) -> None:
+    """Perplexity against parameters, one panel a text, one line a way of cutting, through the dense model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    texts = list(dict.fromkeys(row.text for row in rows))
+    figure = Figure(figsize=(1.5 + 5 * len(texts), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for panel, text in zip(panels, texts, strict=True):
+        here = [row for row in rows if row.text == text]
+        dense = here[0]
+        ways = list(dict.fromkeys((r.method, r.repair, r.allocation) for r in here[1:]))
+        for number, way in enumerate(ways):
+            line = [
+                dense,
+                *sorted(
+                    (r for r in here if (r.method, r.repair, r.allocation) == way),
+                    key=lambda r: -r.parameters,
+                ),
+            ]
+            panel.plot(
+                [r.parameters / 1e6 for r in line],
+                [r.perplexity for r in line],
+                marker=MARKERS[number % len(MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                label=f"{way[0]}, repair {way[1]}, {way[2]}",
+            )
+        panel.set(title=text, xlabel="parameters (millions)", ylabel="perplexity", yscale="log")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _bars(path: Path, values: list[float], colour: str, title: str, label: str) -> None:

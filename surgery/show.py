@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -13,6 +13,9 @@ from surgery.errors import IndexMismatchError
 from surgery.index import ChannelIndex
 from surgery.plan import ResizePlan
 from surgery.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from surgery.compare import Row
 
 BAR_WIDTH = 20
 
@@ -210,6 +213,40 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
 
 def _short(value: float) -> str:
     return f"{value:.2g}" if value >= 1e5 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def show_rows(rows: list[Row], console: Console) -> None:
+    """Print a comparison, one line a cut and text."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in (
+        "method",
+        "repair",
+        "allocation",
+        "removed",
+        "text",
+        "perplexity",
+        "bits/byte",
+        "KL",
+        "parameters",
+        "seconds",
+    ):
+        table.add_column(
+            heading, justify="left" if heading in ("method", "repair", "allocation", "text") else "right"
+        )
+    for row in rows:
+        table.add_row(
+            row.method,
+            row.repair,
+            row.allocation,
+            f"{100 * row.sparsity:.0f}%",
+            row.text,
+            _short(row.perplexity),
+            f"{row.bits_per_byte:.3f}",
+            f"{row.kl:.3f}",
+            f"{row.parameters / 1e6:,.1f} M",
+            f"{row.seconds:.0f}",
+        )
+    console.print(table)
 
 
 def width_text(plan: ResizePlan) -> str:

@@ -1,0 +1,142 @@
+"""`surgeon compare`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.commands.options import calibration_options, common_options, output_options
+from surgery.commands.prune import METHOD_NAMES, REPAIR_NAMES, check_width, curves_for, index_for
+from surgery.commands.session import data_console, local_path, open_model, run_options, say
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.calibration import TokenBlocks
+    from surgery.checkpoint import Checkpoint
+
+ALLOCATION_NAMES = ("uniform", "global", "score")
+
+
+def words(allowed: tuple[str, ...]) -> Any:
+    """A callback that splits a comma-separated option and refuses words it does not know."""
+
+    def split(_: click.Context, __: click.Parameter, value: str) -> list[str]:
+        found = [word.strip() for word in value.split(",") if word.strip()]
+        unknown = [word for word in found if word not in allowed]
+        if unknown or not found:
+            raise click.BadParameter(f"{', '.join(unknown) or 'nothing'} is not of {', '.join(allowed)}")
+        return found
+
+    return split
+
+
+@click.command()
+@click.argument("model")
+@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="FILE|DATASET",
+    help="Measure on this; repeat for several.",
+)
+@click.option("--text-blocks", type=int, help="Blocks of each text. [default: all]")
+@click.option("--sparsity", "sparsities", multiple=True, type=float, default=(0.25, 0.5), show_default=True)
+@click.option(
+    "--methods", callback=words(METHOD_NAMES), default="scar-prot,wanda,magnitude", show_default=True
+)
+@click.option("--repairs", callback=words(REPAIR_NAMES), default="none,lstsq-acc", show_default=True)
+@click.option("--allocations", callback=words(ALLOCATION_NAMES), default="uniform", show_default=True)
+@click.option("--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]")
+@calibration_options
+@output_options
+@common_options
+def compare(
+    model: str,
+    index_folder: str | None,
+    texts: tuple[str, ...],
+    text_blocks: int | None,
+    sparsities: tuple[float, ...],
+    methods: list[str],
+    repairs: list[str],
+    allocations: list[str],
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure many cuts of MODEL side by side, without writing any: methods x repairs x allocations x sparsities.
+
+    \b
+    surgeon compare org/name --index name-index --text wikitext-test --out name-comparison
+    """
+    from surgery.destination import check_destination, complete_folder
+
+    checkpoint = open_model(model, options)
+    for sparsity in sparsities:
+        check_width(checkpoint, {**options, "sparsity": sparsity, "intermediate_size": None})
+    combinations = list(itertools.product(sparsities, allocations, repairs, methods))
+    if dry_run:
+        click.echo(f"{len(combinations)} cuts on {len(texts)} texts")
+        return
+    folder = out or Path(f"{checkpoint.name.split('/')[-1]}-comparison")
+    check_destination(folder, overwrite=overwrite, source=local_path(model))
+    blocks = [text_block(checkpoint, text, text_blocks) for text in texts]
+
+    from surgery.compare import Comparison, save_rows
+    from surgery.plan import make_plan
+    from surgery.show import show_rows
+
+    channels = index_for(checkpoint, index_folder, options, quiet)
+    comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
+    comparison.add_dense()
+    curves: dict[str, Any] = {}
+    for number, (sparsity, allocation, repair, method) in enumerate(combinations, 1):
+        if allocation == "global" and method not in curves:
+            curves[method] = curves_for(checkpoint, channels, {**options, "method": method}, quiet)
+        plan = make_plan(
+            channels,
+            method=method,
+            sparsity=sparsity,
+            multiple_of=options["multiple_of"],
+            seed=options["seed"],
+            allocation=allocation,
+            repair=repair,
+            curves=curves.get(method) if allocation == "global" else None,
+        )
+        rows = comparison.add(plan)
+        done = f"{method}, {allocation}, repair {repair}, {100 * plan.sparsity:.0f}%"
+        say(f"{number}/{len(combinations)} {done}: perplexity {rows[0].perplexity:.2f}", quiet)
+    with complete_folder(folder) as partial:
+        save_rows(comparison.rows, partial)
+        fields = {
+            "source": channels.source,
+            "calibration": channels.calibration,
+            "rows": [asdict(row) for row in comparison.rows],
+        }
+        (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(fields))
+    else:
+        show_rows(comparison.rows, data_console())
+    say(f"Table and plot written to {folder}", quiet)
+
+
+def text_block(checkpoint: Checkpoint, text_spec: str, blocks: int | None) -> TokenBlocks:
+    """Blocks of a text, as `surgeon eval` cuts them."""
+    from surgery.calibration import load_tokenizer, read_text, token_blocks
+    from surgery.perplexity import default_block_size
+
+    text, name = read_text(text_spec)
+    if not text.strip():
+        raise UsageError("the text is empty", where=text_spec)
+    size = default_block_size(checkpoint.config)
+    return token_blocks(load_tokenizer(checkpoint), text, name, block_size=size, blocks=blocks)
