@@ -20,7 +20,7 @@ from surgery.hidden import HiddenStore
 from surgery.plan import ResizePlan
 from surgery.repair import HELD_OUT, Moments, Repair, repair
 from surgery.skeleton import Skeleton
-from surgery.stream import StreamedModel
+from surgery.stream import LayerCall, StreamedModel
 from surgery.super_weights import down_of
 from surgery.tokens import TokenStream
 
@@ -31,6 +31,13 @@ ADDITIVE_ERROR = (
     0.05  # unexplained share of what a module's output adds to the stream; rounding stays far below
 )
 Seen = list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]
+
+
+class _Reached(Exception):
+    """Carries a tensor out of a layer's forward."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 @dataclass
@@ -152,29 +159,34 @@ class Mender:
         weight = parameter.data.t() if transposed else parameter.data
         train, held = (Moments.zeros(weight.shape[0], weight.shape[1], self.model.device) for _ in range(2))
         bias = getattr(linear, "bias", None)
-        inputs: list[torch.Tensor] = []
-
-        def use(part: slice, entering: torch.Tensor, _: torch.Tensor, __: Seen) -> None:
+        for part, calls in zip(self.pruned.slices, self.pruned.calls, strict=True):
+            entering = self.pruned.store.get(0, part, self.model.device)
+            entered = self._input_of(linear, layer, entering, calls[number])
             target = self.before_ffn.get(0, part, self.model.device) - entering
             wanted = target if bias is None else target - bias
-            self._add(
-                (train, held),
-                part,
-                inputs.pop(),
-                wanted,
-                weight,
-                self.dense.store.get(0, part, self.model.device),
-            )
-
-        handle = linear.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-        try:
-            self._run(self.pruned, number, layer, [], use)
-        finally:
-            handle.remove()
+            stream = self.dense.store.get(0, part, self.model.device)
+            self._add((train, held), part, entered, wanted, weight, stream)
         done.attention = repair(train, held, weight)
         if done.attention.ridge is not None:
             weight.copy_(done.attention.weight.to(weight.dtype))
             done.parameters.append(f"{name}.weight")
+
+    def _input_of(
+        self, linear: nn.Module, layer: nn.Module, entering: torch.Tensor, call: LayerCall
+    ) -> torch.Tensor:
+        """What enters a module of the layer; the layer runs no further, which saves its FFN."""
+
+        def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(arguments[0])
+
+        handle = linear.register_forward_pre_hook(stop)
+        try:
+            self.model.run_layer(layer, entering, call)
+        except _Reached as reached:
+            return reached.tensor
+        finally:
+            handle.remove()
+        raise AssertionError("the layer never ran its attention")
 
     def _attention_output(self, number: int, layer: nn.Module) -> str | None:
         """The linear outside the FFN whose output, added to what enters the layer, is the stream before the FFN."""
