@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from model_families import config_fields
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.monkey_patching import clear_patch_mapping
 
 ROOT = Path(__file__).parent.parent
 REAL_MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -49,6 +50,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def forget_patches() -> Iterator[None]:
+    """Leave no class patch behind: looking for classes to patch slows every later load in the process."""
+    yield
+    clear_patch_mapping()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

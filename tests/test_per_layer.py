@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from conftest import CALIBRATION
 from test_families import IDS, kept_channels, mask
 from transformers import AutoModelForCausalLM
-from transformers.monkey_patching import clear_patch_mapping
 
 import surgery.loading  # noqa: F401
 from surgery.allocation import allocate, score_damage
@@ -33,13 +32,6 @@ GLOBAL = [
     "--out",
     "cut",
 ]
-
-
-@pytest.fixture(autouse=True)
-def forget_patches() -> Iterator[None]:
-    """Leave no patch behind: looking for classes to patch slows every later load."""
-    yield
-    clear_patch_mapping()
 
 
 def damage(*scores: float) -> torch.Tensor:
