@@ -148,19 +148,18 @@ def _copy_and_run(
     mask = mask_channels(plan, model.skeleton.ffns)
     count = len(model.layers)
     repairs: list[dict[str, Any]] = []
-    with model.outside(), torch.no_grad():
+    with model.outside(), torch.no_grad():  # held throughout: from the Hub, each read is a download
         gate = TokenStream(model, ids, micro_batch=1)
         mender = make_mender(model, plan, calibration, options) if plan.repair != "none" else None
-    for number, layer in track(model.walk(range(count)), "layers", count):
-        if mender is None:
-            mask(number, layer)
-        else:
-            done = mender.layer(number, layer)
-            repairs.append(done.as_json())
-            for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
-                write(name, tensor)
-        gate.forward(number, layer)
-    with model.outside(), torch.no_grad():
+        for number, layer in track(model.walk(range(count)), "layers", count):
+            if mender is None:
+                mask(number, layer)
+            else:
+                done = mender.layer(number, layer)
+                repairs.append(done.as_json())
+                for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
+                    write(name, tensor)
+            gate.forward(number, layer)
         logits = model.logits(gate.store.get(0, slice(0, 1), model.device)[0]).float().cpu()
     for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
         if entry.name in written:
