@@ -54,12 +54,17 @@ def _best_step(damage: torch.Tensor, targets: list[int], width: int) -> tuple[fl
     return max(chords, key=lambda chord: (chord[0], -chord[1])) if chords else None
 
 
+def ranking(score: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
+    """Channels [F], the most worth keeping first: protected ones, then by score; ties go to the lower index."""
+    ranked = score.clone()
+    ranked[protected] = torch.inf
+    return ranked.sort(descending=True, stable=True).indices
+
+
 def score_damage(score: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
     """Sum of the scores that go when the best k channels stay, [F + 1] for k = 0 … F; protected ones stay first."""
-    ranked = score.double().clone()
-    ranked[protected] = torch.inf
-    order = ranked.sort(descending=True, stable=True).indices
-    gone = score.double()[order].flip(0).cumsum(0).flip(0)
+    damage = score.double()
+    gone = damage[ranking(damage, protected)].flip(0).cumsum(0).flip(0)
     return torch.cat([gone, gone.new_zeros(1)])
 
 

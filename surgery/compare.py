@@ -16,13 +16,13 @@ from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
 from surgery.index import ChannelIndex
 from surgery.indexing import RunOptions
-from surgery.mending import make_mender
+from surgery.mending import layer_cutter
 from surgery.plan import ResizePlan
 from surgery.plots import save_comparison
 from surgery.prune import planned_specs
-from surgery.resize import mask_channels, tensor_cuts
+from surgery.resize import tensor_cuts
 from surgery.stream import StreamedModel
-from surgery.tokens import HEAD_ELEMENTS, TokenStream
+from surgery.tokens import TokenStream, head_slices
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,12 @@ class Comparison:
         """Carry out a plan in memory, layer by layer, and measure it."""
         model = StreamedModel(self.checkpoint, self.options.device, self.options.dtype)
         streams = self._streams(model)
-        mask = mask_channels(plan, model.skeleton.ffns)
-        mender = None
-        if plan.repair != "none":
-            with model.outside():
-                mender = make_mender(model, plan, self.index.input_ids.long(), self.options)
+        with model.outside():
+            cut_layer = layer_cutter(model, plan, self.index.input_ids.long(), self.options)
         seconds = 0.0
         for number, layer in model.walk(range(len(model.layers))):
             started = time.monotonic()
-            if mender is None:
-                mask(number, layer)
-            else:
-                mender.layer(number, layer)
+            cut_layer(number, layer)
             seconds += time.monotonic() - started
             for stream in streams:
                 stream.forward(number, layer)
@@ -132,15 +126,13 @@ def _loss_and_divergence(
     model: StreamedModel, stream: TokenStream, dense: TokenStream
 ) -> tuple[float, float, int]:
     """(summed cross-entropy, summed KL(dense || cut), predicted tokens), through the head a slice at a time."""
-    step = max(1, HEAD_ELEMENTS // model.model.config.get_text_config().vocab_size)
     nats = divergence = torch.zeros((), dtype=torch.float64)
     tokens = 0
     for block in range(len(stream.ids)):
         part = slice(block, block + 1)
         hidden, before = (s.store.get(0, part, model.device)[0] for s in (stream, dense))
         targets = stream.ids[block, 1:].to(model.device)
-        for start in range(0, len(targets), step):
-            rows = slice(start, min(start + step, len(targets)))
+        for rows in head_slices(model, len(targets)):
             ours = functional.log_softmax(model.logits(hidden[rows]).float(), -1)
             theirs = functional.log_softmax(model.logits(before[rows]).float(), -1)
             nats = nats + functional.nll_loss(ours, targets[rows], reduction="sum").double().cpu()

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.devices import wide_dtype
 from surgery.errors import PlanError
-from surgery.ffn import observed
+from surgery.ffn import DENSE, observed
 from surgery.index import Track, untracked
-from surgery.repair import Moments, least_squares
+from surgery.repair import Moments, least_squares, token_weights
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
@@ -39,7 +40,7 @@ def measure_curves(
     PlanError for a model whose layers have anything but one dense FFN.
     """
     count = len(model.layers)
-    if any([ffn.key for ffn in model.ffns(n)] != ["dense"] for n in range(count)):
+    if any([ffn.key for ffn in model.ffns(n)] != [DENSE] for n in range(count)):
         raise PlanError(
             "curves are measured for models with one dense FFN in every layer",
             where=model.checkpoint.name,
@@ -77,12 +78,12 @@ def _branch(
     ffn = model.ffns(number)[0]
     weight = ffn.down_weight()
     original = weight.clone()
-    moments = _moments(model, fit, number, layer, original)
+    gram = _gram(model, fit, number, layer)
     branches = []
     for width in sorted({max(1, round(fraction * len(order))) for fraction in FRACTIONS}):
         kept = order[:width].sort().values.to(weight.device)
         weight.zero_()
-        weight[:, kept] = (original[:, kept].double() + _refit(moments, original, kept)).to(weight.dtype)
+        weight[:, kept] = (original[:, kept].double() + _refit(gram, original, kept)).to(weight.dtype)
         branch = base.fork(len(base.ids), number)
         branch.forward(number, layer)
         branches.append((number, width, branch))
@@ -90,28 +91,26 @@ def _branch(
     return branches
 
 
-def _moments(
-    model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module, weight: torch.Tensor
-) -> Moments:
-    """Second moments of all channels of the layer's FFN, tokens weighted as in repair."""
-    found = Moments.zeros(weight.shape[0], weight.shape[1], weight.device)
+def _gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module) -> torch.Tensor:
+    """Second moments [F, F] of all channels of the layer's FFN, tokens weighted as in repair."""
+    width = model.ffns(number)[0].width
+    total = torch.zeros(width, width, dtype=wide_dtype(model.device), device=model.device)
     seen: list[torch.Tensor] = []
     with observed(model.ffns(number), lambda _, __, u, ___: seen.append(u)):
         for part, calls in zip(fit.slices, fit.calls, strict=True):
             output = model.run_layer(layer, fit.store.get(0, part, model.device), calls[number])
-            weights = output.float().square().sum(-1).flatten().clamp_min(1e-30).reciprocal()
-            u = seen.pop().flatten(0, -2)
-            found.add(u, u.float() @ weight.float().T, weight, weights)
-    return found
+            u = seen.pop().flatten(0, -2).float() * token_weights(output).flatten().sqrt()[:, None]
+            total += u.T @ u
+    return total
 
 
-def _refit(moments: Moments, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _refit(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Change of the kept columns that best makes up for the removed ones, from the moments of all channels."""
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
-    between = moments.gram[removed][:, kept]
-    cross = weight[:, removed].to(between) @ between
-    part = Moments(moments.gram[kept][:, kept], cross, moments.left, moments.power)
+    between = gram[removed][:, kept]
+    part = Moments.zeros(weight.shape[0], len(kept), weight.device)
+    part.gram, part.cross = gram[kept][:, kept], weight[:, removed].to(between) @ between
     return least_squares(part, RIDGE)
 
 

@@ -89,6 +89,11 @@ def default_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype sums are kept in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def micro_batch(block_size: int, device: torch.device) -> int:
     """Blocks that go through a layer together."""
     return max(1, TOKENS_PER_STEP[device.type] // block_size)

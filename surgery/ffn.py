@@ -18,6 +18,7 @@ from torch.nn import functional
 from surgery.families import FfnSite
 
 EXPERTS_IMPLEMENTATION = "surgeon"
+DENSE, EXPERT = "dense", "expert."  # names of FFNs; experts are numbered
 Note = Callable[[str, torch.Tensor | None, torch.Tensor, torch.Tensor], None]
 
 
@@ -56,7 +57,7 @@ class Ffn:
         """Names of the FFNs this site holds."""
         if not self.stacked:
             return [self.key]
-        return [f"expert.{number}" for number in range(len(self._stack(self.site.down)))]
+        return [f"{EXPERT}{number}" for number in range(len(self._stack(self.site.down)))]
 
     def down_weight(self, expert: int = 0) -> torch.Tensor:
         """W_down [D, F] of one unit: a view, through which weights can be set."""
@@ -132,7 +133,7 @@ def bind(sites: tuple[FfnSite, ...], layer: nn.Module) -> list[Ffn]:
         counts[site.kind] = number + 1
         found.append(Ffn(site, layer, f"{site.kind}_{number}" if number else site.kind))
     if len(found) == 1 and not found[0].stacked:
-        found[0].key = "dense"  # a shared FFN that shares with nothing
+        found[0].key = DENSE  # a shared FFN that shares with nothing
     return found
 
 
@@ -202,7 +203,7 @@ def experts_forward(
         u = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
         y = _linear(u, module.down_proj[expert], down_bias, module.is_transposed)
         if note is not None:
-            note(f"expert.{expert}", tokens, u, y)
+            note(f"{EXPERT}{expert}", tokens, u, y)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
         output = output.index_add(0, tokens, (y * top_k_weights[tokens, place, None]).to(output.dtype))
@@ -231,7 +232,7 @@ def scaled_experts_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
         u = up * module.act_fn(gate)
         y = u @ module.down_proj[expert]
         if note is not None and len(tokens):
-            note(f"expert.{expert}", tokens, u, y)
+            note(f"{EXPERT}{expert}", tokens, u, y)
         outputs.append(torch.zeros_like(x).index_copy(0, tokens, y))
     return torch.stack(outputs).view(-1, module.hidden_size)
 

@@ -11,7 +11,6 @@ from surgery.checkpoint import Checkpoint
 from surgery.devices import default_memory, pick_dtype
 from surgery.errors import CheckpointError
 from surgery.families import text_config
-from surgery.index import Track, untracked
 from surgery.indexing import RunOptions
 from surgery.plan import ResizePlan
 from surgery.skeleton import Skeleton, auto_class, build_config, quiet_transformers
@@ -29,15 +28,19 @@ def cpu_options(checkpoint: Checkpoint) -> RunOptions:
     return RunOptions(device, pick_dtype("auto", checkpoint, device), default_memory())
 
 
-def run_to_logits(model: StreamedModel, ids: torch.Tensor, track: Track[Any] = untracked) -> torch.Tensor:
+def run_to_logits(model: StreamedModel, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] float32, on the CPU, of one block of ids [1, T]; every weight is read once."""
-    count = len(model.layers)
-    with model.outside(), torch.no_grad():
+    with model.outside():
         stream = TokenStream(model, ids, micro_batch=1)
-        for number, layer in track(model.walk(range(count)), "layers", count):
+        for number, layer in model.walk(range(len(model.layers))):
             stream.forward(number, layer)
-        hidden = stream.store.get(0, slice(0, 1), model.device)[0]
-        return model.logits(hidden).float().cpu()
+        return last_logits(model, stream)
+
+
+@torch.no_grad()
+def last_logits(model: StreamedModel, stream: TokenStream) -> torch.Tensor:
+    """Logits [T, V] float32, on the CPU, of a stream's first block, which has left the last layer."""
+    return model.logits(stream.store.get(0, slice(0, 1), model.device)[0]).float().cpu()
 
 
 def pass_gate(

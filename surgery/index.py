@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from surgery import halo as halo_module
 from surgery.checkpoint import Checkpoint
 from surgery.errors import IndexMismatchError
+from surgery.ffn import DENSE, EXPERT
 from surgery.super_weights import SuperWeight
 
 SCHEMA_VERSION = 1
@@ -59,9 +60,6 @@ class FfnIndex:
         if len(self.supernodes) == 0:
             return self.supernodes
         return halo_module.halo(self.statistics["halo_connectivity"], self.supernodes)
-
-
-DENSE, SHARED, EXPERT = "dense", "shared", "expert."
 
 
 @dataclass

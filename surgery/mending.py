@@ -18,7 +18,8 @@ from surgery.devices import micro_batch
 from surgery.ffn import Ffn, observed
 from surgery.hidden import HiddenStore
 from surgery.plan import ResizePlan
-from surgery.repair import HELD_OUT, Moments, Repair, repair
+from surgery.repair import HELD_OUT, Moments, Repair, repair, token_weights
+from surgery.resize import mask_channels
 from surgery.skeleton import Skeleton
 from surgery.stream import LayerCall, StreamedModel
 from surgery.super_weights import down_of
@@ -133,17 +134,22 @@ class Mender:
         """Whether the layer adds its only FFN's output, as it is, to the residual stream: tried on a few blocks."""
         if len(ffns) != 1 or ffns[0].stacked:
             return False
+        entering, output, added = self._try(number, layer)
+        handle = ffns[0].module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
+        try:
+            without = self.model.run_layer(layer, entering, self.pruned.calls[0][number])
+        finally:
+            handle.remove()
+        return _adds(output - without, added, output)
+
+    def _try(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What enters a layer with one FFN, what leaves it, and what its FFN puts out, on the first micro-batch."""
         part, calls = self.pruned.slices[0], self.pruned.calls[0]
         entering = self.pruned.store.get(0, part, self.model.device)
         seen: Seen = []
-        with observed(ffns, lambda *flow: seen.append(flow)):
+        with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
             output = self.model.run_layer(layer, entering, calls[number])
-        handle = ffns[0].module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
-        try:
-            without = self.model.run_layer(layer, entering, calls[number])
-        finally:
-            handle.remove()
-        return _adds(output - without, seen[0][3].view_as(output), output)
+        return entering, output, seen[0][3].view_as(output)
 
     # -- attention --------------------------------------------------------------------------------------------------
 
@@ -190,8 +196,8 @@ class Mender:
 
     def _attention_output(self, number: int, layer: nn.Module) -> str | None:
         """The linear outside the FFN whose output, added to what enters the layer, is the stream before the FFN."""
-        ffns = self.model.ffns(number)
-        inside = {*ffns[0].site.rows, ffns[0].site.down}
+        site = self.model.ffns(number)[0].site
+        inside = {*site.rows, site.down}
         outputs: dict[str, torch.Tensor] = {}
         handles = []
         for name, module in layer.named_modules():
@@ -201,16 +207,12 @@ class Mender:
                     outputs[key] = output
 
                 handles.append(module.register_forward_hook(keep))
-        part, calls = self.pruned.slices[0], self.pruned.calls[0]
-        entering = self.pruned.store.get(0, part, self.model.device)
-        seen: Seen = []
         try:
-            with observed(ffns, lambda *flow: seen.append(flow)):
-                output = self.model.run_layer(layer, entering, calls[number])
+            entering, output, from_ffn = self._try(number, layer)
         finally:
             for handle in handles:
                 handle.remove()
-        added = output - seen[0][3].view_as(output) - entering
+        added = output - from_ffn - entering
         for name, found in outputs.items():
             if found.numel() == added.numel() and _adds(added, found.view_as(added), output):
                 return name
@@ -266,13 +268,9 @@ class Mender:
         stream: torch.Tensor,
         tokens: torch.Tensor | None = None,
     ) -> None:
-        """Account for a micro-batch; tokens weigh one over their power in the residual stream.
-
-        Without that, the one token with an activation of tens of thousands would own the Gram matrix.
-        """
-        power = stream.float().square().sum(-1).flatten()
-        weights = power.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-        blocks = torch.arange(part.start, part.stop, device=power.device)
+        """Account for a micro-batch, training and held-out blocks apart."""
+        weights = token_weights(stream).flatten()
+        blocks = torch.arange(part.start, part.stop, device=weights.device)
         is_held = (blocks >= self.first_held).repeat_interleave(stream.shape[1])
         if tokens is not None:
             weights, is_held = weights[tokens], is_held[tokens]
@@ -282,10 +280,23 @@ class Mender:
                 mine.add(u[chosen], r[chosen], weight, weights[chosen])
 
 
-def make_mender(model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, options: RunOptions) -> Mender:
-    """The Mender of a plan that repairs, on calibration blocks [N, T]."""
+def layer_cutter(
+    model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, options: RunOptions
+) -> Callable[[int, nn.Module], MendedLayer | None]:
+    """What makes a resident layer compute what it will as written; to be called with each layer, in order.
+
+    Removed channels are masked and, where the plan repairs, what stays is mended on calibration blocks `ids` [N, T].
+    Returns what was mended, None where nothing was to be.
+    """
+    if plan.repair == "none":
+        mask = mask_channels(plan, model.skeleton.ffns)
+
+        def cut(number: int, layer: nn.Module) -> None:
+            mask(number, layer)
+
+        return cut
     step = micro_batch(ids.shape[1], options.device)
-    return Mender(model, plan, ids, step, plan.repair == "lstsq-acc", options.memory)
+    return Mender(model, plan, ids, step, plan.repair == "lstsq-acc", options.memory).layer
 
 
 def layer_tensors(skeleton: Skeleton) -> set[str]:
@@ -316,9 +327,8 @@ def mended_tensors(
                 continue
             if assembly.targets[0] in mended:
                 resident = skeleton.model.get_parameter(assembly.targets[0]).data
-                steps = {type(step).__name__ for step in getattr(assembly.converter, "operations", ())}
-                part = resident[place] if "MergeModulelist" in steps else resident
-                part = part.transpose(-1, -2) if "Transpose" in steps else part
+                part = resident[place] if "MergeModulelist" in assembly.steps else resident
+                part = part.transpose(-1, -2) if "Transpose" in assembly.steps else part
                 tensor = part.to(tensor.device, tensor.dtype).contiguous()
             found[stored] = tensor
     return found
@@ -338,6 +348,6 @@ def _bias_of(ffns: list[Ffn], unit: str) -> torch.Tensor | None:
 
 def _adds(difference: torch.Tensor, contribution: torch.Tensor, stream: torch.Tensor) -> bool:
     """Whether a difference of residual streams is a module's output as it is, up to the stream's rounding."""
-    weights = stream.float().square().sum(-1, keepdim=True).clamp_min(1e-30).reciprocal()
+    weights = token_weights(stream)[..., None]
     error = (weights * (difference.float() - contribution.float()).square()).sum()
     return bool(error < ADDITIVE_ERROR * (weights * contribution.float().square()).sum())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from surgery.allocation import allocate, score_damage, standardised
+from surgery.allocation import allocate, ranking, score_damage, standardised
 from surgery.errors import PlanError
 from surgery.importance import METHODS, PROTECTING
 from surgery.index import ChannelIndex, FfnIndex
@@ -103,7 +103,7 @@ class ResizePlan:
 
     method: str
     seed: int
-    multiple_of: int | None
+    multiple_of: int
     widths: tuple[WidthChange, ...]
     sparsity: float
     layers: tuple[LayerPlan, ...]
@@ -206,9 +206,10 @@ def make_plan(
 
     With `allocation` "global" or "score" layers differ, at the same total: those that lose least give most, by what was
     measured (`curves`, as `surgery.curves` makes them, [F + 1] a layer) or by the scores (`pad` writes layers zero-padded
-    to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly `width`. The SCAR methods never remove supernodes
-    nor the column of a super weight; baselines protect nothing, and the plan says what they lose. Raises PlanError for
-    a cut that can't be made. `repair` says what is done to the weights that stay when the plan is carried out.
+    to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly
+    `width`. The SCAR methods never remove supernodes nor the column of a super weight; baselines protect nothing, and the
+    plan says what they lose. `repair` says what is done to the weights that stay when the plan is carried out. Raises
+    PlanError for a cut that can't be made.
     """
     if repair not in REPAIRS:
         raise PlanError("unknown repair", expected=", ".join(REPAIRS), found=repair)
@@ -318,9 +319,7 @@ def keep_orders(index: ChannelIndex, method: str, seed: int = 42) -> list[torch.
     orders = []
     for number, layer in enumerate(index.layers):
         draft = _draft(index, number, next(iter(layer.ffns)), method, generator)
-        ranked = draft.score.clone()
-        ranked[draft.protected] = torch.inf
-        orders.append(ranked.sort(descending=True, stable=True).indices)
+        orders.append(ranking(draft.score, draft.protected))
     return orders
 
 
@@ -389,9 +388,7 @@ def mass(loss_proxy: torch.Tensor, channels: torch.Tensor) -> float:
 
 def keep_highest(score: torch.Tensor, protected: torch.Tensor, count: int) -> torch.Tensor:
     """Sorted indices [count] of the highest scores [F], the protected ones first; ties go to the lower index."""
-    ranked = score.clone()
-    ranked[protected] = torch.inf
-    return ranked.sort(descending=True, stable=True).indices[:count].sort().values
+    return ranking(score, protected)[:count].sort().values
 
 
 def _moved(index: ChannelIndex, layers: list[LayerPlan]) -> list[dict[str, Any]]:

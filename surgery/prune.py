@@ -13,14 +13,14 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.destination import complete_folder
 from surgery.families import check_prunable, family_of, text_config
-from surgery.gate import GATE_TOKENS, cpu_options, pass_gate
+from surgery.gate import GATE_TOKENS, cpu_options, last_logits, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
-from surgery.mending import layer_tensors, make_mender, mended_tensors
+from surgery.mending import layer_cutter, layer_tensors, mended_tensors
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
-from surgery.resize import TensorCut, cut_tensor, mask_channels, resized_shape, tensor_cuts
-from surgery.skeleton import Skeleton, auto_class, build_config
+from surgery.resize import TensorCut, cut_tensor, resized_shape, tensor_cuts
+from surgery.skeleton import auto_class
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 from surgery.writer import ShardWriter, TensorSpec
@@ -76,23 +76,21 @@ def write_pruned(
 
     Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
-    given, makes the same of the written checkpoint; `command` is recorded as the way to make it
-    again, `repo` as where it will be published; `card_template` replaces the shipped card. The folder appears under its name only when the gate is passed;
-    whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
+    given, makes the same of the written checkpoint; `command` is recorded as the way to make it again, `repo` as where it
+    will be published; `card_template` replaces the shipped card. The folder appears under its name only when the gate is
+    passed; whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
     check_prunable(checkpoint.config, checkpoint.name)
     options = options or cpu_options(checkpoint)
     ids = index.input_ids[:1, :GATE_TOKENS].long()
-    skeleton = Skeleton(checkpoint, torch.float32)
-    cuts = tensor_cuts(skeleton)
+    model = StreamedModel(checkpoint, options.device, options.dtype)
+    skeleton, cuts = model.skeleton, tensor_cuts(model.skeleton)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
         with ShardWriter(folder, specs) as writer:
             calibration = index.input_ids.long()
-            expected, repairs = _copy_and_run(
-                checkpoint, plan, cuts, writer, ids, calibration, options, track
-            )
+            expected, repairs = _copy_and_run(model, plan, cuts, writer, ids, calibration, options, track)
         _carry_files(checkpoint, plan, folder)
         if plan.per_layer_widths:
             code = modeling_code(skeleton.model, skeleton.layers_path)
@@ -104,7 +102,7 @@ def write_pruned(
             measurements["shrunk"] = measure(written)
         manifest = make_manifest(checkpoint, index, plan, specs, measurements) | {
             "command": command,
-            "auto_class": auto_class(build_config(checkpoint.config, checkpoint.name)).__name__,
+            "auto_class": auto_class(skeleton.config).__name__,
             "repo": repo,
             "repair": repairs,
         }
@@ -115,7 +113,7 @@ def write_pruned(
 
 
 def _copy_and_run(
-    checkpoint: Checkpoint,
+    model: StreamedModel,
     plan: ResizePlan,
     cuts: dict[str, TensorCut],
     writer: ShardWriter,
@@ -128,6 +126,8 @@ def _copy_and_run(
 
     Logits [T, V] are those of the source with removed channels masked and repaired weights in place.
     """
+    checkpoint = model.checkpoint
+    mendable = layer_tensors(model.skeleton) if plan.repair != "none" else set()
     written: set[str] = set()
     late: dict[str, torch.Tensor] = {}
 
@@ -143,24 +143,20 @@ def _copy_and_run(
             else:
                 write(name, tensor)
 
-    model = StreamedModel(checkpoint, options.device, options.dtype, on_read=save)
-    mendable = layer_tensors(model.skeleton) if plan.repair != "none" else set()
-    mask = mask_channels(plan, model.skeleton.ffns)
+    model.on_read = save
     count = len(model.layers)
     repairs: list[dict[str, Any]] = []
-    with model.outside(), torch.no_grad():  # held throughout: from the Hub, each read is a download
+    with model.outside():  # held throughout: from the Hub, each read is a download
         gate = TokenStream(model, ids, micro_batch=1)
-        mender = make_mender(model, plan, calibration, options) if plan.repair != "none" else None
+        cut_layer = layer_cutter(model, plan, calibration, options)
         for number, layer in track(model.walk(range(count)), "layers", count):
-            if mender is None:
-                mask(number, layer)
-            else:
-                done = mender.layer(number, layer)
+            done = cut_layer(number, layer)
+            if done is not None:
                 repairs.append(done.as_json())
                 for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
                     write(name, tensor)
             gate.forward(number, layer)
-        logits = model.logits(gate.store.get(0, slice(0, 1), model.device)[0]).float().cpu()
+        logits = last_logits(model, gate)
     for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
         if entry.name in written:
             continue

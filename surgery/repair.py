@@ -21,8 +21,19 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.devices import wide_dtype
+
 RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 HELD_OUT = 8  # one calibration block in so many is held out to choose the ridge
+
+
+def token_weights(stream: torch.Tensor) -> torch.Tensor:
+    """One over each token's power in the residual stream [..., D].
+
+    Without that, the one token with an activation of tens of thousands would own the Gram matrix.
+    """
+    power = stream.float().square().sum(-1)
+    return power.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Moments:
     @classmethod
     def zeros(cls, outputs: int, inputs: int, device: torch.device) -> Moments:
         """No tokens seen yet."""
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         shapes = ((inputs, inputs), (outputs, inputs), (), ())
         return cls(*(torch.zeros(shape, dtype=wide, device=device) for shape in shapes))
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from surgery.checkpoint import TensorEntry
 from surgery.errors import PlanError, UnsupportedModelError
-from surgery.ffn import Ffn, ParameterCut
-from surgery.index import EXPERT
+from surgery.ffn import EXPERT, Ffn, ParameterCut
 from surgery.plan import ResizePlan
 from surgery.skeleton import Assembly, Skeleton
 from surgery.stream import LayerEdit
@@ -56,7 +55,7 @@ def _stored_cuts(
         units = tuple(ffn.units) if cut.stacked else (ffn.key,)
         whole = TensorCut(layer, cut.axis, units, cut.parts, cut.interleaved, cut.stacked)
         return _checked(skeleton, {assembly.stored[0]: whole}, ffn)
-    steps = {type(step).__name__ for step in assembly.converter.operations}
+    steps = assembly.steps
     if steps - {"MergeModulelist", "Concatenate", "Chunk", "Transpose"}:
         raise UnsupportedModelError(
             "these weights are stored in a layout surgeon can't cut",

@@ -27,6 +27,14 @@ def bar(share: float) -> str:
     return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
 
 
+def _table(headings: tuple[str, ...], left: tuple[str, ...] = ()) -> Table:
+    """An empty table without lines; columns are flush right but for those in `left`."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right")
+    return table
+
+
 def show_index(index: ChannelIndex, console: Console) -> None:
     """Print model, calibration, LP concentration per layer, overlaps and super weights."""
     fields = index.as_json()
@@ -45,15 +53,9 @@ def show_index(index: ChannelIndex, console: Console) -> None:
         f"\nShare of a layer's loss proxy held by its top 1% of channels (supernodes): median "
         f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading, justify in (
-        ("layer", "right"),
-        ("top 1% holds", "right"),
-        ("", "left"),
-        ("of them also top by activation", "right"),
-        ("by weight norm", "right"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table = _table(
+        ("layer", "top 1% holds", "", "of them also top by activation", "by weight norm"), left=("",)
+    )
     for number, layer in enumerate(fields["layers"]):
         if not layer["width"]:
             table.add_row(str(number), "no FFN")
@@ -145,17 +147,18 @@ def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -
     console.print(
         f"[bold]{fields['model']}[/bold], the share of a layer's loss proxy held by its top 1% of channels"
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in (
-        "index",
-        "perplexity",
-        "median",
-        "min",
-        "max",
-        "supernodes shared with the last",
-        "super weights",
-    ):
-        table.add_column(heading, justify="left" if heading in ("index", "super weights") else "right")
+    table = _table(
+        (
+            "index",
+            "perplexity",
+            "median",
+            "min",
+            "max",
+            "supernodes shared with the last",
+            "super weights",
+        ),
+        left=("index", "super weights"),
+    )
     for row in fields["indexes"]:
         table.add_row(
             row["name"],
@@ -172,19 +175,19 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
         console.print(f"\n{title}: none found")
         return
     console.print(f"\n{title}:")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in (
-        "layer",
-        "row",
-        "column",
-        "value",
-        "input",
-        "output",
-        "explained",
-        "persists",
-        "perplexity without",
-    ):
-        table.add_column(heading, justify="right")
+    table = _table(
+        (
+            "layer",
+            "row",
+            "column",
+            "value",
+            "input",
+            "output",
+            "explained",
+            "persists",
+            "perplexity without",
+        ),
+    )
     for entry in entries:
         effect = entry["ablation"]
         without = (
@@ -217,22 +220,21 @@ def _short(value: float) -> str:
 
 def show_rows(rows: list[Row], console: Console) -> None:
     """Print a comparison, one line a cut and text."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in (
-        "method",
-        "repair",
-        "allocation",
-        "removed",
-        "text",
-        "perplexity",
-        "bits/byte",
-        "KL",
-        "parameters",
-        "seconds",
-    ):
-        table.add_column(
-            heading, justify="left" if heading in ("method", "repair", "allocation", "text") else "right"
-        )
+    table = _table(
+        (
+            "method",
+            "repair",
+            "allocation",
+            "removed",
+            "text",
+            "perplexity",
+            "bits/byte",
+            "KL",
+            "parameters",
+            "seconds",
+        ),
+        left=("method", "repair", "allocation", "text"),
+    )
     for row in rows:
         table.add_row(
             row.method,

@@ -59,6 +59,11 @@ class Assembly:
         """Names on disk."""
         return [name for name, _ in self.sources]
 
+    @property
+    def steps(self) -> set[str]:
+        """Names of the converter's operations; none where a tensor is taken as it is."""
+        return {type(step).__name__ for step in getattr(self.converter, "operations", ())}
+
 
 class Skeleton:
     """A causal LM whose parameters are on the meta device until they are filled.

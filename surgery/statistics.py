@@ -9,12 +9,35 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.ffn import Ffn
+from surgery.devices import wide_dtype
+from surgery.ffn import EXPERT, Ffn
 from surgery.tokens import Flow
 
 CORRELATION_TOKENS = (
     2048  # tokens whose q is kept for the halo's redundancy (the paper's code uses at most as many)
 )
+
+
+def named_statistics(means: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Statistics [...] float32 on the CPU, named as in the index file, from means [5, ...] and max |u| [...].
+
+    loss_proxy = 1/2 mean_t q^2 (Supernodes and Halos, LP); activation_power = mean u^2; curvature = mean s^2;
+    taylor = mean |q|; mean = mean u; max_abs = max |u|. Means are over all calibration tokens.
+    """
+    named = {
+        "loss_proxy": means[0] / 2,
+        "activation_power": means[1],
+        "curvature": means[2],
+        "taylor": means[4],
+        "mean": means[3],
+        "max_abs": largest,
+    }
+    return {name: value.float().cpu() for name, value in named.items()}
+
+
+def sample_stride(tokens: int) -> int:
+    """Every how manieth token's q is kept."""
+    return max(1, -(-tokens // CORRELATION_TOKENS))
 
 
 class ChannelStatistics:
@@ -27,7 +50,7 @@ class ChannelStatistics:
     def __init__(self, width: int, blocks: int, block_size: int, device: torch.device) -> None:
         self.tokens = blocks * block_size
         self.block_size = block_size
-        self.stride = max(1, -(-self.tokens // CORRELATION_TOKENS))
+        self.stride = sample_stride(self.tokens)
         self.kept_per_block = len(range(0, block_size, self.stride))
         self.sums = torch.zeros(5, blocks, width, dtype=torch.float32, device=device)
         self.largest = torch.zeros(width, dtype=torch.float32, device=device)
@@ -53,21 +76,8 @@ class ChannelStatistics:
             torch.sum(q_TF.square_(), 0, out=self.sums[0, block])
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Statistics [F] float32 on the CPU, named as in the index file.
-
-        loss_proxy = 1/2 mean_t q^2 (Supernodes and Halos, LP); activation_power = mean u^2; curvature = mean s^2;
-        taylor = mean |q|; mean = mean u; max_abs = max |u|. Means are over all calibration tokens.
-        """
-        means = self.sums.double().sum(1) / self.tokens
-        named = {
-            "loss_proxy": means[0] / 2,
-            "activation_power": means[1],
-            "curvature": means[2],
-            "taylor": means[4],
-            "mean": means[3],
-            "max_abs": self.largest,
-        }
-        return {name: value.float().cpu() for name, value in named.items()}
+        """Statistics [F], as `named_statistics`."""
+        return named_statistics(self.sums.double().sum(1) / self.tokens, self.largest)
 
 
 class ExpertStatistics:
@@ -79,9 +89,8 @@ class ExpertStatistics:
     def __init__(self, experts: int, width: int, blocks: int, block_size: int, device: torch.device) -> None:
         self.tokens = blocks * block_size
         self.block_size = block_size
-        self.stride = max(1, -(-self.tokens // CORRELATION_TOKENS))
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(5, experts, width, dtype=wide, device=device)
+        self.stride = sample_stride(self.tokens)
+        self.sums = torch.zeros(5, experts, width, dtype=wide_dtype(device), device=device)
         self.largest = torch.zeros(experts, width, dtype=torch.float32, device=device)
         self.routed = torch.zeros(experts, dtype=torch.long, device=device)
         self.sampled_q: list[list[torch.Tensor]] = [[] for _ in range(experts)]
@@ -97,17 +106,8 @@ class ExpertStatistics:
         self.sampled_q[expert].append(q[tokens % self.block_size % self.stride == 0])
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Statistics [E, F] float32 on the CPU, named as those of `ChannelStatistics.finish`."""
-        means = self.sums / self.tokens
-        named = {
-            "loss_proxy": means[0] / 2,
-            "activation_power": means[1],
-            "curvature": means[2],
-            "taylor": means[4],
-            "mean": means[3],
-            "max_abs": self.largest,
-        }
-        return {name: value.float().cpu() for name, value in named.items()}
+        """Statistics [E, F], as `named_statistics`."""
+        return named_statistics(self.sums / self.tokens, self.largest)
 
     def correlation_sample(self, expert: int) -> torch.Tensor:
         """q of the sampled tokens that went to one expert, [sampled, F]."""
@@ -143,7 +143,7 @@ class LayerStatistics:
             self.dense[flow.unit].add(flow.first_block, flow.u, flow.s)
             return
         assert self.experts is not None
-        expert = int(flow.unit.partition(".")[2])
+        expert = int(flow.unit.removeprefix(EXPERT))
         self.experts.add(expert, flow.tokens + flow.first_block * self.block_size, flow.u, flow.s)
 
     def finish(self) -> dict[str, UnitStatistics]:
@@ -157,7 +157,7 @@ class LayerStatistics:
             for expert, tokens in enumerate(routed):
                 values = {name: value[expert] for name, value in stacked.items()}
                 sample = self.experts.correlation_sample(expert)
-                found[f"expert.{expert}"] = UnitStatistics(values, sample, tokens)
+                found[f"{EXPERT}{expert}"] = UnitStatistics(values, sample, tokens)
         return found
 
 

@@ -5,7 +5,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,13 +147,11 @@ class TokenStream:
         """Summed loss of one block, through the head a slice of tokens at a time."""
         device = self.model.device
         slot, part = self._slot(len(self.model.layers)), slice(block, block + 1)
-        tokens = max(1, HEAD_ELEMENTS // self.model.model.config.get_text_config().vocab_size)
         hidden = self.store.get(slot, part, device)[0]
         gradient = torch.zeros_like(hidden)
         targets = self.ids[block, 1:].to(device)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for start in range(0, len(targets), tokens):
-            rows = slice(start, min(start + tokens, len(targets)))
+        for rows in head_slices(self.model, len(targets)):
             states = hidden[rows].detach().requires_grad_(with_gradient)
             with torch.set_grad_enabled(with_gradient):
                 logits = self.model.logits(states).float()
@@ -164,6 +162,13 @@ class TokenStream:
         if with_gradient:
             self.store.put(slot, part, gradient[None])
         return total
+
+
+def head_slices(model: StreamedModel, tokens: int) -> Iterator[slice]:
+    """Slices of so few tokens each that their logits fit in HEAD_ELEMENTS."""
+    step = max(1, HEAD_ELEMENTS // model.model.config.get_text_config().vocab_size)
+    for start in range(0, tokens, step):
+        yield slice(start, min(start + step, tokens))
 
 
 class _SharedArguments:

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.commands.options import calibration_options, common_options, output_options
-from surgery.commands.prune import METHOD_NAMES, REPAIR_NAMES, check_width, curves_for, index_for
-from surgery.commands.session import data_console, local_path, open_model, run_options, say
+from surgery.commands.prune import (
+    ALLOCATION_NAMES,
+    METHOD_NAMES,
+    REPAIR_NAMES,
+    curves_for,
+    index_for,
+    prunable_skeleton,
+)
+from surgery.commands.session import data_console, evaluation_blocks, local_path, open_model, run_options, say
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
-    from surgery.calibration import TokenBlocks
-    from surgery.checkpoint import Checkpoint
-
-ALLOCATION_NAMES = ("uniform", "global", "score")
+    from surgery.compare import Comparison
 
 
 def words(allowed: tuple[str, ...]) -> Any:
@@ -78,43 +82,31 @@ def compare(
     \b
     surgeon compare org/name --index name-index --text wikitext-test --out name-comparison
     """
+    from surgery.calibration import read_text
+    from surgery.compare import Comparison, save_rows
     from surgery.destination import check_destination, complete_folder
+    from surgery.plan import width_changes
+    from surgery.show import show_rows
 
     checkpoint = open_model(model, options)
+    widths = prunable_skeleton(checkpoint).widths()
     for sparsity in sparsities:
-        check_width(checkpoint, {**options, "sparsity": sparsity, "intermediate_size": None})
+        width_changes(widths, sparsity, None, options["multiple_of"])
     combinations = list(itertools.product(sparsities, allocations, repairs, methods))
     if dry_run:
         click.echo(f"{len(combinations)} cuts on {len(texts)} texts")
         return
     folder = out or Path(f"{checkpoint.name.split('/')[-1]}-comparison")
     check_destination(folder, overwrite=overwrite, source=local_path(model))
-    blocks = [text_block(checkpoint, text, text_blocks) for text in texts]
-
-    from surgery.compare import Comparison, save_rows
-    from surgery.plan import make_plan
-    from surgery.show import show_rows
-
+    blocks = []
+    for spec in texts:
+        text, name = read_text(spec)
+        if not text.strip():
+            raise UsageError("the text is empty", where=spec)
+        blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
     channels = index_for(checkpoint, index_folder, options, quiet)
     comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
-    comparison.add_dense()
-    curves: dict[str, Any] = {}
-    for number, (sparsity, allocation, repair, method) in enumerate(combinations, 1):
-        if allocation == "global" and method not in curves:
-            curves[method] = curves_for(checkpoint, channels, {**options, "method": method}, quiet)
-        plan = make_plan(
-            channels,
-            method=method,
-            sparsity=sparsity,
-            multiple_of=options["multiple_of"],
-            seed=options["seed"],
-            allocation=allocation,
-            repair=repair,
-            curves=curves.get(method) if allocation == "global" else None,
-        )
-        rows = comparison.add(plan)
-        done = f"{method}, {allocation}, repair {repair}, {100 * plan.sparsity:.0f}%"
-        say(f"{number}/{len(combinations)} {done}: perplexity {rows[0].perplexity:.2f}", quiet)
+    measure_all(comparison, combinations, options, quiet)
     with complete_folder(folder) as partial:
         save_rows(comparison.rows, partial)
         fields = {
@@ -130,13 +122,31 @@ def compare(
     say(f"Table and plot written to {folder}", quiet)
 
 
-def text_block(checkpoint: Checkpoint, text_spec: str, blocks: int | None) -> TokenBlocks:
-    """Blocks of a text, as `surgeon eval` cuts them."""
-    from surgery.calibration import load_tokenizer, read_text, token_blocks
-    from surgery.perplexity import default_block_size
+def measure_all(
+    comparison: Comparison,
+    combinations: list[tuple[float, str, str, str]],
+    options: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """Measure the dense model and every (sparsity, allocation, repair, method); curves are measured once a method."""
+    from surgery.plan import make_plan
 
-    text, name = read_text(text_spec)
-    if not text.strip():
-        raise UsageError("the text is empty", where=text_spec)
-    size = default_block_size(checkpoint.config)
-    return token_blocks(load_tokenizer(checkpoint), text, name, block_size=size, blocks=blocks)
+    comparison.add_dense()
+    curves: dict[str, Any] = {}
+    for number, (sparsity, allocation, repair, method) in enumerate(combinations, 1):
+        if allocation == "global" and method not in curves:
+            how = {**options, "method": method}
+            curves[method] = curves_for(comparison.checkpoint, comparison.index, how, quiet)
+        plan = make_plan(
+            comparison.index,
+            method=method,
+            sparsity=sparsity,
+            multiple_of=options["multiple_of"],
+            seed=options["seed"],
+            allocation=allocation,
+            repair=repair,
+            curves=curves.get(method) if allocation == "global" else None,
+        )
+        rows = comparison.add(plan)
+        done = f"{method}, {allocation}, repair {repair}, {100 * plan.sparsity:.0f}%"
+        say(f"{number}/{len(combinations)} {done}: perplexity {rows[0].perplexity:.2f}", quiet)

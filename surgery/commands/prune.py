@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from surgery.skeleton import Skeleton
 
 PUSH_EVAL_BLOCKS = 16
+ALLOCATION_NAMES = ("uniform", "global", "score")
 REPAIR_NAMES = ("none", "lstsq", "lstsq-acc")
 METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
 
@@ -45,7 +46,7 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
 @click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
 @click.option(
     "--allocation",
-    type=click.Choice(["uniform", "global", "score"]),
+    type=click.Choice(ALLOCATION_NAMES),
     default="uniform",
     show_default=True,
     help="One width for all layers, which loads everywhere; or each its own, which needs a loader, from what cutting it "
@@ -194,18 +195,24 @@ def check_size_options(options: dict[str, Any]) -> None:
 
 def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
     """Refuse a model or a width that can't be cut before anything is computed; returns the model's skeleton."""
-    import torch
-
-    from surgery.families import check_prunable
     from surgery.plan import width_changes
-    from surgery.skeleton import Skeleton
 
-    check_prunable(checkpoint.config, checkpoint.name)
-    skeleton = Skeleton(checkpoint, torch.float32)
+    skeleton = prunable_skeleton(checkpoint)
     width_changes(
         skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
     )
     return skeleton
+
+
+def prunable_skeleton(checkpoint: Checkpoint) -> Skeleton:
+    """The skeleton of a model. Raises UnsupportedModelError for one that can't be pruned."""
+    import torch
+
+    from surgery.families import check_prunable
+    from surgery.skeleton import Skeleton
+
+    check_prunable(checkpoint.config, checkpoint.name)
+    return Skeleton(checkpoint, torch.float32)
 
 
 def default_name(checkpoint: Checkpoint, options: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from surgery.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from surgery.calibration import TokenBlocks
     from surgery.checkpoint import Checkpoint
     from surgery.index import ChannelIndex
     from surgery.indexing import RunOptions
@@ -127,13 +128,22 @@ def evaluate(
     quiet: bool,
 ) -> dict[str, Any]:
     """Perplexity on a text, as JSON fields."""
-    from surgery.calibration import load_tokenizer, read_text, token_blocks
-    from surgery.perplexity import default_block_size, measure_perplexity
+    from surgery.calibration import read_text
+    from surgery.perplexity import measure_perplexity
 
-    text, name = read_text(text_spec)
-    size = block_size or default_block_size(checkpoint.config)
-    cut = token_blocks(load_tokenizer(checkpoint), text, name, block_size=size, blocks=blocks)
+    cut = evaluation_blocks(checkpoint, *read_text(text_spec), blocks, block_size)
     return measure_perplexity(checkpoint, cut, run_options(checkpoint, options), track=bars(quiet)).as_json()
+
+
+def evaluation_blocks(
+    checkpoint: Checkpoint, text: str, name: str, blocks: int | None, block_size: int | None = None
+) -> TokenBlocks:
+    """The first blocks of a text, in the checkpoint's tokens, as long as the model takes unless `block_size` is given."""
+    from surgery.calibration import load_tokenizer, token_blocks
+    from surgery.perplexity import default_block_size
+
+    size = block_size or default_block_size(checkpoint.config)
+    return token_blocks(load_tokenizer(checkpoint), text, name, block_size=size, blocks=blocks)
 
 
 def bars(quiet: bool) -> Any:
