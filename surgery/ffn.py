@@ -79,6 +79,23 @@ class Ffn:
             return rows[0][::2], rows[0][1::2]
         return rows[0][: self.width], rows[0][self.width :]
 
+    def down_bias(self, expert: int = 0) -> torch.Tensor | None:
+        """The bias [D] of one unit's down projection, which is no part of what its channels must produce: a view."""
+        found = self._bias
+        return None if found is None else found[expert] if self.stacked else found
+
+    @property
+    def bias_name(self) -> str | None:
+        """Path of the bias of the down projection inside the layer, None where it has none."""
+        if self._bias is None:
+            return None
+        return f"{self.site.down}_bias" if self.stacked else f"{self.site.down}.bias"
+
+    @property
+    def _bias(self) -> torch.Tensor | None:
+        found = getattr(self.module, "down_proj_bias" if self.stacked else "bias", None)
+        return found.data if isinstance(found, torch.Tensor) else None
+
     def cuts(self) -> dict[str, ParameterCut]:
         """Parameter path inside the layer -> how it is cut. The bias of the down projection stays."""
         parts = 2 if self.site.fused else 1

@@ -2,69 +2,87 @@
 
 Each layer is run by the dense stream; then, by the pruned one, once with all its channels to collect moments, and once
 more as it will be written. Its attention output projection is mended before its FFN, by the same least squares: it is
-the first place where the damage of earlier layers can be made up for.
+the first place where the damage of earlier layers can be made up for (`attention`). Where the matrices of all channels
+would outgrow the budget, channels are solved for in parts, one pass and one smaller matrix for each, every part making
+up for what those before it left (block Gauss-Seidel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from surgery.attention import attention_output, mend_attention
 from surgery.devices import micro_batch
 from surgery.ffn import Ffn, observed
 from surgery.hidden import HiddenStore
 from surgery.plan import ResizePlan
-from surgery.repair import HELD_OUT, Moments, Repair, repair, token_weights
+from surgery.repair import (
+    HELD_OUT,
+    Moments,
+    Repair,
+    adds,
+    least_squares,
+    matrix_bytes,
+    mean_shift,
+    parts,
+    repair,
+    token_weights,
+)
 from surgery.resize import mask_channels
 from surgery.skeleton import Skeleton
-from surgery.stream import LayerCall, StreamedModel
-from surgery.super_weights import down_of
+from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
 if TYPE_CHECKING:
     from surgery.indexing import RunOptions
 
-ADDITIVE_ERROR = (
-    0.05  # unexplained share of what a module's output adds to the stream; rounding stays far below
-)
 Seen = list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]
-
-
-class _Reached(Exception):
-    """Carries a tensor out of a layer's forward."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+Pair = tuple[Moments, Moments]
 
 
 @dataclass
 class MendedLayer:
     """What became of one layer: repairs by FFN, that of the attention's output, and changed parameters by name.
 
-    `parameters` are paths inside the layer whose values in memory are no longer the checkpoint's.
+    `parameters` are paths inside the layer whose values in memory are no longer the checkpoint's. A module solved for
+    in parts has one repair for each.
     """
 
-    ffns: dict[str, Repair] = field(default_factory=dict)
-    attention: Repair | None = None
+    ffns: dict[str, list[Repair]] = field(default_factory=dict)
+    attention: list[Repair] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """The entry of `repair` in surgeon.json."""
         return {
-            "ffns": {unit: found.as_json() for unit, found in self.ffns.items()},
-            "attention": self.attention.as_json() if self.attention else None,
+            "ffns": {unit: _summary(found) for unit, found in self.ffns.items()},
+            "attention": _summary(self.attention) if self.attention else None,
         }
 
 
+def _summary(repairs: list[Repair]) -> dict[str, float | int | None]:
+    """Ridge of the first part that was changed, held-out errors before the first part and after the last."""
+    ridges = [found.ridge for found in repairs if found.ridge is not None]
+    fields: dict[str, float | int | None] = {
+        "ridge": ridges[0] if ridges else None,
+        "held_out_before": repairs[0].before,
+        "held_out_after": repairs[-1].after,
+    }
+    return fields if len(repairs) == 1 else {**fields, "parts": len(repairs)}
+
+
 class Mender:
-    """Carries both streams; `layer` is called once for each resident layer, in order.
+    """Carries the streams; `layer` is called once for each resident layer, in order.
 
     With `accumulate`, targets are what brings the pruned residual stream to the dense one; without, each layer is
-    mended by itself, on the dense model's inputs.
+    mended by itself, on the dense model's inputs: by least squares, or with `mean_only` by the mean of what is missing.
+    `budget` is in bytes: half for hidden states, half for matrices.
     """
 
     def __init__(
@@ -74,36 +92,41 @@ class Mender:
         ids: torch.Tensor,
         micro_batch: int,
         accumulate: bool,
-        host_bytes: int | None = None,
+        budget: int | None = None,
+        mean_only: bool = False,
     ) -> None:
         self.model = model
         self.plan = plan
         self.accumulate = accumulate
-        third = None if host_bytes is None else host_bytes // 3
+        self.mean_only = mean_only
+        self.budget = None if budget is None else budget // 2
+        third = None if self.budget is None else self.budget // 3
         self.dense = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=third)
         self.pruned = self.dense.fork(len(ids), 0, third) if accumulate else self.dense
         shape = (1, *ids.shape, self.dense.store.shape[-1])
-        self.before_ffn = HiddenStore(shape if accumulate else (0,), self.dense.store.dtype, third)
+        # of an additive layer the residual stream before its FFN; without accumulation what leaves the layer
+        self.aside = HiddenStore(shape, self.dense.store.dtype, third)
         self.first_held = len(ids) - max(1, len(ids) // HELD_OUT)
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> MendedLayer:
-        """Mend the resident layer in place, its removed channels set to zero, and move both streams through it."""
+        """Mend the resident layer in place, its removed channels set to zero, and move the streams through it."""
         ffns = self.model.ffns(number)
         done = MendedLayer()
         additive = self.accumulate and self._ffn_is_additive(number, layer, ffns)
-        if not self.accumulate:
-            moments = self._ffn_moments(number, layer, ffns, additive=False)
-            self.dense.forward(number, layer)
-        else:
+        if self.accumulate:
             self._dense_pass(number, layer, ffns, additive)
-            if additive:
-                self._mend_attention(number, layer, done)
-            moments = self._ffn_moments(number, layer, ffns, additive)
-        for ffn in ffns:
-            self._mend_ffn(number, ffn, moments, done)
+        if additive:
+            name = attention_output(self, number, layer)
+            if name is not None:
+                done.attention = mend_attention(self, number, layer, name)
+                if any(found.change is not None for found in done.attention):
+                    done.parameters.append(f"{name}.weight")
+        self._mend_ffns(number, layer, additive, done)
         if self.accumulate:
             self.pruned.forward(number, layer)
+        else:
+            self.dense.hidden, self.aside = self.aside, self.dense.store
         return done
 
     # -- the streams ------------------------------------------------------------------------------------------------
@@ -111,21 +134,20 @@ class Mender:
     def _run(
         self, stream: TokenStream, number: int, layer: nn.Module, ffns: list[Ffn], use: Callable[..., None]
     ) -> None:
-        """Run every micro-batch and call `use(part, entering, output, seen)`; the stream stays where it is."""
+        """Run every micro-batch and call `use(part, output, seen)`; the stream stays where it is."""
         seen: Seen = []
         with observed(ffns, lambda *flow: seen.append(flow)):
             for part, calls in zip(stream.slices, stream.calls, strict=True):
                 entering = stream.store.get(0, part, self.model.device)
-                output = self.model.run_layer(layer, entering, calls[number])
-                use(part, entering, output, seen)
+                use(part, self.model.run_layer(layer, entering, calls[number]), seen)
                 seen.clear()
 
     def _dense_pass(self, number: int, layer: nn.Module, ffns: list[Ffn], additive: bool) -> None:
         """Move the dense stream on; of an additive layer also keep what the residual stream is before the FFN."""
 
-        def use(part: slice, _: torch.Tensor, output: torch.Tensor, seen: Seen) -> None:
+        def use(part: slice, output: torch.Tensor, seen: Seen) -> None:
             if additive:
-                self.before_ffn.put(0, part, output - seen[0][3].view_as(output))
+                self.aside.put(0, part, output - seen[0][3].view_as(output))
             self.dense.store.put(0, part, output)
 
         self._run(self.dense, number, layer, ffns, use)
@@ -134,15 +156,15 @@ class Mender:
         """Whether the layer adds its only FFN's output, as it is, to the residual stream: tried on a few blocks."""
         if len(ffns) != 1 or ffns[0].stacked:
             return False
-        entering, output, added = self._try(number, layer)
+        entering, output, added = self.try_layer(number, layer)
         handle = ffns[0].module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
         try:
             without = self.model.run_layer(layer, entering, self.pruned.calls[0][number])
         finally:
             handle.remove()
-        return _adds(output - without, added, output)
+        return adds(output - without, added, output)
 
-    def _try(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def try_layer(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What enters a layer with one FFN, what leaves it, and what its FFN puts out, on the first micro-batch."""
         part, calls = self.pruned.slices[0], self.pruned.calls[0]
         entering = self.pruned.store.get(0, part, self.model.device)
@@ -151,125 +173,115 @@ class Mender:
             output = self.model.run_layer(layer, entering, calls[number])
         return entering, output, seen[0][3].view_as(output)
 
-    # -- attention --------------------------------------------------------------------------------------------------
-
-    def _mend_attention(self, number: int, layer: nn.Module, done: MendedLayer) -> None:
-        """Refit the module that writes the attention's output to the residual stream, where one can be told."""
-        name = self._attention_output(number, layer)
-        if name is None:
-            return
-        linear = layer.get_submodule(name)
-        transposed = type(linear).__name__ == "Conv1D"
-        parameter = linear.weight
-        assert isinstance(parameter, torch.Tensor)
-        weight = parameter.data.t() if transposed else parameter.data
-        train, held = (Moments.zeros(weight.shape[0], weight.shape[1], self.model.device) for _ in range(2))
-        bias = getattr(linear, "bias", None)
-        for part, calls in zip(self.pruned.slices, self.pruned.calls, strict=True):
-            entering = self.pruned.store.get(0, part, self.model.device)
-            entered = self._input_of(linear, layer, entering, calls[number])
-            target = self.before_ffn.get(0, part, self.model.device) - entering
-            wanted = target if bias is None else target - bias
-            stream = self.dense.store.get(0, part, self.model.device)
-            self._add((train, held), part, entered, wanted, weight, stream)
-        done.attention = repair(train, held, weight)
-        if done.attention.ridge is not None:
-            weight.copy_(done.attention.weight.to(weight.dtype))
-            done.parameters.append(f"{name}.weight")
-
-    def _input_of(
-        self, linear: nn.Module, layer: nn.Module, entering: torch.Tensor, call: LayerCall
-    ) -> torch.Tensor:
-        """What enters a module of the layer; the layer runs no further, which saves its FFN."""
-
-        def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            raise _Reached(arguments[0])
-
-        handle = linear.register_forward_pre_hook(stop)
-        try:
-            self.model.run_layer(layer, entering, call)
-        except _Reached as reached:
-            return reached.tensor
-        finally:
-            handle.remove()
-        raise AssertionError("the layer never ran its attention")
-
-    def _attention_output(self, number: int, layer: nn.Module) -> str | None:
-        """The linear outside the FFN whose output, added to what enters the layer, is the stream before the FFN."""
-        site = self.model.ffns(number)[0].site
-        inside = {*site.rows, site.down}
-        outputs: dict[str, torch.Tensor] = {}
-        handles = []
-        for name, module in layer.named_modules():
-            if name not in inside and type(module).__name__ in ("Linear", "Conv1D"):
-
-                def keep(_: nn.Module, __: object, output: torch.Tensor, key: str = name) -> None:
-                    outputs[key] = output
-
-                handles.append(module.register_forward_hook(keep))
-        try:
-            entering, output, from_ffn = self._try(number, layer)
-        finally:
-            for handle in handles:
-                handle.remove()
-        added = output - from_ffn - entering
-        for name, found in outputs.items():
-            if found.numel() == added.numel() and _adds(added, found.view_as(added), output):
-                return name
-        return None
-
     # -- FFNs -------------------------------------------------------------------------------------------------------
 
-    def _ffn_moments(
-        self, number: int, layer: nn.Module, ffns: list[Ffn], additive: bool
-    ) -> dict[str, tuple[Moments, Moments]]:
-        """(train, held out) moments of every FFN's kept channels, and the outputs wanted of them."""
+    def _mend_ffns(self, number: int, layer: nn.Module, additive: bool, done: MendedLayer) -> None:
+        """Mend the kept columns of every FFN, a part of the channels in each pass, and zero the removed ones."""
+        ffns = self.model.ffns(number)
         plans = self.plan.layers[number].ffns
-        found: dict[str, tuple[Moments, Moments]] = {}
+        places = {unit: (ffn, place) for ffn in ffns for place, unit in enumerate(ffn.units)}
+        chunks = {unit: parts(len(plans[unit].kept), self.budget) for unit in places}
+        rounds = max((len(found) for found in chunks.values()), default=0)
+        originals = {
+            unit: (ffn.down_weight(place).clone(), ffn.down_bias(place))
+            for unit, (ffn, place) in places.items()
+            if rounds > 1
+        }
+        originals = {u: (w, None if b is None else b.clone()) for u, (w, b) in originals.items()}
+        for turn in range(rounds):
+            now = {unit: found[turn] for unit, found in chunks.items() if turn < len(found)}
+            moments = self._ffn_moments(number, layer, additive, now, originals if turn else {})
+            for unit, pair in moments.items():
+                ffn, place = places[unit]
+                solve = (
+                    partial(mean_shift, has_bias=ffn.bias_name is not None)
+                    if self.mean_only
+                    else least_squares
+                )
+                found = repair(*pair, solve)
+                done.ffns.setdefault(unit, []).append(found)
+                if found.change is not None:
+                    columns = plans[unit].kept[now[unit]].to(found.change.device)
+                    self._apply(ffn, place, columns, found.change)
+        for ffn in ffns:
+            for place, unit in enumerate(ffn.units):
+                weight = ffn.down_weight(place)
+                removed = torch.ones(ffn.width, dtype=torch.bool, device=weight.device)
+                removed[plans[unit].kept.to(weight.device)] = False
+                weight[:, removed] = 0
+            if any(found.change is not None for unit in ffn.units for found in done.ffns.get(unit, [])):
+                done.parameters.append(ffn.site.down if ffn.stacked else f"{ffn.site.down}.weight")
+                done.parameters += [ffn.bias_name] if ffn.bias_name else []
 
-        def use(part: slice, _: torch.Tensor, output: torch.Tensor, seen: Seen) -> None:
+    @staticmethod
+    def _apply(ffn: Ffn, place: int, columns: torch.Tensor, change: torch.Tensor) -> None:
+        """Add a change [D, K] of some columns, and of the bias where there is one [D, K + 1], in double precision."""
+        weight, bias = ffn.down_weight(place), ffn.down_bias(place)
+        if bias is not None:
+            bias.copy_((bias.to(change) + change[:, -1]).to(bias.dtype))
+        weight[:, columns] = (weight[:, columns].to(change) + change[:, : len(columns)]).to(weight.dtype)
+
+    def _ffn_moments(
+        self,
+        number: int,
+        layer: nn.Module,
+        additive: bool,
+        chunks: dict[str, slice],
+        originals: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> dict[str, Pair]:
+        """(train, held out) moments of a part of every FFN's kept channels, and of the outputs wanted of them.
+
+        An FFN is to put out what it did before it was touched (`originals`, once it has been), or in an additive layer
+        what leads to the dense stream. An expert that no token reaches has none, and is left as it is.
+        """
+        plans = self.plan.layers[number].ffns
+        ffns = self.model.ffns(number)
+        places = {unit: (ffn, place) for ffn in ffns for place, unit in enumerate(ffn.units)}
+        found: dict[str, Pair] = {}
+
+        def use(part: slice, output: torch.Tensor, seen: Seen) -> None:
             aim = self.dense.store.get(0, part, self.model.device) if self.accumulate else output
             for unit, tokens, u, y in seen:
+                if unit not in chunks:
+                    continue
+                ffn, place = places[unit]
                 kept = plans[unit].kept.to(u.device)
+                bias = ffn.down_bias(place)
                 if unit not in found:
-                    first, second = (Moments.zeros(y.shape[-1], len(kept), y.device) for _ in range(2))
+                    constant, size = self.mean_only or bias is not None, len(kept[chunks[unit]])
+                    first, second = (Moments.zeros(y.shape[-1], size, y.device, constant) for _ in range(2))
                     found[unit] = (first, second)
-                wanted = y.view_as(output) + (aim - output) if additive else y
-                bias = _bias_of(ffns, unit)
+                if additive:
+                    wanted = y.view_as(output) + (aim - output)
+                elif unit in originals:
+                    weight, shift = originals[unit]
+                    wanted = u @ weight.T if shift is None else u @ weight.T + shift
+                else:
+                    wanted = y
                 wanted = wanted if bias is None else wanted - bias
-                columns = down_of(ffns, unit)[:, kept]
-                self._add(found[unit], part, u[..., kept], wanted, columns, aim, tokens)
+                columns = ffn.down_weight(place)[:, kept]
+                self.add(found[unit], part, u[..., kept], wanted, columns, aim, tokens, chunks[unit])
+            if not self.accumulate and not originals:
+                self.aside.put(0, part, output)
 
         self._run(self.pruned, number, layer, ffns, use)
         return found
 
-    def _mend_ffn(
-        self, number: int, ffn: Ffn, moments: dict[str, tuple[Moments, Moments]], done: MendedLayer
-    ) -> None:
-        """Solve for the kept columns of every FFN of a site, and zero the removed ones."""
-        for place, unit in enumerate(ffn.units):
-            weight = ffn.down_weight(place)
-            kept = self.plan.layers[number].ffns[unit].kept.to(weight.device)
-            columns = weight[:, kept]
-            if unit in moments:  # an expert no token reached is left as it is
-                done.ffns[unit] = repair(*moments[unit], columns)
-                columns = done.ffns[unit].weight.to(weight.dtype)
-            weight.zero_()
-            weight[:, kept] = columns
-        done.parameters.append(ffn.site.down if ffn.stacked else f"{ffn.site.down}.weight")
-
-    def _add(
+    def add(
         self,
-        moments: tuple[Moments, Moments],
+        moments: Pair,
         part: slice,
         inputs: torch.Tensor,
         wanted: torch.Tensor,
         weight: torch.Tensor,
         stream: torch.Tensor,
         tokens: torch.Tensor | None = None,
+        chunk: slice = slice(None),
     ) -> None:
         """Account for a micro-batch, training and held-out blocks apart."""
         weights = token_weights(stream).flatten()
+        if self.mean_only:
+            weights = torch.ones_like(weights)  # FLAP's mean is over tokens as they are
         blocks = torch.arange(part.start, part.stop, device=weights.device)
         is_held = (blocks >= self.first_held).repeat_interleave(stream.shape[1])
         if tokens is not None:
@@ -277,7 +289,16 @@ class Mender:
         u, r = inputs.reshape(-1, inputs.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
         for mine, chosen in zip(moments, (~is_held, is_held), strict=True):
             if bool(chosen.any()):
-                mine.add(u[chosen], r[chosen], weight, weights[chosen])
+                mine.add(u[chosen], r[chosen], weight, weights[chosen], chunk)
+
+
+def repair_bytes(plan: ResizePlan, budget: int) -> dict[str, int]:
+    """What repairing will take at its peak for matrices, in bytes, and in how many `parts` the widest FFN is solved for."""
+    if plan.repair == "none":
+        return {"repair_bytes": 0, "repair_parts": 0}
+    widest = max((len(ffn.kept) for layer in plan.layers for ffn in layer.ffns.values()), default=0)
+    chunks = parts(widest, budget // 2)
+    return {"repair_bytes": matrix_bytes(chunks[0].stop), "repair_parts": len(chunks)}
 
 
 def layer_cutter(
@@ -296,17 +317,23 @@ def layer_cutter(
 
         return cut
     step = micro_batch(ids.shape[1], options.device)
-    return Mender(model, plan, ids, step, plan.repair == "lstsq-acc", options.memory).layer
+    accumulate, mean_only = plan.repair == "lstsq-acc", plan.repair == "bias"
+    return Mender(model, plan, ids, step, accumulate, options.memory, mean_only).layer
 
 
 def layer_tensors(skeleton: Skeleton) -> set[str]:
-    """Names of the stored matrices of all layers: those a repair may change, which can't be written as they are read."""
+    """Names of the stored matrices and biases that a repair may change, which can't be written as they are read."""
+    biases = {
+        f"{skeleton.layers_path}.{number}.{ffn.bias_name}"
+        for number, ffns in enumerate(skeleton.ffns)
+        for ffn in ffns
+    }
     return {
         stored
         for assemblies in skeleton.inside
         for assembly in assemblies
         for stored in assembly.stored
-        if len(skeleton.checkpoint.tensors[stored].shape) > 1
+        if len(skeleton.checkpoint.tensors[stored].shape) > 1 or assembly.targets[0] in biases
     }
 
 
@@ -332,22 +359,3 @@ def mended_tensors(
                 tensor = part.to(tensor.device, tensor.dtype).contiguous()
             found[stored] = tensor
     return found
-
-
-def _bias_of(ffns: list[Ffn], unit: str) -> torch.Tensor | None:
-    """The bias of an FFN's down projection, which is no part of what its channels must produce."""
-    for ffn in ffns:
-        if unit in ffn.units:
-            if ffn.stacked:
-                biases = getattr(ffn.module, "down_proj_bias", None)
-                return None if biases is None else biases[ffn.units.index(unit)]
-            bias = getattr(ffn.module, "bias", None)
-            return bias if isinstance(bias, torch.Tensor) else None
-    return None
-
-
-def _adds(difference: torch.Tensor, contribution: torch.Tensor, stream: torch.Tensor) -> bool:
-    """Whether a difference of residual streams is a module's output as it is, up to the stream's rounding."""
-    weights = token_weights(stream)[..., None]
-    error = (weights * (difference.float() - contribution.float()).square()).sum()
-    return bool(error < ADDITIVE_ERROR * (weights * contribution.float().square()).sum())

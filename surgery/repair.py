@@ -7,7 +7,8 @@ For one linear map W [D, K] with inputs u [T, K] and wanted outputs r [T, D], to
 
 with channels scaled to unit power (that is what S does), and a penalty on the change rather than on the weights: with
 every channel kept and r = W u the weights come back as they were, and an infinite ridge is no repair. The ridge is the
-one with the smallest error on held-out calibration blocks; where none of them beats W itself, W stays.
+one with the smallest error on held-out calibration blocks; where none of them beats W itself, W stays. Where the map
+has a bias, u ends in a constant 1, whose column is the change of the bias and bears no penalty.
 
 What r is decides most. The dense model's FFN output is the obvious target and a trap when inputs come from the pruned
 model: it answers for inputs the layer no longer gets. Here r is what must be added to the pruned residual stream to
@@ -17,6 +18,7 @@ with accumulated error, as OSSCAR and Týr do).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,8 @@ from surgery.devices import wide_dtype
 
 RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 HELD_OUT = 8  # one calibration block in so many is held out to choose the ridge
+ADDITIVE_ERROR = 0.05  # of what a module adds to the stream may go unexplained; rounding stays far below
+MATRICES = 7  # K x K in double precision that are alive at once while a ridge is solved for, rounded up
 
 
 def token_weights(stream: torch.Tensor) -> torch.Tensor:
@@ -41,28 +45,40 @@ class Moments:
     """Weighted second moments of inputs u [T, K] and of what W leaves of the targets, e = r - W u [T, D].
 
     G [K, K]; C [D, K]; `left` = sum_t w_t ||e_t||^2, `power` = sum_t w_t ||r_t||^2. Sums are float64. The difference
-    is taken token by token, before anything is summed: C - W G would lose it in rounding.
+    is taken token by token, before anything is summed: C - W G would lose it in rounding. With `constant` the last of
+    the K inputs is 1.
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
     left: torch.Tensor
     power: torch.Tensor
+    constant: bool = False
 
     @classmethod
-    def zeros(cls, outputs: int, inputs: int, device: torch.device) -> Moments:
+    def zeros(cls, outputs: int, inputs: int, device: torch.device, constant: bool = False) -> Moments:
         """No tokens seen yet."""
-        wide = wide_dtype(device)
-        shapes = ((inputs, inputs), (outputs, inputs), (), ())
-        return cls(*(torch.zeros(shape, dtype=wide, device=device) for shape in shapes))
+        wide, inputs = wide_dtype(device), inputs + constant
+        gram = torch.zeros(inputs, inputs, dtype=wide, device=device)
+        cross = torch.zeros(outputs, inputs, dtype=wide, device=device)
+        return cls(gram, cross, gram.new_zeros(()), gram.new_zeros(()), constant)
 
     def add(
-        self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weight: torch.Tensor,
+        weights: torch.Tensor,
+        part: slice = slice(None),
     ) -> None:
-        """Account for tokens: u [T, K], r [T, D], the present W [D, K], w [T]; products in float32."""
+        """Account for tokens: u [T, K], r [T, D], the present W [D, K], w [T]; products in float32.
+
+        With `part`, G and C are of those inputs only, while e is what all of them leave.
+        """
         root = weights.float().sqrt()[:, None]
         u, r = inputs.float() * root, targets.float() * root
         e = r - u @ weight.float().T
+        u = torch.cat([u[:, part], root], 1) if self.constant else u[:, part]
         self.gram += u.T @ u
         self.cross += e.T @ u
         self.left += e.square().sum()
@@ -74,6 +90,7 @@ class Moments:
             self.cross + other.cross,
             self.left + other.left,
             self.power + other.power,
+            self.constant,
         )
 
     def error(self, change: torch.Tensor | None = None) -> float:
@@ -90,7 +107,7 @@ def least_squares(moments: Moments, ridge: float) -> torch.Tensor:
     power = gram.diagonal()
     scale = power.clamp_min(float(power.max()) * 1e-12).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
     scaled = gram / scale[:, None] / scale
-    scaled.diagonal().add_(ridge)
+    scaled.diagonal()[: len(gram) - moments.constant].add_(ridge)
     wanted = moments.cross / scale
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if int(failed):  # numerically singular: the eigenvalues that are noise get no say
@@ -101,14 +118,45 @@ def least_squares(moments: Moments, ridge: float) -> torch.Tensor:
     return found
 
 
+def mean_shift(moments: Moments, ridge: float, has_bias: bool) -> torch.Tensor:
+    """dW [D, K + 1] that puts back the mean of what is missing, m = mean_t e_t, as FLAP's bias does (AAAI 2024).
+
+    With a bias, m goes there. Without, the kept channels stand in for the constant 1 as well as they can by ridge least
+    squares. `moments` have a constant.
+    """
+    mean = moments.cross[:, -1] / moments.gram[-1, -1]
+    change = torch.zeros_like(moments.cross)
+    if has_bias:
+        change[:, -1] = mean
+        return change
+    one = moments.gram[:-1, -1:].T
+    part = Moments(moments.gram[:-1, :-1], one, moments.left, moments.power)
+    change[:, :-1] = torch.outer(mean, least_squares(part, ridge)[0])
+    return change
+
+
+def matrix_bytes(width: int) -> int:
+    """Bytes that solving for `width` channels takes at its peak."""
+    return MATRICES * 8 * width**2
+
+
+def parts(width: int, budget: int | None) -> list[slice]:
+    """Channels solved for together: all of them, or where that takes more than `budget` bytes, so many at a time."""
+    count = 1
+    while budget is not None and count < width and matrix_bytes(-(-width // count)) > budget:
+        count += 1
+    step = -(-width // count)
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+
 @dataclass(frozen=True)
 class Repair:
-    """A repaired weight [D, K]; `ridge` None where held-out blocks preferred the old one.
+    """A change dW [D, K] of a weight, None where held-out blocks preferred the old one; the `ridge` it was found with.
 
     `before` and `after` are the unexplained shares of the target on held-out blocks.
     """
 
-    weight: torch.Tensor
+    change: torch.Tensor | None
     ridge: float | None
     before: float
     after: float
@@ -118,12 +166,18 @@ class Repair:
         return {"ridge": self.ridge, "held_out_before": self.before, "held_out_after": self.after}
 
 
-def repair(train: Moments, held_out: Moments, weight: torch.Tensor) -> Repair:
-    """Choose the ridge on held-out moments, then solve on all of them; `weight` is the W both were made with."""
+def repair(train: Moments, held_out: Moments, solve: Callable[[Moments, float], torch.Tensor]) -> Repair:
+    """Choose the ridge on held-out moments, then solve on all of them; `solve` is `least_squares` or its like."""
     before = held_out.error()
-    errors = {ridge: held_out.error(least_squares(train, ridge)) for ridge in RIDGES}
+    errors = {ridge: held_out.error(solve(train, ridge)) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if not errors[best] < before:
-        return Repair(weight, None, before, before)
-    change = least_squares(train + held_out, best)
-    return Repair(weight.to(change) + change, best, before, errors[best])
+        return Repair(None, None, before, before)
+    return Repair(solve(train + held_out, best), best, before, errors[best])
+
+
+def adds(difference: torch.Tensor, contribution: torch.Tensor, stream: torch.Tensor) -> bool:
+    """Whether a difference of residual streams is a module's output as it is, up to the stream's rounding."""
+    weights = token_weights(stream)[..., None]
+    error = (weights * (difference.float() - contribution.float()).square()).sum()
+    return bool(error < ADDITIVE_ERROR * (weights * contribution.float().square()).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from conftest import CALIBRATION
 from transformers import AutoModelForCausalLM
 
+from surgery import mending
 from surgery.index import ChannelIndex
-from surgery.repair import RIDGES, Moments, least_squares, repair
+from surgery.repair import RIDGES, Moments, least_squares, matrix_bytes, mean_shift, parts, repair
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -75,10 +77,52 @@ def test_repair_that_does_not_help_on_held_out_blocks_is_not_made() -> None:
     weight = normal(4, 30)
     train, held = (normal(20, 30) for _ in range(2))  # fewer tokens than channels: it can only learn noise
     noise = moments(train, normal(20, 4), weight)
-    none = repair(noise, moments(held, held @ weight.T, weight), weight)
-    assert none.ridge is None and torch.equal(none.weight, weight)
-    found = repair(noise, moments(held, held @ weight.T + normal(20, 4), weight), weight)
+    none = repair(noise, moments(held, held @ weight.T, weight), least_squares)
+    assert none.ridge is None and none.change is None
+    found = repair(noise, moments(held, held @ weight.T + normal(20, 4), weight), least_squares)
     assert found.ridge is None or found.after < found.before
+
+
+def test_a_removed_constant_costs_nothing_where_there_is_a_bias() -> None:
+    u, weight = normal(400, 6), normal(4, 6)
+    u[:, 5] = 3.0
+    r, ones = u @ weight.T, torch.ones(400)
+    for solve in (least_squares, partial(mean_shift, has_bias=True)):
+        kept = Moments.zeros(4, 5, torch.device("cpu"), constant=True)
+        kept.add(u[:, :5], r, weight[:, :5], ones)
+        change = solve(kept, 0.1)
+        assert kept.error() > 0.1 and kept.error(change) < (1e-10 if solve is least_squares else 0.01)
+        assert torch.allclose(change[:, 5].float(), 3 * weight[:, 5], atol=0.2)
+
+
+def test_without_a_bias_kept_channels_carry_the_mean() -> None:
+    u, weight = normal(4000, 6) + 2, normal(4, 6)
+    kept = Moments.zeros(4, 5, torch.device("cpu"), constant=True)
+    kept.add(u[:, :5], u @ weight.T, weight[:, :5], torch.ones(4000))
+    change = mean_shift(kept, 1e-6, has_bias=False)
+    assert torch.all(change[:, 5] == 0)
+    expected = torch.linalg.lstsq(
+        u[:, :5], torch.ones(4000)
+    ).solution  # of the constant 1 on the kept channels
+    assert torch.allclose(
+        change[:, :5].float(), torch.outer(u[:, 5].mean() * weight[:, 5], expected), atol=1e-3
+    )
+
+
+def test_channels_solved_for_in_parts() -> None:
+    assert parts(10, None) == [slice(0, 10)] == parts(10, 10**6)
+    assert parts(10, matrix_bytes(4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    u, weight = normal(900, 12) @ normal(12, 12), normal(4, 12)
+    r, now, errors = u @ weight.T + 0.1 * normal(900, 4), weight[:, :8].clone(), []
+    for chunk in parts(8, matrix_bytes(3)):
+        found = Moments.zeros(4, chunk.stop - chunk.start, torch.device("cpu"))
+        found.add(u[:, :8], r, now, torch.ones(900), chunk)
+        errors.append(found.error())
+        now[:, chunk] += least_squares(found, 1e-6).float()
+        assert found.error(least_squares(found, 1e-6)) < errors[-1]
+    whole = moments(u[:, :8], r, weight[:, :8])
+    assert errors == sorted(errors, reverse=True)
+    assert whole.error(least_squares(whole, 1e-6)) <= moments(u[:, :8], r, now).error() < errors[0]
 
 
 FAMILIES = [
@@ -95,7 +139,11 @@ FAMILIES = [
 ]
 
 
-CASES = [*((variant, "lstsq-acc") for variant in FAMILIES), ("llama", "lstsq"), ("deepseek_v3", "lstsq")]
+CASES = [
+    *((variant, "lstsq-acc") for variant in FAMILIES),
+    *((variant, "lstsq") for variant in ("llama", "opt", "deepseek_v3")),
+    *((variant, "bias") for variant in ("llama", "opt", "gpt_oss")),
+]
 
 
 @pytest.mark.parametrize(("variant", "how"), CASES)
@@ -119,6 +167,32 @@ def test_repaired_models_load_and_are_closer_to_the_dense_one(
     manifest = json.loads((source.parent / how / "surgeon.json").read_text())
     assert manifest["plan"]["repair"] == how and len(manifest["repair"]) == 6
     assert distances[how] < distances["none"], distances
+
+
+@pytest.mark.parametrize("variant", ["llama", "olmo2", "opt", "mixtral"])
+def test_a_small_budget_solves_in_parts_and_still_mends(
+    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(variant)
+    surgeon("index", str(source), "--out", "index", *CALIBRATION[:2], "--blocks", "16", "--block-size", "64")
+    options = ["--sparsity", "0.5", "--multiple-of", "8", "--index", "index"]
+    kl = {}
+    for name, width in (("none", None), ("parts", 9), ("whole", None)):
+        monkeypatch.setattr(
+            mending, "parts", lambda w, _, width=width: parts(w, width and matrix_bytes(width))
+        )
+        how = "none" if name == "none" else "lstsq-acc"
+        surgeon("prune", str(source), *options, "--repair", how, "--out", name)
+        ids = ChannelIndex.load("index").input_ids[:8].long()
+        with torch.no_grad():
+            dense, cut = (
+                AutoModelForCausalLM.from_pretrained(folder)(ids, use_cache=False).logits.log_softmax(-1)
+                for folder in (source, name)
+            )
+        kl[name] = float((dense.exp() * (dense - cut)).sum(-1).mean())
+    entries = json.loads(Path("parts/surgeon.json").read_text())["repair"]
+    assert any(found.get("parts") == 3 for entry in entries for found in entry["ffns"].values())
+    assert kl["parts"] < kl["none"] and kl["whole"] < kl["none"]
 
 
 def test_attention_is_mended_where_its_output_can_be_told(

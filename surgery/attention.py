@@ -1,0 +1,93 @@
+"""Repair of the module through which attention writes to the residual stream, before the FFN's turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from surgery.repair import Moments, Repair, adds, least_squares, parts, repair
+from surgery.stream import LayerCall, StreamedModel
+
+if TYPE_CHECKING:
+    from surgery.mending import Mender
+
+
+class _Reached(Exception):
+    """Carries a tensor out of a layer's forward."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def mend_attention(mender: Mender, number: int, layer: nn.Module, name: str) -> list[Repair]:
+    """Refit linear `name` of the layer, in place, so that the pruned stream before the FFN comes to the dense one's.
+
+    Several repairs where the budget makes it solve for parts of its inputs one after the other.
+    """
+    linear = layer.get_submodule(name)
+    parameter = linear.weight
+    assert isinstance(parameter, torch.Tensor)
+    weight = parameter.data.t() if type(linear).__name__ == "Conv1D" else parameter.data
+    device = mender.model.device
+    bias = getattr(linear, "bias", None)
+    done = []
+    for chunk in parts(weight.shape[1], mender.budget):
+        size = weight[:, chunk].shape[1]
+        train, held = (Moments.zeros(len(weight), size, device) for _ in range(2))
+        for part, calls in zip(mender.pruned.slices, mender.pruned.calls, strict=True):
+            entering = mender.pruned.store.get(0, part, device)
+            entered = _input_of(mender.model, linear, layer, entering, calls[number])
+            target = mender.aside.get(0, part, device) - entering
+            wanted = target if bias is None else target - bias
+            stream = mender.dense.store.get(0, part, device)
+            mender.add((train, held), part, entered, wanted, weight, stream, chunk=chunk)
+        found = repair(train, held, least_squares)
+        if found.change is not None:
+            weight[:, chunk] = (weight[:, chunk].to(found.change) + found.change).to(weight.dtype)
+        done.append(found)
+    return done
+
+
+def _input_of(
+    model: StreamedModel, linear: nn.Module, layer: nn.Module, entering: torch.Tensor, call: LayerCall
+) -> torch.Tensor:
+    """What enters a module of the layer; the layer runs no further, which saves its FFN."""
+
+    def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        raise _Reached(arguments[0])
+
+    handle = linear.register_forward_pre_hook(stop)
+    try:
+        model.run_layer(layer, entering, call)
+    except _Reached as reached:
+        return reached.tensor
+    finally:
+        handle.remove()
+    raise AssertionError("the layer never ran its attention")
+
+
+def attention_output(mender: Mender, number: int, layer: nn.Module) -> str | None:
+    """The linear outside the FFN whose output, added to what enters the layer, is the stream before the FFN."""
+    site = mender.model.ffns(number)[0].site
+    inside = {*site.rows, site.down}
+    outputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for name, module in layer.named_modules():
+        if name not in inside and type(module).__name__ in ("Linear", "Conv1D"):
+
+            def keep(_: nn.Module, __: object, output: torch.Tensor, key: str = name) -> None:
+                outputs[key] = output
+
+            handles.append(module.register_forward_hook(keep))
+    try:
+        entering, output, from_ffn = mender.try_layer(number, layer)
+    finally:
+        for handle in handles:
+            handle.remove()
+    added = output - from_ffn - entering
+    for name, found in outputs.items():
+        if found.numel() == added.numel() and adds(added, found.view_as(added), output):
+            return name
+    return None
