@@ -8,6 +8,7 @@ SUPERNODE_FRACTION = 0.01
 HALO_FRACTION = 0.10
 SUPPORT_SIZE = 256
 REDUNDANCY_TOP = 5
+PUBLISHED_EPSILON = 1e-8
 MAX_CORRELATION_SQUARED = 1 - 1e-6  # keeps the information of an exact copy finite: 6.9 nats
 
 
@@ -34,21 +35,26 @@ def connectivity(down: torch.Tensor, core: torch.Tensor, support_size: int = SUP
     return torch.where(total > 0, share, torch.zeros_like(share))
 
 
-def redundancy(q: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+def redundancy(q: torch.Tensor, core: torch.Tensor, epsilon: float = 0.0) -> torch.Tensor:
     """How much the core's loss contributions tell about each channel's, [F] in nats.
 
     r_is = Pearson correlation over tokens of q_i and q_s (q = u * dL/du, [T, F]), negative values set to 0;
     MI_is = -1/2 ln(1 - r_is^2); redundancy_i = mean of the 5 largest MI_is over supernodes s other than i.
 
-    The published code adds 1e-8 inside the root of the correlation's denominator, which swamps the variances of
-    small gradients; here each channel is scaled to unit norm first, so that scale drops out.
+    The published code divides by sqrt(var_i var_s + 1e-8), which swamps the variances of small gradients; here each
+    channel is scaled to unit norm first, so that scale drops out. With `epsilon` it is as published, q being of a
+    loss that is the mean over a block's tokens.
     """
     if len(core) == 0 or len(q) < 2:
         return torch.zeros(q.shape[1], device=q.device)
     centred = q.float() - q.float().mean(0)
-    norms = centred.norm(dim=0)
-    unit = centred / norms.clamp_min(torch.finfo(torch.float32).tiny)
-    r_FS = (unit.T @ unit[:, core]).clamp_(0, 1)
+    if epsilon:
+        variance = centred.square().mean(0)
+        r_FS = (centred.T @ centred[:, core]) / len(q)
+        r_FS = (r_FS / (torch.outer(variance, variance[core]) + epsilon).sqrt()).clamp_(0, 1)
+    else:
+        unit = centred / centred.norm(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        r_FS = (unit.T @ unit[:, core]).clamp_(0, 1)
     r_FS[core, torch.arange(len(core), device=r_FS.device)] = 0
     squared = r_FS.square().clamp_max(MAX_CORRELATION_SQUARED)
     information = torch.log1p(-squared).mul(-0.5)

@@ -1,15 +1,17 @@
 """Channel scores: statistics of one FFN in, one score [F] per channel out; the lowest are removed.
 
-Every function is pure. Symbols as in `statistics`: u input of down_proj, s = dL/du, LP = 1/2 mean (u s)^2.
+Every function is pure. Symbols as in `statistics`: u input of down_proj, s = dL/du, LP = 1/2 mean (u s)^2, W down_proj.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from surgery.index import FfnIndex
+from surgery.errors import PlanError
+from surgery.index import SECOND_ORDER, FfnIndex
 
 PROTECTION_FLOOR = 0.2
 PROTECTION_EXPONENT = 8
@@ -20,14 +22,14 @@ def scar_lp(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
     return ffn.statistics["loss_proxy"]
 
 
-def protection(ffn: FfnIndex) -> torch.Tensor:
+def protection(ffn: FfnIndex, redundancy: str = "halo_redundancy") -> torch.Tensor:
     """Protect_i [F] in [0.2, 1]: 1 outside the halo; a + (1 - a)(1 - r_i^8) inside, a = 0.2.
 
     r_i is the rank of halo channel i by redundancy with the core, scaled to [0, 1] (Supernodes and Halos).
     """
     members = ffn.halo
     result = torch.ones(ffn.width)
-    order = ffn.statistics["halo_redundancy"][members].argsort(stable=True)
+    order = statistic(ffn, redundancy)[members].argsort(stable=True)
     rank = torch.empty(len(members))
     rank[order] = torch.linspace(0, 1, len(members)) if len(members) > 1 else torch.zeros(len(members))
     result[members] = PROTECTION_FLOOR + (1 - PROTECTION_FLOOR) * (1 - rank**PROTECTION_EXPONENT)
@@ -37,6 +39,11 @@ def protection(ffn: FfnIndex) -> torch.Tensor:
 def scar_prot(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
     """SCAR-Prot: LP_i * Protect_i (Supernodes and Halos)."""
     return ffn.statistics["loss_proxy"] * protection(ffn)
+
+
+def scar_prot_published(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """SCAR-Prot with redundancy as the papers' code has it, 1e-8 inside the root (see `halo.redundancy`)."""
+    return ffn.statistics["loss_proxy"] * protection(ffn, "halo_redundancy_published")
 
 
 def scar_conn(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
@@ -61,19 +68,102 @@ def wanda(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
     return ffn.statistics["down_l1"] * ffn.statistics["activation_power"].sqrt()
 
 
+def wanda_channel(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """The baseline the papers' code calls Wanda: sum_k (|W_gate| + |W_up|)[i, k] |x_k| + sum_h |W[h, i]| |u_i|.
+
+    Its first sums run over all inputs of the layer and drown the last, the only one that carries channel activity.
+    """
+    values = ffn.statistics
+    return statistic(ffn, "read_norm") + values["down_l1"] * values["activation_power"].sqrt()
+
+
+def flap(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """FLAP's WIFV: Var(u_i) * sum_h W[h, i]^2 (AAAI 2024)."""
+    values = ffn.statistics
+    variance = values["activation_power"].double() - values["mean"].double().square()
+    return variance.clamp_min(0) * values["down_norm"].double().square()
+
+
+def taylor(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """First-order Taylor of the activation: mean |u_i s_i|."""
+    return ffn.statistics["taylor"]
+
+
+def llm_pruner(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """LLM-Pruner's param_first: sum of |w dL/dw| over the gate row, up row and down column (NeurIPS 2023)."""
+    return statistic(ffn, "taylor_weight")
+
+
+def optipfair(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """optipfair's hybrid score: weight ranges (`statistics.weight_range`) times the norm of u_i."""
+    return statistic(ffn, "weight_range") * ffn.statistics["activation_power"].sqrt()
+
+
+def obs(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """Optimal brain surgery on the layer's output, greedily downdated (ZipLM, SlimGPT): see `second_order`."""
+    return statistic(ffn, "obs")
+
+
+def obs_loss(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """Loss-aware optimal brain surgery, (w_j' G w_j) / [C^-1]_jj, greedily downdated: see `second_order`."""
+    return statistic(ffn, "obs_loss")
+
+
+def lp_conditional(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
+    """LP_i times the share of u_i's variance that the other channels don't explain."""
+    return ffn.statistics["loss_proxy"] * statistic(ffn, "unexplained")
+
+
 def random_score(ffn: FfnIndex, generator: torch.Generator) -> torch.Tensor:
     """Uniform random scores: the control."""
     return torch.rand(ffn.width, generator=generator)
 
 
+def statistic(ffn: FfnIndex, name: str) -> torch.Tensor:
+    """A statistic not every index holds. Raises PlanError that says how to get one."""
+    if name in ffn.statistics:
+        return ffn.statistics[name]
+    option = " with --second-order" if name in SECOND_ORDER else ""
+    raise PlanError(
+        "the index lacks what this method ranks by",
+        where=name,
+        found="an index made without it, or a mixture of experts"
+        if option
+        else "an index made by an earlier version",
+        next_step=f"run surgeon index again{option}, or choose another --method",
+    )
+
+
 Score = Callable[[FfnIndex, torch.Generator], torch.Tensor]
-METHODS: dict[str, Score] = {
-    "scar-lp": scar_lp,
-    "scar-prot": scar_prot,
-    "scar-conn": scar_conn,
-    "magnitude": magnitude,
-    "activation": activation,
-    "wanda": wanda,
-    "random": random_score,
+
+
+@dataclass(frozen=True)
+class Method:
+    """How channels are ranked. `protects`: unless told otherwise supernodes and super-weight columns may not go;
+    `loss`: scores are losses, which compare across layers as they are; `second_order`: what `--second-order` adds is needed.
+    """
+
+    score: Score
+    protects: bool = False
+    loss: bool = False
+    second_order: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "scar-lp": Method(scar_lp, protects=True, loss=True),
+    "scar-prot": Method(scar_prot, protects=True, loss=True),
+    "scar-prot-published": Method(scar_prot_published, protects=True, loss=True),
+    "scar-conn": Method(scar_conn, protects=True, loss=True),
+    "lp-conditional": Method(lp_conditional, protects=True, loss=True, second_order=True),
+    "obs-loss": Method(obs_loss, protects=True, loss=True, second_order=True),
+    "obs": Method(obs, second_order=True),
+    "flap": Method(flap),
+    "wanda": Method(wanda),
+    "wanda-channel": Method(wanda_channel, second_order=True),
+    "taylor": Method(taylor),
+    "llm-pruner": Method(llm_pruner, second_order=True),
+    "optipfair": Method(optipfair),
+    "magnitude": Method(magnitude),
+    "activation": Method(activation),
+    "random": Method(random_score),
 }
-PROTECTING = {"scar-lp", "scar-prot", "scar-conn"}

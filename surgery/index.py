@@ -34,6 +34,8 @@ STATISTICS = (
     "halo_connectivity",
     "halo_redundancy",
 )
+LATER = ("halo_redundancy_published", "weight_range")  # not in indexes made before them
+SECOND_ORDER = ("obs", "obs_loss", "unexplained", "taylor_weight", "read_norm")  # where asked for
 Item = TypeVar("Item")
 Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 
@@ -83,7 +85,8 @@ class LayerIndex:
     def statistics(self) -> dict[str, torch.Tensor]:
         """Statistics by name: [E, F] of the routed experts, or [F] of the dense FFN."""
         if self.experts:
-            return {name: torch.stack([e.statistics[name] for e in self.experts]) for name in STATISTICS}
+            names = self.experts[0].statistics
+            return {name: torch.stack([e.statistics[name] for e in self.experts]) for name in names}
         return next(iter(self.ffns.values())).statistics
 
     @property
@@ -268,14 +271,14 @@ class ChannelIndex:
 
 def _layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     """Tensors of one layer as stored: `layers.{i}.{name}`, and of a shared FFN `layers.{i}.shared.{name}`."""
-    found = {}
-    for name in STATISTICS:
-        if layer.ffns:
-            found[f"layers.{number}.{name}"] = layer.statistics[name].contiguous()
-        if layer.experts:
-            for key, ffn in layer.others.items():
-                found[f"layers.{number}.{key}.{name}"] = ffn.statistics[name].contiguous()
-    return found
+    groups = {"": layer.statistics} if layer.ffns else {}
+    if layer.experts:
+        groups |= {f"{key}.": ffn.statistics for key, ffn in layer.others.items()}
+    return {
+        f"layers.{number}.{prefix}{name}": value.contiguous()
+        for prefix, statistics in groups.items()
+        for name, value in statistics.items()
+    }
 
 
 def _layer_from(
@@ -284,7 +287,9 @@ def _layer_from(
     """Inverse of `_layer_tensors` and `LayerIndex.summary`."""
 
     def load(prefix: str, place: int | None = None) -> dict[str, torch.Tensor]:
-        found = {name: tensors[f"layers.{number}.{prefix}{name}"] for name in STATISTICS}
+        stem = f"layers.{number}.{prefix}"
+        found = {name: tensors[stem + name] for name in STATISTICS}
+        found |= {name: tensors[stem + name] for name in (*LATER, *SECOND_ORDER) if stem + name in tensors}
         return found if place is None else {name: value[place] for name, value in found.items()}
 
     core = torch.tensor(entry["supernodes"], dtype=torch.long)

@@ -17,10 +17,11 @@ from surgery.devices import micro_batch
 from surgery.errors import NumericsError
 from surgery.ffn import Ffn
 from surgery.index import ChannelIndex, FfnIndex, LayerIndex, Track, source_json, untracked
-from surgery.statistics import LayerStatistics, UnitStatistics, weight_norms
+from surgery.second_order import SecondOrder
+from surgery.statistics import LayerStatistics, UnitStatistics, weight_norms, weight_range
 from surgery.stream import StreamedModel
 from surgery.super_weights import SuperWeight, SuperWeightDetector, down_of
-from surgery.tokens import TokenStream
+from surgery.tokens import Flow, TokenStream
 
 ABLATION_BLOCKS = 8
 MAX_ABLATIONS = 12
@@ -63,10 +64,12 @@ def build_index(
     prompt_ids: torch.Tensor,
     options: RunOptions,
     track: Track[Any] = untracked,
+    *,
+    second_order: bool = False,
 ) -> ChannelIndex:
     """Index a checkpoint on calibration blocks [N, T]; `prompt_ids` [P] ride along to find super weights.
 
-    Raises NumericsError when hidden states or gradients are not finite, naming the layer.
+    With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
@@ -87,7 +90,8 @@ def build_index(
     weights, echoes = detector.finish(checkpoint.config)
     layers: list[LayerIndex | None] = [None] * count
     for number, layer in track(model.walk(reversed(range(count))), "backward", count):
-        layers[number] = _index_layer(model, stream, number, layer, detector.maxima[number])
+        maxima = detector.maxima[number]
+        layers[number] = _index_layer(model, stream, number, layer, maxima, second_order)
     tokens = int(ids.shape[0] * (ids.shape[1] - 1))
     total = float(nats.sum())
     return ChannelIndex(
@@ -105,13 +109,30 @@ def build_index(
 
 
 def _index_layer(
-    model: StreamedModel, stream: TokenStream, number: int, layer: nn.Module, maxima: dict[str, float]
+    model: StreamedModel,
+    stream: TokenStream,
+    number: int,
+    layer: nn.Module,
+    maxima: dict[str, float],
+    second_order: bool,
 ) -> LayerIndex:
     """Pull gradients through a resident layer and finish its statistics."""
     ffns = model.ffns(number)
     sums = LayerStatistics(ffns, stream.ids.shape[0], stream.ids.shape[1], model.device)
-    stream.backward(number, layer, sums.add)
+    if second_order:
+        more = SecondOrder(ffns, layer, model.device)
+
+        def observe(flow: Flow) -> None:
+            sums.add(flow)
+            more.add(flow)
+
+        with more.watching():
+            stream.backward(number, layer, observe, more.gradients)
+    else:
+        stream.backward(number, layer, sums.add)
     finished = sums.finish()
+    for unit, values in (more.finish() if second_order else {}).items():
+        finished[unit].values.update(values)
     found = {}
     for ffn in ffns:
         for place, unit in enumerate(ffn.units):
@@ -121,18 +142,22 @@ def _index_layer(
                     where=f"layer {number}",
                     next_step="use --dtype float32, or check the checkpoint's weights",
                 )
-            found[unit] = _index_ffn(ffn, place, finished[unit])
+            found[unit] = _index_ffn(ffn, place, finished[unit], stream.ids.shape[1])
     return LayerIndex(found, maxima)
 
 
-def _index_ffn(ffn: Ffn, place: int, unit: UnitStatistics) -> FfnIndex:
+def _index_ffn(ffn: Ffn, place: int, unit: UnitStatistics, block_size: int) -> FfnIndex:
     """Add weight norms, supernodes and halo to the statistics of one FFN, whose weights are resident."""
     values, down = dict(unit.values), ffn.down_weight(place)
     values |= weight_norms(*ffn.row_weights(place), down)
+    values["weight_range"] = weight_range(*ffn.row_weights(place), down)
     # An expert no token reached has no loss proxy: it has no supernodes either.
     core = halo.supernodes(values["loss_proxy"]) if unit.tokens else torch.empty(0, dtype=torch.long)
     values["halo_connectivity"] = halo.connectivity(down, core.to(down.device)).cpu()
     values["halo_redundancy"] = halo.redundancy(unit.sampled_q, core.to(down.device)).cpu()
+    of_mean_loss = unit.sampled_q / (block_size - 1)
+    published = halo.redundancy(of_mean_loss, core.to(down.device), halo.PUBLISHED_EPSILON)
+    values["halo_redundancy_published"] = published.cpu()
     return FfnIndex(values, core, unit.tokens)
 
 

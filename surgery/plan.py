@@ -10,12 +10,12 @@ import torch
 
 from surgery.allocation import allocate, ranking, score_damage, standardised
 from surgery.errors import PlanError
-from surgery.importance import METHODS, PROTECTING
+from surgery.importance import METHODS
 from surgery.index import ChannelIndex, FfnIndex
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 ALLOCATIONS = ("uniform", "global", "score")
-REPAIRS = ("none", "lstsq", "lstsq-acc")
+REPAIRS = ("none", "bias", "lstsq", "lstsq-acc")
 GROUP_SIZES = (32, 64, 128, 256)
 NARROW_MODEL = 4096
 
@@ -111,6 +111,7 @@ class ResizePlan:
     allocation: str = "uniform"
     padded: bool = False
     repair: str = "none"
+    protect: bool = True
 
     @property
     def per_layer_widths(self) -> bool:
@@ -146,6 +147,7 @@ class ResizePlan:
             "allocation": self.allocation,
             "padded": self.padded,
             "repair": self.repair,
+            "protect": self.protect,
             "seed": self.seed,
             "sparsity": self.sparsity,
             "multiple_of": self.multiple_of,
@@ -201,14 +203,15 @@ def make_plan(
     pad: bool = False,
     repair: str = "none",
     curves: list[torch.Tensor] | None = None,
+    protect: bool | None = None,
 ) -> ResizePlan:
     """Choose the channels to keep from an index, the same number in every FFN whose width one config key holds.
 
     With `allocation` "global" or "score" layers differ, at the same total: those that lose least give most, by what was
     measured (`curves`, as `surgery.curves` makes them, [F + 1] a layer) or by the scores (`pad` writes layers zero-padded
     to the widest, so that stock classes load them). Give `sparsity` in [0, 1) or, for a model with one width, exactly
-    `width`. The SCAR methods never remove supernodes nor the column of a super weight; baselines protect nothing, and the
-    plan says what they lose. `repair` says what is done to the weights that stay when the plan is carried out. Raises
+    `width`. With `protect` supernodes and columns of super weights are never removed; unless it is given, surgeon's and
+    the papers' own methods protect and baselines don't, and the plan says what they lose. `repair` says what is done to the weights that stay when the plan is carried out. Raises
     PlanError for a cut that can't be made.
     """
     if repair not in REPAIRS:
@@ -218,9 +221,10 @@ def make_plan(
     if (sparsity is None) == (width is None):
         raise PlanError("give either a sparsity or a width", where="--sparsity, --intermediate-size")
     changes = width_changes(index.widths, sparsity, width, multiple_of)
+    protect = METHODS[method].protects if protect is None else protect
     generator = torch.Generator().manual_seed(seed)
     drafts = [
-        {name: _draft(index, number, name, method, generator) for name in layer.ffns}
+        {name: _draft(index, number, name, method, generator, protect) for name in layer.ffns}
         for number, layer in enumerate(index.layers)
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
@@ -253,6 +257,7 @@ def make_plan(
         allocation=allocation,
         padded=pad and allocation != "uniform",
         repair=repair,
+        protect=protect,
     )
 
 
@@ -265,14 +270,16 @@ class _Draft:
     ranked_by: str
 
 
-def _draft(index: ChannelIndex, layer: int, name: str, method: str, generator: torch.Generator) -> _Draft:
+def _draft(
+    index: ChannelIndex, layer: int, name: str, method: str, generator: torch.Generator, protect: bool
+) -> _Draft:
     ffn = index.layers[layer].ffns[name]
     columns = [w.column for w in index.super_weights if (w.layer, w.ffn) == (layer, name)]
     held = torch.tensor(columns, dtype=torch.long)
     ranked_by = method if ffn.tokens or method == "random" else "magnitude"
     return _Draft(
-        score=METHODS[ranked_by](ffn, generator).double(),
-        protected=torch.unique(torch.cat([ffn.supernodes, held])) if method in PROTECTING else held[:0],
+        score=METHODS[ranked_by].score(ffn, generator).double(),
+        protected=torch.unique(torch.cat([ffn.supernodes, held])) if protect else held[:0],
         ranked_by=ranked_by,
     )
 
@@ -300,7 +307,7 @@ def _spread(
         for name in mine:
             times = layer.ffns[name].width // change.before
             draft = drafts[number][name]
-            score = draft.score if method in PROTECTING else standardised(draft.score)
+            score = draft.score if METHODS[method].loss else standardised(draft.score)
             total += score_damage(score, draft.protected)[::times]
             floor = max(floor, -(-len(draft.protected) // times))
         places.append(number)
@@ -313,12 +320,15 @@ def _spread(
     return WidthChange(change.key, change.before, max(widths), tuple(per_layer))
 
 
-def keep_orders(index: ChannelIndex, method: str, seed: int = 42) -> list[torch.Tensor]:
+def keep_orders(
+    index: ChannelIndex, method: str, seed: int = 42, protect: bool | None = None
+) -> list[torch.Tensor]:
     """Channels of every layer's dense FFN, the most worth keeping first: protected ones, then by score."""
     generator = torch.Generator().manual_seed(seed)
+    protect = METHODS[method].protects if protect is None else protect
     orders = []
     for number, layer in enumerate(index.layers):
-        draft = _draft(index, number, next(iter(layer.ffns)), method, generator)
+        draft = _draft(index, number, next(iter(layer.ffns)), method, generator, protect)
         orders.append(ranking(draft.score, draft.protected))
     return orders
 

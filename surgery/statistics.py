@@ -161,6 +161,20 @@ class LayerStatistics:
         return found
 
 
+def weight_range(gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Sum over gate row, up row and down column of max + |min|, each divided by its largest in the layer, [F].
+
+    The static half of optipfair's hybrid score (its `compute_neuron_pair_importance_maw_hybrid`).
+    """
+    total = torch.zeros(len(up), device=up.device)
+    for rows in (gate, up, down.T):
+        if rows is not None:
+            values = rows.float()
+            spread = values.amax(1) + values.amin(1).abs()
+            total += spread / spread.max().clamp_min(torch.finfo(torch.float32).tiny)
+    return total.cpu()
+
+
 def weight_norms(gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Tensor]:
     """L2 norms of each channel's gate row and up row [F, D] and down column [D, F], and the column's L1 norm."""
     down_DF = down.float()

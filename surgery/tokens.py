@@ -26,7 +26,7 @@ class Flow:
     """What went through one FFN for a micro-batch of blocks beginning with `first_block`.
 
     `unit` names the FFN; u and s = dL/du are [n, T, F] or, for an expert, [routed, F] with the positions `tokens`
-    [routed] in the flattened n x T batch.
+    [routed] in the flattened n x T batch. g = dL/dy [..., D], y what the down projection puts out, where asked for.
     """
 
     unit: str
@@ -34,6 +34,7 @@ class Flow:
     tokens: torch.Tensor | None
     u: torch.Tensor
     s: torch.Tensor
+    g: torch.Tensor | None = None
 
 
 Observer = Callable[[Flow], None]
@@ -110,26 +111,43 @@ class TokenStream:
                 next_step="check the checkpoint's weights, or use --dtype float32",
             )
 
-    def backward(self, number: int, layer: nn.Module, observe: Observer) -> None:
+    def backward(
+        self,
+        number: int,
+        layer: nn.Module,
+        observe: Observer,
+        gradients: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Pull dL/d(output) of layer `number` back to its input, in place of the stored output.
 
-        `observe` gets what went through each of the layer's FFNs.
+        `observe` gets what went through each of the layer's FFNs. With `gradients`, by parameter path inside the layer,
+        dL/d(parameter) is added to each, and `observe` also gets dL/d(FFN output).
         """
-        seen: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
-        with observed(self.model.ffns(number), lambda unit, tokens, u, _: seen.append((unit, tokens, u))):
+        seen: list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+        parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
+        with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
             for part, calls in zip(self.slices, self.calls, strict=True):
                 hidden = self.store.get(number, part, self.model.device).requires_grad_(True)
                 gradient = self.store.get(number + 1, part, self.model.device)
                 with torch.enable_grad():
                     output = self.model.run_layer(layer, hidden, calls[number])
-                inputs = (hidden, *(u for _, _, u in seen))
-                to_input, *to_channels = torch.autograd.grad(output, inputs, gradient)
+                ys = [y for *_, y in seen] if gradients is not None else []
+                inputs = (hidden, *(u for _, _, u, _ in seen), *ys, *parameters)
+                to_input, *others = torch.autograd.grad(output, inputs, gradient)
                 self.store.put(number, part, to_input)
+                to_channels, to_outputs = others[: len(seen)], others[len(seen) : len(seen) + len(ys)]
                 shape = hidden.shape[:2]
-                for (unit, tokens, u), s in zip(seen, to_channels, strict=True):
+                for place, ((unit, tokens, u, _), s) in enumerate(zip(seen, to_channels, strict=True)):
                     blocks = (*shape, -1) if tokens is None else u.shape
-                    observe(Flow(unit, part.start, tokens, u.detach().view(blocks), s.view(blocks)))
+                    g = to_outputs[place] if ys else None
+                    observe(Flow(unit, part.start, tokens, u.detach().view(blocks), s.view(blocks), g))
+                for total, found in zip(
+                    (gradients or {}).values(), others[len(seen) + len(ys) :], strict=True
+                ):
+                    total += found
                 seen.clear()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
     def loss(self, with_gradient: bool = False) -> torch.Tensor:
         """Summed next-token cross-entropy in nats of each block, [N] float64, from the last layer's output.

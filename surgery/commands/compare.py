@@ -10,20 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import calibration_options, common_options, output_options
-from surgery.commands.prune import (
+from surgery.commands.options import (
     ALLOCATION_NAMES,
     METHOD_NAMES,
     REPAIR_NAMES,
-    curves_for,
-    index_for,
-    prunable_skeleton,
+    calibration_options,
+    common_options,
+    output_options,
 )
+from surgery.commands.prune import curves_for, index_for, prunable_skeleton
 from surgery.commands.session import data_console, evaluation_blocks, local_path, open_model, run_options, say
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.compare import Comparison
+
+
+CUT_WORDS = {"method": METHOD_NAMES, "repair": REPAIR_NAMES, "allocation": ALLOCATION_NAMES}
+
+
+def cuts(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """A callback that reads METHOD[:REPAIR[:ALLOCATION]] into (allocation, repair, method)."""
+    found = []
+    for value in values:
+        given = value.split(":")
+        if len(given) > len(CUT_WORDS):
+            raise click.BadParameter(f"{value} is not METHOD[:REPAIR[:ALLOCATION]]")
+        method, repair, allocation = [*given, *("none", "uniform")[len(given) - 1 :]]
+        for word, allowed in zip((method, repair, allocation), CUT_WORDS.values(), strict=True):
+            if word not in allowed:
+                raise click.BadParameter(f"{word} is not of {', '.join(allowed)}")
+        found.append((allocation, repair, method))
+    return found
 
 
 def words(allowed: tuple[str, ...]) -> Any:
@@ -57,6 +75,14 @@ def words(allowed: tuple[str, ...]) -> Any:
 )
 @click.option("--repairs", callback=words(REPAIR_NAMES), default="none,lstsq-acc", show_default=True)
 @click.option("--allocations", callback=words(ALLOCATION_NAMES), default="uniform", show_default=True)
+@click.option(
+    "--cut",
+    "chosen",
+    multiple=True,
+    callback=cuts,
+    metavar="METHOD[:REPAIR[:ALLOCATION]]",
+    help="Measure just this, at every sparsity, in place of all combinations; repeat for several.",
+)
 @click.option("--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]")
 @calibration_options
 @output_options
@@ -70,6 +96,7 @@ def compare(
     methods: list[str],
     repairs: list[str],
     allocations: list[str],
+    chosen: list[tuple[str, str, str]],
     out: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -92,7 +119,8 @@ def compare(
     widths = prunable_skeleton(checkpoint).widths()
     for sparsity in sparsities:
         width_changes(widths, sparsity, None, options["multiple_of"])
-    combinations = list(itertools.product(sparsities, allocations, repairs, methods))
+    variants = chosen or list(itertools.product(allocations, repairs, methods))
+    combinations = [(sparsity, *variant) for sparsity in sparsities for variant in variants]
     if dry_run:
         click.echo(f"{len(combinations)} cuts on {len(texts)} texts")
         return
@@ -104,7 +132,7 @@ def compare(
         if not text.strip():
             raise UsageError("the text is empty", where=spec)
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
-    channels = index_for(checkpoint, index_folder, options, quiet)
+    channels = index_for(checkpoint, index_folder, {method for *_, method in variants}, options, quiet)
     comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
     measure_all(comparison, combinations, options, quiet)
     with complete_folder(folder) as partial:
@@ -135,7 +163,7 @@ def measure_all(
     curves: dict[str, Any] = {}
     for number, (sparsity, allocation, repair, method) in enumerate(combinations, 1):
         if allocation == "global" and method not in curves:
-            how = {**options, "method": method}
+            how = {**options, "method": method, "protect": None}
             curves[method] = curves_for(comparison.checkpoint, comparison.index, how, quiet)
         plan = make_plan(
             comparison.index,

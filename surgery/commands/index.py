@@ -18,11 +18,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--second-order",
+    is_flag=True,
+    help="Also what the methods obs, obs-loss, lp-conditional, llm-pruner and wanda-channel rank by; takes longer.",
+)
 @calibration_options
 @output_options
 @common_options
 def index(
-    model: str, out: Path | None, overwrite: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
+    model: str,
+    second_order: bool,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Write the index of MODEL: what every FFN channel is worth, and its super weights.
 
@@ -40,7 +52,9 @@ def index(
     made = []
     for number, folder in enumerate(folders):
         one = {**options, "revision": revisions[number : number + 1]}
-        result = make_index(open_model(model, one), one, dry_run=dry_run, quiet=quiet)
+        result = make_index(
+            open_model(model, one), one, dry_run=dry_run, quiet=quiet, second_order=second_order
+        )
         if result is not None:
             with complete_folder(folder) as partial:
                 result.save(partial)

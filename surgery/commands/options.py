@@ -8,6 +8,23 @@ from typing import Any, TypeVar
 
 import click
 
+ALLOCATION_NAMES = ("uniform", "global", "score")
+REPAIR_NAMES = ("none", "bias", "lstsq", "lstsq-acc")
+SECOND_ORDER_METHODS = {"lp-conditional", "obs-loss", "obs", "wanda-channel", "llm-pruner"}
+METHOD_NAMES = (
+    *(
+        "scar-lp",
+        "scar-prot",
+        "scar-prot-published",
+        "scar-conn",
+        "lp-conditional",
+        "obs-loss",
+        "obs",
+        "flap",
+    ),
+    *("wanda", "wanda-channel", "taylor", "llm-pruner", "optipfair", "magnitude", "activation", "random"),
+)
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

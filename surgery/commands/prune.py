@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import calibration_options, common_options, output_options, push_options
+from surgery.commands.options import (
+    ALLOCATION_NAMES,
+    METHOD_NAMES,
+    REPAIR_NAMES,
+    SECOND_ORDER_METHODS,
+    calibration_options,
+    common_options,
+    output_options,
+    push_options,
+)
 from surgery.commands.session import (
     bars,
     data_console,
@@ -33,9 +42,6 @@ if TYPE_CHECKING:
     from surgery.skeleton import Skeleton
 
 PUSH_EVAL_BLOCKS = 16
-ALLOCATION_NAMES = ("uniform", "global", "score")
-REPAIR_NAMES = ("none", "lstsq", "lstsq-acc")
-METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", "wanda", "random")
 
 
 @click.command()
@@ -61,7 +67,12 @@ METHOD_NAMES = ("scar-lp", "scar-prot", "scar-conn", "magnitude", "activation", 
     default="lstsq-acc",
     show_default=True,
     help="Refit what stays by least squares on the calibration text, each layer by itself (lstsq) or making up for "
-    "the layers before it too (lstsq-acc).",
+    "the layers before it too (lstsq-acc); or put back only the mean of what goes (bias).",
+)
+@click.option(
+    "--protect/--no-protect",
+    default=None,
+    help="Never remove supernodes and super-weight columns. [default: for the scar, lp and obs-loss methods]",
 )
 @click.option("--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]")
 @click.option(
@@ -121,7 +132,7 @@ def prune(
         target = push_target(push_to, destination, options, overwrite)
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
-    channels = index_for(checkpoint, index_folder, options, quiet)
+    channels = index_for(checkpoint, index_folder, {options["method"]}, options, quiet)
     plan, sizes = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
         from surgery.show import show_plan
@@ -237,13 +248,15 @@ def push_target(
 
 
 def index_for(
-    checkpoint: Checkpoint, folder: str | None, options: dict[str, Any], quiet: bool
+    checkpoint: Checkpoint, folder: str | None, methods: set[str], options: dict[str, Any], quiet: bool
 ) -> ChannelIndex:
-    """The index to cut by: read from `folder`, or made now."""
+    """The index to cut by: read from `folder`, or made now, with all that `methods` need."""
     from surgery.index import ChannelIndex
 
     if folder is None:
-        made = make_index(checkpoint, options, dry_run=False, quiet=quiet)
+        made = make_index(
+            checkpoint, options, dry_run=False, quiet=quiet, second_order=bool(SECOND_ORDER_METHODS & methods)
+        )
         assert made is not None
         return made
     channels = ChannelIndex.load(folder)
@@ -255,6 +268,7 @@ def plan_cut(
     skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any], quiet: bool
 ) -> tuple[ResizePlan, dict[str, int]]:
     """The plan, and parameters and bytes before and after it."""
+    from surgery.mending import repair_bytes
     from surgery.plan import make_plan
     from surgery.prune import planned_specs
     from surgery.resize import tensor_cuts
@@ -270,6 +284,7 @@ def plan_cut(
         allocation=options["allocation"],
         pad=options["pad"],
         repair=options["repair"],
+        protect=options["protect"],
         curves=curves_for(checkpoint, channels, options, quiet)
         if options["allocation"] == "global"
         else None,
@@ -280,6 +295,7 @@ def plan_cut(
         "parameters_after": sum(spec.numel for spec in specs.values()),
         "bytes_before": checkpoint.nbytes,
         "bytes_after": sum(spec.nbytes for spec in specs.values()),
+        **repair_bytes(plan, run_options(checkpoint, options).memory),
     }
 
 
@@ -297,7 +313,7 @@ def curves_for(
     return measure_curves(
         StreamedModel(checkpoint, run.device, run.dtype),
         channels.input_ids.long(),
-        keep_orders(channels, options["method"], options["seed"]),
+        keep_orders(channels, options["method"], options["seed"], options["protect"]),
         micro_batch(channels.input_ids.shape[1], run.device),
         bars(quiet),
     )
@@ -322,6 +338,8 @@ def canonical_command(
     if plan.allocation != "uniform":
         words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
     words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(plan.seed)]
+    if options.get("protect") is not None:
+        words.append("--protect" if plan.protect else "--no-protect")
     words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", channels.run["dtype"]]
     return shlex.join(words)

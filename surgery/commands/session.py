@@ -83,7 +83,12 @@ def run_options(checkpoint: Checkpoint, options: dict[str, Any]) -> RunOptions:
 
 
 def make_index(
-    checkpoint: Checkpoint, options: dict[str, Any], *, dry_run: bool, quiet: bool
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    *,
+    dry_run: bool,
+    quiet: bool,
+    second_order: bool = False,
 ) -> ChannelIndex | None:
     """Calibrate and index; with `dry_run` only say what would be done."""
     from surgery.skeleton import Skeleton, check_model
@@ -116,7 +121,7 @@ def make_index(
         return None
     say(f"Indexing {checkpoint.name} on {len(blocks.ids)} x {options['block_size']} tokens of {name}", quiet)
     prompt_ids = torch.tensor(tokenizer(options["prompt"] or PROMPT)["input_ids"])
-    return build_index(checkpoint, blocks, prompt_ids, run, bars(quiet))
+    return build_index(checkpoint, blocks, prompt_ids, run, bars(quiet), second_order=second_order)
 
 
 def evaluate(
