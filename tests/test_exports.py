@@ -100,7 +100,11 @@ def test_prune_from_gguf_says_so(
     assert "can't be read" in refused.stderr
 
 
-def test_lm_eval_runs_a_task_on_a_pruned_model(cut_with_known_tokenizer: Callable[[str], Path]) -> None:
+def test_tasks_are_run_and_carried_into_manifest_and_card(
+    cut_with_known_tokenizer: Callable[[str], Path],
+    surgeon: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cut = cut_with_known_tokenizer("llama")
     tasks = cut.parent / "tasks"
     tasks.mkdir()
@@ -123,13 +127,18 @@ metric_list:
   - metric: acc
 """
     )
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={cut},dtype=float32", "--include_path", str(tasks)]
-    command += ["--output_path", str(cut.parent / "results")]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cut.parent / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(next((cut.parent / "results").rglob("results_*.json")).read_text())
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cut.parent / "cache"))
+    options = ["--tasks", "tiny", "--include-path", str(tasks), "--dtype", "float32"]
+    found = json.loads(surgeon("eval", str(cut), *options, "--json").stdout)["tasks"]
+    # the same question four times, two answers called right
+    assert found["results"]["tiny"]["acc"] == 0.5 and found["results"]["tiny"]["samples"] == 4
+    manifest = json.loads((cut / "surgeon.json").read_text())
     assert (
-        found["results"]["tiny"]["acc,none"] == 0.5
-    )  # the same question four times, two answers called right
+        manifest["measurements"]["tasks"] == found
+        and "| tiny | acc | 0.500" in (cut / "README.md").read_text()
+    )
+    shown = surgeon("eval", str(cut), *options, "--no-record", "--limit", "2").stdout
+    assert "tiny" in shown and "(2 examples)" in shown
+    assert json.loads((cut / "surgeon.json").read_text()) == manifest
+    refused = surgeon("eval", str(cut), "--tasks", "no_such_task", code=2)
+    assert "no_such_task" in refused.stderr

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from surgery.commands.options import common_options
-from surgery.commands.session import evaluate, open_model
+from surgery.commands.session import evaluate, local_path, open_model, run_options, say
+from surgery.errors import UsageError
+
+DEFAULT_TEXT = "wikitext-test"
 
 
 @click.command("eval")
@@ -16,33 +20,104 @@ from surgery.commands.session import evaluate, open_model
 @click.option(
     "--text",
     "text",
-    default="wikitext-test",
-    show_default=True,
     metavar="FILE|DATASET",
-    help="Text to measure on.",
+    help=f"Text to measure perplexity on. [default: {DEFAULT_TEXT}; with --tasks, none]",
 )
 @click.option("--blocks", type=int, help="Use only the first so many blocks. [default: all]")
 @click.option("--block-size", type=int, help="Tokens in a block. [default: 2048 or the context length]")
+@click.option("--tasks", metavar="TASK,...", help="Run these lm-eval tasks too; takes the extra `tasks`.")
+@click.option("--fewshot", type=int, help="Examples in each prompt. [default: the task's own]")
+@click.option("--limit", type=int, help="Only the first so many examples of each task.")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of task files besides lm-eval's own.",
+)
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Write task results into surgeon.json and the card, where MODEL is a folder surgeon wrote.",
+)
 @common_options
 def eval_command(
     model: str,
-    text: str,
+    text: str | None,
     blocks: int | None,
     block_size: int | None,
+    tasks: str | None,
+    fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
+    record: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Measure the perplexity of MODEL, streamed, whatever its size."""
+    """Measure the perplexity of MODEL, streamed, whatever its size; or run tasks on it, held in memory.
+
+    \b
+    surgeon eval smaller --tasks hellaswag,arc_easy
+    """
     checkpoint = open_model(model, options)
-    result = evaluate(checkpoint, text, blocks, block_size, options, quiet)
+    result: dict[str, Any] = {}
+    if text is not None or tasks is None:
+        result = evaluate(checkpoint, text or DEFAULT_TEXT, blocks, block_size, options, quiet)
+    if tasks is not None:
+        if Path(model).suffix == ".gguf":
+            raise UsageError("lm-eval is given folders and Hub models, not GGUF files", where=model)
+        from surgery.tasks import run_tasks
+
+        run = run_options(checkpoint, options)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        result["tasks"] = run_tasks(
+            model,
+            names,
+            revision=checkpoint.revision,
+            fewshot=fewshot,
+            limit=limit,
+            include=include_path,
+            device=str(run.device),
+            dtype=str(run.dtype).removeprefix("torch."),
+        )
+        folder = local_path(model)
+        if record and folder is not None and (folder / "surgeon.json").exists():
+            record_tasks(folder, result["tasks"])
+            say(f"Results written into surgeon.json and the card of {folder}", quiet)
     if as_json:
         click.echo(json.dumps(result, indent=1))
-        return
-    click.echo(
-        f"perplexity     {result['perplexity']:.4f}  ({result['nats']:.2f} nats over {result['tokens']:,} tokens)"
-    )
-    click.echo(
-        f"bits per byte  {result['bits_per_byte']:.4f}  ({result['bytes']:,} bytes of {result['text']})"
-    )
-    click.echo(f"convention     {result['convention']}")
+    else:
+        show(result)
+
+
+def record_tasks(folder: Path, found: dict[str, Any]) -> None:
+    """Put task results into surgeon.json, beside those of other tasks, and into the card."""
+    from cards import render_card
+    from surgery.commands.publish import read_manifest
+    from surgery.prune import MANIFEST, dump_manifest
+
+    manifest = read_manifest(folder)
+    earlier = manifest["measurements"].get("tasks", {}).get("results", {})
+    manifest["measurements"]["tasks"] = {**found, "results": {**earlier, **found["results"]}}
+    card = folder / "README.md"
+    text = render_card(manifest, card.read_text(encoding="utf-8") if card.exists() else None)
+    (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
+    card.write_text(text, encoding="utf-8")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    if "perplexity" in result:
+        click.echo(
+            f"perplexity     {result['perplexity']:.4f}  ({result['nats']:.2f} nats over {result['tokens']:,} tokens)"
+        )
+        click.echo(
+            f"bits per byte  {result['bits_per_byte']:.4f}  ({result['bytes']:,} bytes of {result['text']})"
+        )
+        click.echo(f"convention     {result['convention']}")
+    for task, values in result.get("tasks", {}).get("results", {}).items():
+        for metric, value in values.items():
+            if metric != "samples" and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr")
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                click.echo(f"{task:<14} {metric} {value:.4f}{spread}  ({values['samples']} examples)")
