@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
+from surgery.divergence import measure
 from surgery.index import ChannelIndex
 from surgery.indexing import RunOptions
 from surgery.mending import layer_cutter
@@ -22,7 +22,7 @@ from surgery.plots import save_comparison
 from surgery.prune import planned_specs
 from surgery.resize import tensor_cuts
 from surgery.stream import StreamedModel
-from surgery.tokens import TokenStream, head_slices
+from surgery.tokens import TokenStream
 
 
 @dataclass(frozen=True)
@@ -106,39 +106,20 @@ class Comparison:
         made = []
         with model.outside(), torch.no_grad():
             for blocks, stream, dense in zip(self.texts, streams, self.dense, strict=True):
-                nats, divergence, tokens = _loss_and_divergence(model, stream, dense)
+                (found,) = measure(model, dense, [stream])
                 made.append(
                     Row(
                         *name,
                         blocks.name,
-                        math.exp(min(700.0, nats / tokens)),
-                        nats / math.log(2) / blocks.predicted_bytes,
-                        divergence / tokens,
+                        found.perplexity,
+                        found.nats / math.log(2) / blocks.predicted_bytes,
+                        found.kl,
                         parameters,
                         seconds,
                     )
                 )
         self.rows += made
         return made
-
-
-def _loss_and_divergence(
-    model: StreamedModel, stream: TokenStream, dense: TokenStream
-) -> tuple[float, float, int]:
-    """(summed cross-entropy, summed KL(dense || cut), predicted tokens), through the head a slice at a time."""
-    nats = divergence = torch.zeros((), dtype=torch.float64)
-    tokens = 0
-    for block in range(len(stream.ids)):
-        part = slice(block, block + 1)
-        hidden, before = (s.store.get(0, part, model.device)[0] for s in (stream, dense))
-        targets = stream.ids[block, 1:].to(model.device)
-        for rows in head_slices(model, len(targets)):
-            ours = functional.log_softmax(model.logits(hidden[rows]).float(), -1)
-            theirs = functional.log_softmax(model.logits(before[rows]).float(), -1)
-            nats = nats + functional.nll_loss(ours, targets[rows], reduction="sum").double().cpu()
-            divergence = divergence + (theirs.exp() * (theirs - ours)).sum().double().cpu()
-        tokens += len(targets)
-    return float(nats), float(divergence), tokens
 
 
 def save_rows(rows: list[Row], folder: Path) -> None:
