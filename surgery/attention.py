@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.repair import Moments, Repair, adds, least_squares, parts, repair
+from surgery.repair import Moments, Repair, least_squares, parts, repair
 from surgery.stream import LayerCall, StreamedModel
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ def mend_attention(mender: Mender, number: int, layer: nn.Module, name: str) -> 
         for part, calls in zip(mender.pruned.slices, mender.pruned.calls, strict=True):
             entering = mender.pruned.store.get(0, part, device)
             entered = _input_of(mender.model, linear, layer, entering, calls[number])
-            target = mender.aside.get(0, part, device) - entering
+            target = mender.dense.before.get(0, part, device) - entering
             wanted = target if bias is None else target - bias
-            stream = mender.dense.store.get(0, part, device)
+            stream = mender.dense.leaving.get(0, part, device)
             mender.add((train, held), part, entered, wanted, weight, stream, chunk=chunk)
         found = repair(train, held, least_squares)
         if found.change is not None:
@@ -66,28 +66,3 @@ def _input_of(
     finally:
         handle.remove()
     raise AssertionError("the layer never ran its attention")
-
-
-def attention_output(mender: Mender, number: int, layer: nn.Module) -> str | None:
-    """The linear outside the FFN whose output, added to what enters the layer, is the stream before the FFN."""
-    site = mender.model.ffns(number)[0].site
-    inside = {*site.rows, site.down}
-    outputs: dict[str, torch.Tensor] = {}
-    handles = []
-    for name, module in layer.named_modules():
-        if name not in inside and type(module).__name__ in ("Linear", "Conv1D"):
-
-            def keep(_: nn.Module, __: object, output: torch.Tensor, key: str = name) -> None:
-                outputs[key] = output
-
-            handles.append(module.register_forward_hook(keep))
-    try:
-        entering, output, from_ffn = mender.try_layer(number, layer)
-    finally:
-        for handle in handles:
-            handle.remove()
-    added = output - from_ffn - entering
-    for name, found in outputs.items():
-        if found.numel() == added.numel() and adds(added, found.view_as(added), output):
-            return name
-    return None

@@ -5,22 +5,26 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import nn
 
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
+from surgery.dense import DenseStream
 from surgery.devices import micro_batch
 from surgery.divergence import measure
-from surgery.index import ChannelIndex
+from surgery.families import text_config
+from surgery.index import ChannelIndex, Track, untracked
 from surgery.indexing import RunOptions
-from surgery.mending import layer_cutter
+from surgery.mending import dense_stream, mender
 from surgery.plan import ResizePlan
 from surgery.plots import save_comparison
 from surgery.prune import planned_specs
-from surgery.resize import tensor_cuts
+from surgery.resize import mask_channels, tensor_cuts
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
@@ -30,7 +34,7 @@ class Row:
     """One cut measured on one text.
 
     `perplexity` and `bits_per_byte` as `surgeon eval` has them; `kl` mean over tokens of KL(dense || cut) in nats;
-    `parameters` of the written checkpoint; `seconds` the cut took, repair included, measuring not.
+    `parameters` of the written checkpoint; `seconds` the cut took or would take alone, repair included, measuring not.
     """
 
     method: str
@@ -46,7 +50,11 @@ class Row:
 
 
 class Comparison:
-    """Measures cuts of one checkpoint on `texts`; the dense model is run once, and is the first row of each text."""
+    """Measures cuts of one checkpoint on `texts`, many in one walk over its layers.
+
+    The dense model's streams are shared by all: those of the texts, to which each cut's predictions are compared, and that
+    of the calibration text, which repairs aim at. Between two cuts a layer's weights are put back.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, index: ChannelIndex, texts: list[TokenBlocks], options: RunOptions
@@ -55,71 +63,117 @@ class Comparison:
         self.index = index
         self.texts = texts
         self.options = options
-        self.dense: list[TokenStream] = []
         self.rows: list[Row] = []
 
-    def add_dense(self) -> list[Row]:
-        """Measure the model as it is. Call it first."""
-        model = StreamedModel(self.checkpoint, self.options.device, self.options.dtype)
-        self.dense = self._streams(model)
-        for number, layer in model.walk(range(len(model.layers))):
-            for stream in self.dense:
-                stream.forward(number, layer)
-        return self._measure(
-            model, self.dense, ("dense", "none", "none", 0.0), self.checkpoint.parameters, 0.0
-        )
+    def add(self, plans: list[ResizePlan], track: Track[Any] = untracked) -> list[Row]:
+        """Measure the model as it is, and with each plan carried out in memory; as many in one walk as memory allows."""
+        together = self._together()
+        for start in range(0, max(1, len(plans)), together):
+            self._walk(plans[start : start + together], with_dense=start == 0, track=track)
+        return self.rows
 
-    def add(self, plan: ResizePlan) -> list[Row]:
-        """Carry out a plan in memory, layer by layer, and measure it."""
+    def _together(self) -> int:
+        """Cuts whose hidden states fit in half the budget."""
+        width = text_config(self.checkpoint.config).get("hidden_size") or 1
+        tokens = sum(blocks.ids.numel() for blocks in self.texts) + 4 * self.index.input_ids.numel()
+        return max(1, self.options.memory // (2 * tokens * width * self.options.dtype.itemsize))
+
+    def _walk(self, plans: list[ResizePlan], with_dense: bool, track: Track[Any]) -> None:
         model = StreamedModel(self.checkpoint, self.options.device, self.options.dtype)
-        streams = self._streams(model)
+        share = self.options.memory // (2 * (len(plans) + 1) * len(self.texts))
         with model.outside():
-            cut_layer = layer_cutter(model, plan, self.index.input_ids.long(), self.options)
-        seconds = 0.0
-        for number, layer in model.walk(range(len(model.layers))):
-            started = time.monotonic()
-            cut_layer(number, layer)
-            seconds += time.monotonic() - started
-            for stream in streams:
+            dense = self._streams(model, share)
+            calibration = None
+            if any(plan.repair != "none" for plan in plans):
+                calibration = dense_stream(model, self.index.input_ids.long(), self.options)
+            cuts = [
+                _Cut(model, plan, self._streams(model, share), calibration, self.options) for plan in plans
+            ]
+        shared = 0.0
+        count = len(model.layers)
+        for number, layer in track(model.walk(range(count)), "layers", count):
+            for stream in dense:
                 stream.forward(number, layer)
-        specs = planned_specs(self.checkpoint, plan, tensor_cuts(model.skeleton))
-        parameters = sum(spec.numel for spec in specs.values())
-        name = (plan.method, plan.repair, plan.allocation, plan.sparsity)
-        return self._measure(model, streams, name, parameters, seconds)
+            started = time.monotonic()
+            if calibration is not None:
+                calibration.run(number, layer)
+            shared += time.monotonic() - started
+            original = {name: p.data.clone() for name, p in layer.named_parameters()}
+            for cut in cuts:
+                cut.layer(number, layer)
+                for name, parameter in layer.named_parameters():
+                    parameter.data.copy_(original[name])
+            if calibration is not None:
+                calibration.step()
+        self._measure(model, dense, cuts, with_dense, shared)
 
-    def _streams(self, model: StreamedModel) -> list[TokenStream]:
+    def _streams(self, model: StreamedModel, share: int) -> list[TokenStream]:
         found = []
         for blocks in self.texts:
             step = micro_batch(blocks.ids.shape[1], self.options.device)
-            memory = self.options.memory // (2 * len(self.texts))
-            found.append(TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=memory))
+            found.append(TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=share))
         return found
 
     def _measure(
         self,
         model: StreamedModel,
+        dense: list[TokenStream],
+        cuts: list[_Cut],
+        with_dense: bool,
+        shared: float,
+    ) -> None:
+        """Rows of one walk: one for each cut and text, after those of the dense model in the first walk."""
+        names = [(c.plan.method, c.plan.repair, c.plan.allocation, c.plan.sparsity) for c in cuts]
+        seconds = [c.seconds + (shared if c.plan.repair != "none" else 0.0) for c in cuts]
+        parameters = [self._parameters(model, cut.plan) for cut in cuts]
+        columns = [cut.streams for cut in cuts]
+        if with_dense:
+            names.insert(0, ("dense", "none", "none", 0.0))
+            seconds.insert(0, 0.0)
+            parameters.insert(0, self.checkpoint.parameters)
+            columns.insert(0, dense)
+        found = [
+            measure(model, dense[place], [streams[place] for streams in columns])
+            for place in range(len(self.texts))
+        ]
+        for place, name in enumerate(names):
+            for blocks, measured in zip(self.texts, found, strict=True):
+                one = measured[place]
+                bits = one.nats / math.log(2) / blocks.predicted_bytes
+                row = Row(*name, blocks.name, one.perplexity, bits, one.kl, parameters[place], seconds[place])
+                self.rows.append(row)
+
+    def _parameters(self, model: StreamedModel, plan: ResizePlan) -> int:
+        specs = planned_specs(self.checkpoint, plan, tensor_cuts(model.skeleton))
+        return sum(spec.numel for spec in specs.values())
+
+
+class _Cut:
+    """One plan on its way through the layers."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        plan: ResizePlan,
         streams: list[TokenStream],
-        name: tuple[str, str, str, float],
-        parameters: int,
-        seconds: float,
-    ) -> list[Row]:
-        made = []
-        with model.outside(), torch.no_grad():
-            for blocks, stream, dense in zip(self.texts, streams, self.dense, strict=True):
-                (found,) = measure(model, dense, [stream])
-                made.append(
-                    Row(
-                        *name,
-                        blocks.name,
-                        found.perplexity,
-                        found.nats / math.log(2) / blocks.predicted_bytes,
-                        found.kl,
-                        parameters,
-                        seconds,
-                    )
-                )
-        self.rows += made
-        return made
+        calibration: DenseStream | None,
+        options: RunOptions,
+    ) -> None:
+        self.plan = plan
+        self.streams = streams
+        self.seconds = 0.0
+        self.edit: Callable[[int, nn.Module], object] = mask_channels(plan, model.skeleton.ffns)
+        if plan.repair != "none":
+            assert calibration is not None
+            self.edit = mender(calibration, plan, options).layer
+
+    def layer(self, number: int, layer: nn.Module) -> None:
+        """Cut the resident layer and move this cut's texts through it."""
+        started = time.monotonic()
+        self.edit(number, layer)
+        self.seconds += time.monotonic() - started
+        for stream in self.streams:
+            stream.forward(number, layer)
 
 
 def save_rows(rows: list[Row], folder: Path) -> None:

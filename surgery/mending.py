@@ -1,7 +1,7 @@
 """Repair on the way through the layers: a dense and a pruned stream of calibration tokens, one layer resident.
 
-Each layer is run by the dense stream; then, by the pruned one, once with all its channels to collect moments, and once
-more as it will be written. Its attention output projection is mended before its FFN, by the same least squares: it is
+Each layer is run by the dense stream; then, by the pruned one, once with all its channels to collect moments; what the
+kept ones put out once mended is added without a further run. Its attention output projection is mended before its FFN, by the same least squares: it is
 the first place where the damage of earlier layers can be made up for (`attention`). Where the matrices of all channels
 would outgrow the budget, channels are solved for in parts, one pass and one smaller matrix for each, every part making
 up for what those before it left (block Gauss-Seidel).
@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from surgery.attention import attention_output, mend_attention
+from surgery.attention import mend_attention
+from surgery.dense import DenseStream, Seen, run_observed
 from surgery.devices import micro_batch
-from surgery.ffn import Ffn, observed
+from surgery.ffn import Ffn
 from surgery.hidden import HiddenStore
 from surgery.plan import ResizePlan
 from surgery.repair import (
     HELD_OUT,
     Moments,
     Repair,
-    adds,
     least_squares,
     matrix_bytes,
     mean_shift,
@@ -37,12 +38,11 @@ from surgery.repair import (
 from surgery.resize import mask_channels
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
-from surgery.tokens import TokenStream
+from surgery.tokens import check_finite
 
 if TYPE_CHECKING:
     from surgery.indexing import RunOptions
 
-Seen = list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]
 Pair = tuple[Moments, Moments]
 
 
@@ -78,100 +78,61 @@ def _summary(repairs: list[Repair]) -> dict[str, float | int | None]:
 
 
 class Mender:
-    """Carries the streams; `layer` is called once for each resident layer, in order.
+    """Mends the layers of one plan beside a dense stream; `layer` is called once for each layer the dense stream has run.
 
-    With `accumulate`, targets are what brings the pruned residual stream to the dense one; without, each layer is
-    mended by itself, on the dense model's inputs: by least squares, or with `mean_only` by the mean of what is missing.
-    `budget` is in bytes: half for hidden states, half for matrices.
+    With `accumulate`, inputs are those of the pruned model and targets what brings its residual stream to the dense one;
+    without, each layer is mended by itself, on the dense model's inputs: by least squares, or with `mean_only` by the mean
+    of what is missing. `budget` is in bytes, for matrices.
     """
 
     def __init__(
         self,
-        model: StreamedModel,
+        dense: DenseStream,
         plan: ResizePlan,
-        ids: torch.Tensor,
-        micro_batch: int,
         accumulate: bool,
         budget: int | None = None,
         mean_only: bool = False,
     ) -> None:
-        self.model = model
+        self.model = dense.model
+        self.dense = dense
         self.plan = plan
         self.accumulate = accumulate
         self.mean_only = mean_only
-        self.budget = None if budget is None else budget // 2
-        third = None if self.budget is None else self.budget // 3
-        self.dense = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=third)
-        self.pruned = self.dense.fork(len(ids), 0, third) if accumulate else self.dense
-        shape = (1, *ids.shape, self.dense.store.shape[-1])
-        # of an additive layer the residual stream before its FFN; without accumulation what leaves the layer
-        self.aside = HiddenStore(shape, self.dense.store.dtype, third)
-        self.first_held = len(ids) - max(1, len(ids) // HELD_OUT)
+        self.budget = budget
+        blocks = len(dense.stream.ids)
+        self.pruned = dense.stream.fork(blocks, 0, dense.share) if accumulate else dense.stream
+        self.first_held = blocks - max(1, blocks // HELD_OUT)
+        self.channels: HiddenStore | None = None
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> MendedLayer:
-        """Mend the resident layer in place, its removed channels set to zero, and move the streams through it."""
-        ffns = self.model.ffns(number)
+        """Mend the resident layer in place, its removed channels set to zero, and move the pruned stream through it."""
         done = MendedLayer()
-        additive = self.accumulate and self._ffn_is_additive(number, layer, ffns)
-        if self.accumulate:
-            self._dense_pass(number, layer, ffns, additive)
-        if additive:
-            name = attention_output(self, number, layer)
-            if name is not None:
-                done.attention = mend_attention(self, number, layer, name)
-                if any(found.change is not None for found in done.attention):
-                    done.parameters.append(f"{name}.weight")
+        additive = self.accumulate and self.dense.additive
+        if additive and self.dense.attention is not None:
+            done.attention = mend_attention(self, number, layer, self.dense.attention)
+            if any(found.change is not None for found in done.attention):
+                done.parameters.append(f"{self.dense.attention}.weight")
         self._mend_ffns(number, layer, additive, done)
-        if self.accumulate:
+        if additive:
+            self._finish(number)
+        elif self.accumulate:
             self.pruned.forward(number, layer)
-        else:
-            self.dense.hidden, self.aside = self.aside, self.dense.store
         return done
 
-    # -- the streams ------------------------------------------------------------------------------------------------
-
-    def _run(
-        self, stream: TokenStream, number: int, layer: nn.Module, ffns: list[Ffn], use: Callable[..., None]
-    ) -> None:
-        """Run every micro-batch and call `use(part, output, seen)`; the stream stays where it is."""
-        seen: Seen = []
-        with observed(ffns, lambda *flow: seen.append(flow)):
-            for part, calls in zip(stream.slices, stream.calls, strict=True):
-                entering = stream.store.get(0, part, self.model.device)
-                use(part, self.model.run_layer(layer, entering, calls[number]), seen)
-                seen.clear()
-
-    def _dense_pass(self, number: int, layer: nn.Module, ffns: list[Ffn], additive: bool) -> None:
-        """Move the dense stream on; of an additive layer also keep what the residual stream is before the FFN."""
-
-        def use(part: slice, output: torch.Tensor, seen: Seen) -> None:
-            if additive:
-                self.aside.put(0, part, output - seen[0][3].view_as(output))
-            self.dense.store.put(0, part, output)
-
-        self._run(self.dense, number, layer, ffns, use)
-
-    def _ffn_is_additive(self, number: int, layer: nn.Module, ffns: list[Ffn]) -> bool:
-        """Whether the layer adds its only FFN's output, as it is, to the residual stream: tried on a few blocks."""
-        if len(ffns) != 1 or ffns[0].stacked:
-            return False
-        entering, output, added = self.try_layer(number, layer)
-        handle = ffns[0].module.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
-        try:
-            without = self.model.run_layer(layer, entering, self.pruned.calls[0][number])
-        finally:
-            handle.remove()
-        return adds(output - without, added, output)
-
-    def try_layer(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What enters a layer with one FFN, what leaves it, and what its FFN puts out, on the first micro-batch."""
-        part, calls = self.pruned.slices[0], self.pruned.calls[0]
-        entering = self.pruned.store.get(0, part, self.model.device)
-        seen: Seen = []
-        with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
-            output = self.model.run_layer(layer, entering, calls[number])
-        return entering, output, seen[0][3].view_as(output)
+    def _finish(self, number: int) -> None:
+        """Move the pruned stream on: to what it is before the FFN, the mended columns' output is added."""
+        (ffn,) = self.model.ffns(number)
+        kept = self.plan.layers[number].kept.to(self.model.device)
+        weight, bias = ffn.down_weight()[:, kept], ffn.down_bias()
+        finite = torch.ones((), dtype=torch.bool, device=self.model.device)
+        assert self.channels is not None
+        for part in self.pruned.slices:
+            u = self.channels.get(0, part, self.model.device)
+            output = self.pruned.store.get(0, part, self.model.device) + functional.linear(u, weight, bias)
+            finite &= output.isfinite().all()
+            self.pruned.store.put(0, part, output)
+        check_finite(finite, number)
 
     # -- FFNs -------------------------------------------------------------------------------------------------------
 
@@ -182,6 +143,10 @@ class Mender:
         places = {unit: (ffn, place) for ffn in ffns for place, unit in enumerate(ffn.units)}
         chunks = {unit: parts(len(plans[unit].kept), self.budget) for unit in places}
         rounds = max((len(found) for found in chunks.values()), default=0)
+        if additive:
+            shape = (*self.pruned.store.shape[:3], len(plans[ffns[0].key].kept))
+            if self.channels is None or self.channels.shape != shape:
+                self.channels = HiddenStore(shape, self.pruned.store.dtype, self.dense.share)
         originals = {
             unit: (ffn.down_weight(place).clone(), ffn.down_bias(place))
             for unit, (ffn, place) in places.items()
@@ -190,7 +155,8 @@ class Mender:
         originals = {u: (w, None if b is None else b.clone()) for u, (w, b) in originals.items()}
         for turn in range(rounds):
             now = {unit: found[turn] for unit, found in chunks.items() if turn < len(found)}
-            moments = self._ffn_moments(number, layer, additive, now, originals if turn else {})
+            last = turn == rounds - 1
+            moments = self._ffn_moments(number, layer, additive, now, originals if turn else {}, last)
             for unit, pair in moments.items():
                 ffn, place = places[unit]
                 solve = (
@@ -228,6 +194,7 @@ class Mender:
         additive: bool,
         chunks: dict[str, slice],
         originals: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
+        last: bool,
     ) -> dict[str, Pair]:
         """(train, held out) moments of a part of every FFN's kept channels, and of the outputs wanted of them.
 
@@ -240,7 +207,7 @@ class Mender:
         found: dict[str, Pair] = {}
 
         def use(part: slice, output: torch.Tensor, seen: Seen) -> None:
-            aim = self.dense.store.get(0, part, self.model.device) if self.accumulate else output
+            aim = self.dense.leaving.get(0, part, self.model.device)
             for unit, tokens, u, y in seen:
                 if unit not in chunks:
                     continue
@@ -261,10 +228,13 @@ class Mender:
                 wanted = wanted if bias is None else wanted - bias
                 columns = ffn.down_weight(place)[:, kept]
                 self.add(found[unit], part, u[..., kept], wanted, columns, aim, tokens, chunks[unit])
-            if not self.accumulate and not originals:
-                self.aside.put(0, part, output)
+            if additive and last:  # all that is needed to go on without running the layer again
+                assert self.channels is not None
+                flow = seen[0][2][..., kept]  # some families hand their FFN flattened blocks
+                self.channels.put(0, part, flow.view(*output.shape[:2], -1))
+                self.pruned.store.put(0, part, output - seen[0][3].view_as(output))
 
-        self._run(self.pruned, number, layer, ffns, use)
+        run_observed(self.pruned, number, layer, use)
         return found
 
     def add(
@@ -316,9 +286,27 @@ def layer_cutter(
             mask(number, layer)
 
         return cut
-    step = micro_batch(ids.shape[1], options.device)
+    dense = dense_stream(model, ids, options)
+    mend = mender(dense, plan, options)
+
+    def step(number: int, layer: nn.Module) -> MendedLayer:
+        dense.run(number, layer)
+        done = mend.layer(number, layer)
+        dense.step()
+        return done
+
+    return step
+
+
+def dense_stream(model: StreamedModel, ids: torch.Tensor, options: RunOptions) -> DenseStream:
+    """Calibration blocks `ids` [N, T] before the first layer; half the budget is for hidden states."""
+    return DenseStream(model, ids, micro_batch(ids.shape[1], options.device), options.memory // 2)
+
+
+def mender(dense: DenseStream, plan: ResizePlan, options: RunOptions) -> Mender:
+    """What carries out a plan's repair; the other half of the budget is for matrices."""
     accumulate, mean_only = plan.repair == "lstsq-acc", plan.repair == "bias"
-    return Mender(model, plan, ids, step, accumulate, options.memory, mean_only).layer
+    return Mender(dense, plan, accumulate, options.memory // 2, mean_only)
 
 
 def layer_tensors(skeleton: Skeleton) -> set[str]:

@@ -104,12 +104,7 @@ class TokenStream:
             output = self.model.run_layer(layer, hidden, calls[number])
             finite &= output.isfinite().all()
             self.store.put(self._slot(number + 1), part, output)
-        if not finite:
-            raise NumericsError(
-                "NaN or infinity in the hidden states",
-                where=f"the output of layer {number}",
-                next_step="check the checkpoint's weights, or use --dtype float32",
-            )
+        check_finite(finite, number)
 
     def backward(
         self,
@@ -180,6 +175,16 @@ class TokenStream:
         if with_gradient:
             self.store.put(slot, part, gradient[None])
         return total
+
+
+def check_finite(finite: torch.Tensor, number: int) -> None:
+    """Raise NumericsError, naming the layer, unless its output was finite."""
+    if not finite:
+        raise NumericsError(
+            "NaN or infinity in the hidden states",
+            where=f"the output of layer {number}",
+            next_step="check the checkpoint's weights, or use --dtype float32",
+        )
 
 
 def head_slices(model: StreamedModel, tokens: int) -> Iterator[slice]:

@@ -19,11 +19,20 @@ from surgery.commands.options import (
     output_options,
 )
 from surgery.commands.prune import curves_for, index_for, prunable_skeleton
-from surgery.commands.session import data_console, evaluation_blocks, local_path, open_model, run_options, say
+from surgery.commands.session import (
+    bars,
+    data_console,
+    evaluation_blocks,
+    local_path,
+    open_model,
+    run_options,
+    say,
+)
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.compare import Comparison
+    from surgery.plan import ResizePlan
 
 
 CUT_WORDS = {"method": METHOD_NAMES, "repair": REPAIR_NAMES, "allocation": ALLOCATION_NAMES}
@@ -134,7 +143,9 @@ def compare(
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
     channels = index_for(checkpoint, index_folder, {method for *_, method in variants}, options, quiet)
     comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
-    measure_all(comparison, combinations, options, quiet)
+    plans = planned(comparison, combinations, options, quiet)
+    say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
+    comparison.add(plans, bars(quiet))
     with complete_folder(folder) as partial:
         save_rows(comparison.rows, partial)
         fields = {
@@ -150,31 +161,31 @@ def compare(
     say(f"Table and plot written to {folder}", quiet)
 
 
-def measure_all(
+def planned(
     comparison: Comparison,
     combinations: list[tuple[float, str, str, str]],
     options: dict[str, Any],
     quiet: bool,
-) -> None:
-    """Measure the dense model and every (sparsity, allocation, repair, method); curves are measured once a method."""
+) -> list[ResizePlan]:
+    """A plan for every (sparsity, allocation, repair, method); curves are measured once a method."""
     from surgery.plan import make_plan
 
-    comparison.add_dense()
     curves: dict[str, Any] = {}
-    for number, (sparsity, allocation, repair, method) in enumerate(combinations, 1):
+    plans = []
+    for sparsity, allocation, repair, method in combinations:
         if allocation == "global" and method not in curves:
             how = {**options, "method": method, "protect": None}
             curves[method] = curves_for(comparison.checkpoint, comparison.index, how, quiet)
-        plan = make_plan(
-            comparison.index,
-            method=method,
-            sparsity=sparsity,
-            multiple_of=options["multiple_of"],
-            seed=options["seed"],
-            allocation=allocation,
-            repair=repair,
-            curves=curves.get(method) if allocation == "global" else None,
+        plans.append(
+            make_plan(
+                comparison.index,
+                method=method,
+                sparsity=sparsity,
+                multiple_of=options["multiple_of"],
+                seed=options["seed"],
+                allocation=allocation,
+                repair=repair,
+                curves=curves.get(method) if allocation == "global" else None,
+            )
         )
-        rows = comparison.add(plan)
-        done = f"{method}, {allocation}, repair {repair}, {100 * plan.sparsity:.0f}%"
-        say(f"{number}/{len(combinations)} {done}: perplexity {rows[0].perplexity:.2f}", quiet)
+    return plans
