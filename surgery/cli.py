@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from surgery import __version__
+from surgery.commands.ablate import ablate
 from surgery.commands.compare import compare
 from surgery.commands.evaluate import eval_command
 from surgery.commands.index import index, show
@@ -47,5 +48,5 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-for command in (index, show, prune, compare, eval_command, push, card):
+for command in (index, show, prune, compare, eval_command, ablate, push, card):
     main.add_command(command)

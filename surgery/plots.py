@@ -68,14 +68,71 @@ def save_comparison(path: Path, rows: list[Row]) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _bars(path: Path, values: list[float], colour: str, title: str, label: str) -> None:
+def save_ablations(folder: Path, fields: dict[str, Any]) -> None:
+    """ablation.png, of conditions; scale.png and hit_rate.png, of sweeps; trace.png: those that `fields` has data for."""
+    named = [row for row in fields["conditions"] if row["x"] is None]
+    figure, axes = _figure(8, 1.2 + 0.28 * len(named))
+    axes.barh(
+        range(len(named)),
+        [row["perplexity"] for row in named],
+        color=[BLUE if row["group"] == "original" else ORANGE for row in named],
+    )
+    axes.set(title="Perplexity without …", xlabel=f"perplexity on {fields['text']['name']}", xscale="log")
+    axes.set_yticks(range(len(named)), [row["condition"] for row in named], fontsize=7)
+    axes.invert_yaxis()
+    figure.savefig(folder / "ablation.png", dpi=120, metadata={"Software": None})
+    for group, file, title, label in (
+        ("scale", "scale.png", "Perplexity as super weights are scaled", "multiplier of the super weights"),
+        (
+            "hit rate",
+            "hit_rate.png",
+            "Perplexity at 50% random channels, by supernodes deleted",
+            "share of supernodes deleted",
+        ),
+    ):
+        rows = [row for row in fields["conditions"] if row["group"] == group]
+        if rows:
+            figure, axes = _figure(6, 3.6)
+            axes.plot([r["x"] for r in rows], [r["perplexity"] for r in rows], "o", color=BLUE)
+            axes.set(title=title, xlabel=label, ylabel="perplexity", yscale="log")
+            figure.savefig(folder / file, dpi=120, metadata={"Software": None})
+    if "trace" in fields:
+        save_trace(folder / "trace.png", fields["trace"])
+
+
+def save_trace(path: Path, trace: dict[str, Any]) -> None:
+    """Largest |hidden state| after each layer, a line a prompt, with super weights (solid) and without (dashed)."""
+    figure, axes = _figure(8, 3.8)
+    for number, prompt in enumerate(trace["prompts"]):
+        mine = [point for point in trace["points"] if point["prompt"] == number]
+        colour = COLOURS[number % len(COLOURS)]
+        layers = [point["layer"] for point in mine]
+        label = prompt.splitlines()[0][:32]
+        axes.plot(layers, [point["peak"] for point in mine], color=colour, label=label)
+        axes.plot(layers, [point["peak_without"] for point in mine], "--", color=colour)
+    axes.set(
+        title="Largest |hidden state| with super weights (solid) and without (dashed)",
+        xlabel="decoder layer (from 0)",
+        ylabel="largest |hidden state|",
+        yscale="log",
+    )
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _bars(path: Path, values: list[float], colour: str, title: str, label: str) -> None:
+    figure, axes = _figure(8, 3.2)
     axes.bar(range(len(values)), values, color=colour)
     axes.set(title=title, xlabel="decoder layer (from 0)", ylabel=label, ylim=(0, 100))
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120, metadata={"Software": None})

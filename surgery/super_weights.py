@@ -22,6 +22,13 @@ from surgery.tokens import TokenStream
 
 Activations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [T, F], y [T, D], positions [T]
 PROMPT = "Apple Inc. is a worldwide tech company."
+PROMPTS = (
+    PROMPT,
+    "The cat sat on the mat and looked out of the window.",
+    "In 1969, people walked on the Moon for the first time.",
+    "def add(a, b):\n    return a + b",
+    "Summer is hot. Winter is cold.",
+)
 SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer
 MIN_EXPLAINED = 0.5  # share of the output spike that the one product accounts for
 MIN_PERSISTENCE = 0.5  # share of the layers above in which the spike keeps its size, within a factor of two
