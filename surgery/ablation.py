@@ -62,9 +62,10 @@ class Drop:
 
 @dataclass(frozen=True)
 class DropLargest:
-    """Remove the largest weights by magnitude, `fraction` of every matrix of the layer (one at least), except `kept`.
+    """Remove the largest weights by magnitude, `fraction` of every matrix of the layer, except `kept`.
 
-    The control of The Super Weight, table 1; `kept` are (FFN, row, column) of super weights.
+    The control of The Super Weight, table 1; `kept` are (FFN, row, column) of super weights. The share is rounded to whole
+    scalars, and where it comes to none in any matrix the largest matrix loses one.
     """
 
     fraction: float
@@ -75,13 +76,13 @@ class DropLargest:
         held = [
             (unit, row, column, down_of(ffns, unit)[row, column].clone()) for unit, row, column in self.kept
         ]
-        gone = 0
-        for parameter in layer.parameters():
-            if parameter.dim() > 1:
-                flat = parameter.data.view(-1)
-                count = max(1, round(self.fraction * flat.numel()))
-                flat[flat.abs().topk(count).indices] = 0
-                gone += count
+        matrices = sorted((p.data for p in layer.parameters() if p.dim() > 1), key=torch.numel)
+        counts = [round(self.fraction * matrix.numel()) for matrix in matrices]
+        counts[-1] += not any(counts)
+        for matrix, count in zip(matrices, counts, strict=True):
+            flat = matrix.view(-1)
+            flat[flat.abs().topk(count).indices] = 0
+        gone = sum(counts)
         for unit, row, column, value in held:
             weight = down_of(ffns, unit)
             gone -= int(weight[row, column] != value)

@@ -75,7 +75,7 @@ def test_conditions_equal_changing_the_whole_model(save_tiny: Callable[..., Path
             for parameter in block.parameters():
                 if parameter.dim() > 1:
                     flat = parameter.data.view(-1)
-                    flat[flat.abs().topk(max(1, round(0.01 * flat.numel()))).indices] = 0
+                    flat[flat.abs().topk(round(0.01 * flat.numel())).indices] = 0
             if number == layer:
                 block.mlp.down_proj.weight.data[row, column] = 4000.0
 
@@ -149,7 +149,7 @@ def test_the_command_runs_every_experiment(
     assert rows["super weights x 1"]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows["super weights x 0"]["perplexity"] == rows["prune SW"]["perplexity"]
     assert {row["changed"] for row in rows.values() if row["group"] == "hit rate"} == {6 * 24}
-    assert rows["prune non-SW"]["changed"] >= 6 * 7 - 1
+    assert rows["prune non-SW"]["changed"] in (5, 6)  # the largest of a layer, which in one may be the super weight
     for file in ("ablation.png", "scale.png", "hit_rate.png", "trace.png"):
         assert Path("result", file).read_bytes().startswith(b"\x89PNG")
     points = [point for point in fields["trace"]["points"] if point["layer"] == 1]
