@@ -61,13 +61,13 @@ def versions() -> dict[str, str]:
 def build_index(
     checkpoint: Checkpoint,
     blocks: TokenBlocks,
-    prompt_ids: torch.Tensor,
+    prompts: list[torch.Tensor],
     options: RunOptions,
     track: Track[Any] = untracked,
     *,
     second_order: bool = False,
 ) -> ChannelIndex:
-    """Index a checkpoint on calibration blocks [N, T]; `prompt_ids` [P] ride along to find super weights.
+    """Index a checkpoint on calibration blocks [N, T]; `prompts` (ids [P]) ride along to find super weights.
 
     With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
@@ -76,7 +76,7 @@ def build_index(
     ids = blocks.ids.long()
     with model.outside():
         stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory)
-        detector = SuperWeightDetector(model, prompt_ids.long())
+        detector = SuperWeightDetector(model, prompts)
     ablations = _Ablations(model, stream)
     count = len(model.layers)
     for number, layer in track(model.walk(range(count)), "forward", count):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +20,10 @@ from torch import nn
 from surgery.ffn import Ffn, observed
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+    from surgery.indexing import RunOptions
 
 Activations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [T, F], y [T, D], positions [T]
 PROMPT = "Apple Inc. is a worldwide tech company."
@@ -31,9 +36,13 @@ PROMPTS = (
 )
 SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer
 MIN_EXPLAINED = 0.5  # share of the output spike that the one product accounts for
-MIN_PERSISTENCE = 0.5  # share of the layers above in which the spike keeps its size, within a factor of two
+MIN_PERSISTENCE = (
+    0.5  # share of the layers above through which the spike keeps its size, within a factor of two
+)
 MIN_DEPTH = 0.25  # share of all layers in which it must do so: late layers have few above them
 MIN_OF_LARGEST = 0.25  # output of a further weight in the same layer, over the layer's first and largest
+MIN_SHARE = 0.3  # of a spike, by a further weight in the same row: several may make one together
+MIN_PROMPTS = 0.5  # share of the prompts in which a weight must be found
 MAX_PER_LAYER = 6  # the most any published model has
 
 
@@ -43,10 +52,12 @@ class SuperWeight:
 
     `value` the weight; `input`, `output` the activations at the spike's token; `explained` = input * value / output;
     `ratio` = |output| over the layer's median |output|; `residual` the hidden state at (token, row) after the layer;
-    `persistence` the share of the layers above it where that hidden state keeps its size within a factor of two;
+    `persistence` the share of the layers above it through which that hidden state keeps its size within a factor of two;
     `rank` the place of |value| in its matrix (1 = largest); `published` the catalogue entry it agrees with;
-    `ffn` the FFN of the layer it belongs to ("dense", "shared", "expert.3"); `ablation` perplexity with and without
-    the weight on the same blocks.
+    `residual_without` the same once this weight (and those found before it in the layer) is zeroed; `ffn` the FFN of the
+    layer it belongs to ("dense", "shared", "expert.3"); `ablation` perplexity with and without the weight on the same
+    blocks; `prompts` in how many of `prompts_tried` it was found; `catalogue` match, near or new beside what is published
+    of this model; `structure` the column or row it shares with another one.
     """
 
     layer: int
@@ -64,6 +75,11 @@ class SuperWeight:
     persistence: float = 0.0
     published: str | None = None
     ablation: dict[str, float] = field(default_factory=dict)
+    residual_without: float = 0.0
+    prompts: int = 1
+    prompts_tried: int = 1
+    catalogue: str = "new"
+    structure: str = ""
 
     @property
     def place(self) -> tuple[int, str, int, int]:
@@ -81,7 +97,71 @@ class SuperWeight:
 
 
 class SuperWeightDetector:
-    """Rides along a forward walk: `observe` before each layer runs, `finish` after the last.
+    """Rides several prompts along a forward walk: `forward` with each resident layer, `finish` after the last.
+
+    `prompts` are token ids [T]. A spike that one prompt makes is no proof: most prompts must agree.
+    """
+
+    def __init__(self, model: StreamedModel, prompts: list[torch.Tensor]) -> None:
+        self.each = [PromptDetector(model, ids) for ids in prompts]
+
+    @property
+    def maxima(self) -> list[dict[str, float]]:
+        """Largest |input| and |output| of the down projections, per layer, of the first prompt."""
+        return self.each[0].maxima
+
+    def forward(self, number: int, layer: nn.Module) -> list[SuperWeight]:
+        """Look for super weights in the resident layer and move all prompts through it; returns what is new."""
+        found: dict[tuple[int, str, int, int], SuperWeight] = {}
+        for detector in self.each:
+            for candidate in detector.forward(number, layer):
+                found.setdefault(candidate.place, candidate)
+        return list(found.values())
+
+    def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
+        """(super weights, echoes): what persists in most prompts, and all else that was found."""
+        lasting: dict[Any, list[SuperWeight]] = {}
+        passing: dict[Any, list[SuperWeight]] = {}
+        for detector in self.each:
+            weights, echoes = detector.finish()
+            for kind, entries in ((lasting, weights), (passing, echoes)):
+                for entry in entries:
+                    kind.setdefault(entry.place, []).append(entry)
+        tried = len(self.each)
+        agreed = {place for place, found in lasting.items() if len(found) >= MIN_PROMPTS * tried}
+        chosen: list[SuperWeight] = []
+        others: list[SuperWeight] = []
+        for place in sorted({*lasting, *passing}):
+            mine = lasting[place] if place in agreed else [*lasting.get(place, []), *passing.get(place, [])]
+            clearest = max(mine, key=lambda w: abs(w.output))
+            (chosen if place in agreed else others).append(
+                replace(clearest, prompts=len(mine), prompts_tried=tried)
+            )
+        published = published_coordinates(config)
+        return [_named(w, chosen, published) for w in chosen], [_named(w, chosen, published) for w in others]
+
+
+def _named(
+    weight: SuperWeight, chosen: list[SuperWeight], published: dict[tuple[int, int, int], str]
+) -> SuperWeight:
+    """With what the catalogue and the other super weights of its layer say about it."""
+    place = (weight.layer, weight.row, weight.column)
+    near = [
+        source
+        for (layer, row, column), source in published.items()
+        if (layer == weight.layer and (row == weight.row or column == weight.column))
+        or (abs(layer - weight.layer) == 1 and (row, column) == place[1:])
+    ]
+    catalogue = "match" if place in published else "near" if near else "new"
+    peers = [w for w in chosen if (w.layer, w.ffn) == (weight.layer, weight.ffn) and w.place != weight.place]
+    shared = [f"column {weight.column}"] if any(w.column == weight.column for w in peers) else []
+    shared += [f"row {weight.row}"] if any(w.row == weight.row for w in peers) else []
+    source = published.get(place) or (near[0] if near else None)
+    return replace(weight, published=source, catalogue=catalogue, structure=", ".join(shared))
+
+
+class PromptDetector:
+    """Rides one prompt along a forward walk: `forward` before each layer runs, `finish` after the last.
 
     `ids` [T] are the prompt's tokens.
     """
@@ -139,14 +219,16 @@ class SuperWeightDetector:
             if found and found[-1].row == candidate.row and found[-1].token == candidate.token:
                 # What is left of a spike after its main weight went was never a spike of its own.
                 intact = next(w.output for w in found if w.row == candidate.row)
-                if abs(candidate.input * candidate.value) < MIN_EXPLAINED * abs(intact):
+                if abs(candidate.input * candidate.value) < MIN_SHARE * abs(intact):
                     break
             peak = float(residual[candidate.token, candidate.row])
             if abs(peak) < SPIKE_RATIO * float(residual.abs().median()):
                 break
-            found.append(replace(candidate, residual=peak))
             weight[candidate.row, candidate.column] = 0
-            activations = self._activations(number, layer, before.fork(1, number))[unit]
+            without = before.fork(1, number)
+            activations = self._activations(number, layer, without)[unit]
+            left = without.store.get(0, slice(0, 1), self.model.device)[0][candidate.token, candidate.row]
+            found.append(replace(candidate, residual=peak, residual_without=float(left)))
         weight.copy_(original)
         return found
 
@@ -163,25 +245,44 @@ class SuperWeightDetector:
             stream.forward(number, layer)
         return seen
 
-    def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
+    def finish(self) -> tuple[list[SuperWeight], list[SuperWeight]]:
         """(super weights, echoes): candidates whose spike persists, and those whose does not."""
-        published = published_coordinates(config)
         weights: list[SuperWeight] = []
         echoes: list[SuperWeight] = []
         for candidate, trace in zip(self.candidates, self.traces, strict=True):
             above = trace[1:]
-            held = sum(trace[0] / 2 <= value <= trace[0] * 2 for value in above)
+            held = sum(1 for _ in takewhile(lambda v, first=trace[0]: first / 2 <= v <= first * 2, above))
             persistence = held / len(above) if above else 0.0
             lasting = persistence >= MIN_PERSISTENCE and held >= MIN_DEPTH * len(self.model.layers)
-            entry = replace(
-                candidate,
-                persistence=persistence,
-                published=published.get((candidate.layer, candidate.row, candidate.column)),
-            )
+            entry = replace(candidate, persistence=persistence)
             # A layer that made the spike pushes the residual the way it points; one that undoes it pushes against.
             made = candidate.residual * candidate.output > 0
             (weights if lasting and made else echoes).append(entry)
         return weights, echoes
+
+
+def prompt_ids(tokenizer: Any, prompts: tuple[str, ...], calibration: torch.Tensor) -> list[torch.Tensor]:
+    """Token ids [T] of each prompt, without and with BOS where the tokenizer has one, and of the calibration's start."""
+    found = []
+    starts = [[], [tokenizer.bos_token_id]] if tokenizer.bos_token_id is not None else [[]]
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        found += [torch.tensor([*start, *ids]) for start in starts if start or ids]
+    found.append(calibration[0, : max(2, len(found[0]))].long())
+    return [ids for ids in found if len(ids) > 1]
+
+
+@torch.no_grad()
+def find_super_weights(
+    checkpoint: Checkpoint, prompts: list[torch.Tensor], options: RunOptions
+) -> list[SuperWeight]:
+    """Super weights of a checkpoint, in one forward walk of prompts (ids [T])."""
+    model = StreamedModel(checkpoint, options.device, options.dtype)
+    with model.outside():
+        detector = SuperWeightDetector(model, prompts)
+    for number, layer in model.walk(range(len(model.layers))):
+        detector.forward(number, layer)
+    return detector.finish(checkpoint.config)[0]
 
 
 def down_of(ffns: list[Ffn], unit: str) -> torch.Tensor:

@@ -71,7 +71,9 @@ def calibration_options(command: Command) -> Command:
             click.option("--blocks", default=64, show_default=True, help="Calibration blocks."),
             click.option("--block-size", default=512, show_default=True, help="Tokens in a block."),
             click.option("--seed", default=42, show_default=True, help="Which blocks are drawn."),
-            click.option("--prompt", help="Text that rides along to find super weights."),
+            click.option(
+                "--prompt", help="Text that rides along to find super weights, besides five of surgeon's."
+            ),
         ]
     ):
         command = option(command)

@@ -98,7 +98,7 @@ def make_index(
 
     from surgery.calibration import load_tokenizer, read_text, token_blocks
     from surgery.indexing import build_index
-    from surgery.super_weights import PROMPT
+    from surgery.super_weights import PROMPTS, prompt_ids
 
     if dry_run:
         from surgery.show import show_ffns
@@ -120,8 +120,10 @@ def make_index(
         click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
         return None
     say(f"Indexing {checkpoint.name} on {len(blocks.ids)} x {options['block_size']} tokens of {name}", quiet)
-    prompt_ids = torch.tensor(tokenizer(options["prompt"] or PROMPT)["input_ids"])
-    return build_index(checkpoint, blocks, prompt_ids, run, bars(quiet), second_order=second_order)
+    prompts = prompt_ids(
+        tokenizer, (*PROMPTS, *([options["prompt"]] if options["prompt"] else [])), blocks.ids
+    )
+    return build_index(checkpoint, blocks, prompts, run, bars(quiet), second_order=second_order)
 
 
 def evaluate(
