@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -106,7 +106,12 @@ class Restore:
         return 0
 
 
-Edit = Scale | Drop | DropLargest | Restore
+class Edit(Protocol):
+    """A change of the resident layer."""
+
+    def apply(self, ffns: list[Ffn], layer: nn.Module, /) -> int:
+        """Make it; returns how many scalars, channels or matrices that is."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from surgery.commands.evaluate import eval_command
 from surgery.commands.index import index, show
 from surgery.commands.prune import prune
 from surgery.commands.publish import card, push
+from surgery.commands.quantize import quantize
 from surgery.errors import SurgeonError
 
 
@@ -48,5 +49,5 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-for command in (index, show, prune, compare, eval_command, ablate, push, card):
+for command in (index, show, prune, compare, eval_command, ablate, quantize, push, card):
     main.add_command(command)

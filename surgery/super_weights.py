@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -251,7 +250,9 @@ class PromptDetector:
         echoes: list[SuperWeight] = []
         for candidate, trace in zip(self.candidates, self.traces, strict=True):
             above = trace[1:]
-            held = sum(1 for _ in takewhile(lambda v, first=trace[0]: first / 2 <= v <= first * 2, above))
+            held = 0
+            while held < len(above) and trace[0] / 2 <= above[held] <= trace[0] * 2:
+                held += 1
             persistence = held / len(above) if above else 0.0
             lasting = persistence >= MIN_PERSISTENCE and held >= MIN_DEPTH * len(self.model.layers)
             entry = replace(candidate, persistence=persistence)

@@ -149,7 +149,10 @@ def test_the_command_runs_every_experiment(
     assert rows["super weights x 1"]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows["super weights x 0"]["perplexity"] == rows["prune SW"]["perplexity"]
     assert {row["changed"] for row in rows.values() if row["group"] == "hit rate"} == {6 * 24}
-    assert rows["prune non-SW"]["changed"] in (5, 6)  # the largest of a layer, which in one may be the super weight
+    assert rows["prune non-SW"]["changed"] in (
+        5,
+        6,
+    )  # the largest of a layer, which in one may be the super weight
     for file in ("ablation.png", "scale.png", "hit_rate.png", "trace.png"):
         assert Path("result", file).read_bytes().startswith(b"\x89PNG")
     points = [point for point in fields["trace"]["points"] if point["layer"] == 1]

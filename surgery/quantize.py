@@ -1,0 +1,373 @@
+"""`surgeon quantize`: every linear of the decoder layers rounded to nearest, super weights kept; one tensor at a time.
+
+Two outputs. Simulated: the same tensors with rounded values, for tables and for any loader. Packed: integer codes in the
+compressed-tensors format, which transformers and vLLM load; it has no place for single scalars, so that the module of a
+super weight stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.calibration import TokenBlocks
+from surgery.checkpoint import Checkpoint
+from surgery.dense import run_observed
+from surgery.destination import complete_folder
+from surgery.devices import micro_batch
+from surgery.errors import UnsupportedModelError, UsageError
+from surgery.ffn import Ffn
+from surgery.gate import check_loads
+from surgery.index import Track, source_json, untracked
+from surgery.indexing import RunOptions, versions
+from surgery.prune import COPY_BYTES, MANIFEST
+from surgery.repair import token_weights
+from surgery.rounding import Scheme, choose_clip, held_out, round_to_nearest
+from surgery.skeleton import Skeleton
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
+from surgery.writer import ShardWriter, TensorSpec
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+HANDLINGS = ("restore", "module", "none")
+Places = dict[str, list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """Which stored tensors are rounded, how, and where super weights lie in them.
+
+    `tensors` are names of matrices; `whole` those of super weights' modules that stay as they are; `places` (row, column)
+    of super weights by tensor name; `handling` one of HANDLINGS; with `clipping` each matrix's z is chosen by error.
+    """
+
+    scheme: Scheme
+    tensors: tuple[str, ...]
+    whole: tuple[str, ...]
+    places: Places
+    handling: str
+    clipping: bool
+
+
+def plan_quantization(
+    skeleton: Skeleton,
+    weights: list[dict[str, Any]],
+    scheme: Scheme,
+    handling: str = "restore",
+    clipping: bool = False,
+) -> QuantizePlan:
+    """Every matrix of a linear in the decoder layers; norms, embeddings, routers and the head stay as they are.
+
+    `weights` are super weights (`layer`, `ffn`, `row`, `column`). Raises UnsupportedModelError for a model whose linears
+    are stored transposed.
+    """
+    if handling not in HANDLINGS:
+        raise UsageError("unknown handling of super weights", expected=", ".join(HANDLINGS), found=handling)
+    modules = dict(skeleton.model.named_modules())
+    names = []
+    for assemblies in skeleton.inside:
+        for assembly in assemblies:
+            owner = modules.get(assembly.targets[0].rpartition(".")[0])
+            if type(owner).__name__ == "Conv1D":
+                raise UnsupportedModelError(
+                    "linears stored transposed (Conv1D) are not quantised yet", where=skeleton.checkpoint.name
+                )
+            for stored in assembly.stored:
+                shape = skeleton.checkpoint.tensors[stored].shape
+                parts = stored.split(".")
+                if (
+                    len(shape) == 2
+                    and parts[-1] == "weight"
+                    and parts[-2] not in ROUTERS
+                    and "norm" not in parts[-2]
+                ):
+                    names.append(stored)
+    places: Places = {}
+    for weight in weights if handling != "none" else []:
+        name = stored_name(skeleton, weight)
+        if name in names and weight["column"] is not None:
+            places.setdefault(name, []).append((weight["row"], weight["column"]))
+    whole = tuple(sorted(places)) if handling == "module" else ()
+    kept = places if handling == "restore" else {}
+    return QuantizePlan(scheme, tuple(n for n in names if n not in whole), whole, kept, handling, clipping)
+
+
+def stored_name(skeleton: Skeleton, weight: dict[str, Any]) -> str:
+    """Name on disk of the down projection a super weight is in."""
+    layer, unit = weight["layer"], weight.get("ffn", "dense")
+    ffn = next(ffn for ffn in skeleton.ffns[layer] if unit in ffn.units)
+    target = f"{skeleton.layers_path}.{layer}.{ffn.site.down}" + ("" if ffn.stacked else ".weight")
+    assembly = next(a for a in skeleton.inside[layer] if target in a.targets)
+    stored: str = assembly.stored[ffn.units.index(unit) if len(assembly.stored) > 1 else 0]
+    return stored
+
+
+@torch.no_grad()
+def input_power(
+    checkpoint: Checkpoint, blocks: TokenBlocks, options: RunOptions, track: Track[Any] = untracked
+) -> dict[str, torch.Tensor]:
+    """Mean square of every linear's inputs over calibration tokens, [C] by module path; tokens weighted as in repair.
+
+    One forward pass, one layer resident.
+    """
+    model = StreamedModel(checkpoint, options.device, options.dtype)
+    step = micro_batch(blocks.ids.shape[1], options.device)
+    stream = TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=options.memory // 2)
+    found: dict[str, torch.Tensor] = {}
+    count = len(model.layers)
+    for number, layer in track(model.walk(range(count)), "inputs", count):
+        handles = []
+        for name, module in layer.named_modules():
+            if type(module).__name__ == "Linear":
+                key = f"{model.skeleton.layers_path}.{number}.{name}"
+
+                def keep(_: object, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
+                    x = inputs[0].float().flatten(0, -2)
+                    power = (x.square() * token_weights(x)[:, None]).sum(0).cpu()
+                    found[key] = found.get(key, torch.zeros_like(power)) + power
+
+                handles.append(module.register_forward_pre_hook(keep))
+        run_observed(stream, number, layer, lambda part, output, _: stream.store.put(0, part, output))
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rounded_tensor(
+    plan: QuantizePlan, name: str, tensor: torch.Tensor, power: dict[str, torch.Tensor]
+) -> tuple[Scheme, torch.Tensor]:
+    """The scheme a tensor was rounded with and its values afterwards."""
+    places = plan.places.get(name, [])
+    scheme = plan.scheme
+    if plan.clipping:
+        scheme = choose_clip(tensor, scheme, places, power.get(name.removesuffix(".weight")))
+    return scheme, held_out(tensor, scheme, places)[1]
+
+
+def write_quantized(
+    checkpoint: Checkpoint,
+    plan: QuantizePlan,
+    power: dict[str, torch.Tensor],
+    destination: Path,
+    *,
+    packed: bool,
+    weights: list[dict[str, Any]],
+    command: str | None = None,
+    track: Track[Any] = untracked,
+) -> dict[str, Any]:
+    """Write the quantised checkpoint, put it through the load gate, and return its manifest.
+
+    Raises UsageError for a plan that can't be packed, CheckpointError when the gate fails; nothing stays then.
+    """
+    if packed:
+        check_packable(plan)
+    chosen = set(plan.tensors)
+    specs = quantized_specs(checkpoint, plan, packed)
+    clips: dict[str, float | None] = {}
+    with complete_folder(destination) as folder:
+        with ShardWriter(folder, specs) as writer:
+            for entry in track(list(checkpoint.tensors.values()), "tensors", len(checkpoint.tensors)):
+                if entry.name not in chosen:
+                    for start in range(entry.start, entry.stop, COPY_BYTES):
+                        stop = min(start + COPY_BYTES, entry.stop)
+                        data = checkpoint.source.read(entry.file, start, stop)
+                        writer.write_bytes(entry.name, data, start - entry.start)
+                    continue
+                tensor = checkpoint.read(entry.name)
+                scheme, values = rounded_tensor(plan, entry.name, tensor, power)
+                clips[entry.name] = scheme.clip
+                if packed:
+                    for suffix, part in packed_tensors(tensor, scheme).items():
+                        writer.write(entry.name.removesuffix("weight") + suffix, part)
+                else:
+                    writer.write(entry.name, values.to(tensor.dtype))
+        manifest = {
+            "schema_version": 1,
+            "source": source_json(checkpoint),
+            "result": {"bytes": sum(spec.nbytes for spec in specs.values())},
+            "quantization": {
+                **asdict(plan.scheme),
+                "name": plan.scheme.name,
+                "packed": packed,
+                "matrices": len(plan.tensors),
+                "super_weights": plan.handling,
+                "modules_kept": list(plan.whole),
+                "clip_chosen": clips if plan.clipping else None,
+            },
+            "super_weights": weights,
+            "versions": versions(),
+            "command": command,
+        }
+        _carry_files(checkpoint, plan, folder, packed)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(quantized_card(manifest), encoding="utf-8")
+        if packed:
+            _check_packed_loads(folder)
+        else:
+            check_loads(folder)
+    return manifest
+
+
+@dataclass(frozen=True)
+class RoundMatrices:
+    """An edit for `ablation`: the resident layer's matrices rounded as `plan` says; `names` path in the layer -> on disk."""
+
+    plan: QuantizePlan
+    names: dict[str, str]
+    power: dict[str, torch.Tensor]
+    dtype: torch.dtype
+
+    def apply(self, _: list[Ffn], layer: nn.Module) -> int:
+        """Change the resident layer; returns how many matrices that is."""
+        for path, stored in self.names.items():
+            parameter = layer.get_parameter(path)
+            rounded = rounded_tensor(self.plan, stored, parameter.data.to(self.dtype), self.power)
+            parameter.data.copy_(rounded[1])
+        return len(self.names)
+
+
+def rounding_edits(
+    skeleton: Skeleton, plan: QuantizePlan, power: dict[str, torch.Tensor]
+) -> dict[int, list[Any]]:
+    """Edits that round every layer. Raises UnsupportedModelError where matrices are joined in memory (experts)."""
+    chosen, edits = set(plan.tensors), {}
+    for number, assemblies in enumerate(skeleton.inside):
+        prefix = f"{skeleton.layers_path}.{number}."
+        mine = [a for a in assemblies if chosen.intersection(a.stored)]
+        if any(len(a.stored) > 1 or len(a.targets) > 1 for a in mine):
+            raise UnsupportedModelError(
+                "experts joined in memory can't be compared without writing them",
+                where=skeleton.checkpoint.name,
+                next_step="quantise with --simulate, then `surgeon eval`",
+            )
+        names = {a.targets[0].removeprefix(prefix): a.stored[0] for a in mine}
+        dtype = skeleton.checkpoint.tensors[mine[0].stored[0]].dtype if mine else torch.float32
+        edits[number] = [RoundMatrices(plan, names, power, dtype)]
+    return edits
+
+
+def check_packable(plan: QuantizePlan) -> None:
+    """Raise UsageError for what the compressed-tensors format has no place for."""
+    if plan.scheme.granularity not in ("group", "channel"):
+        raise UsageError(
+            "packed checkpoints have a scale for each row or group",
+            where="--block-size, --per-tensor",
+            next_step="use --group-size or --per-channel, or --simulate",
+        )
+    if not plan.scheme.symmetric:
+        # compressed-tensors 0.20 packs zero points, but builds the model to load them into with unpacked ones
+        raise UsageError(
+            "packed zero points are not loaded by transformers yet",
+            where="--asymmetric",
+            next_step="leave it out, or use --simulate",
+        )
+    if plan.handling == "restore" and plan.places:
+        raise UsageError(
+            "the packed format has no place for single scalars",
+            where="--super-weights restore",
+            next_step="use --super-weights module, which leaves their matrices as they are, or --simulate",
+        )
+
+
+def quantized_specs(checkpoint: Checkpoint, plan: QuantizePlan, packed: bool) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor that will be written."""
+    chosen = set(plan.tensors)
+    specs = {}
+    for entry in checkpoint.tensors.values():
+        if not packed or entry.name not in chosen:
+            specs[entry.name] = TensorSpec(entry.dtype, tuple(entry.shape))
+            continue
+        example = packed_tensors(torch.zeros(entry.shape, dtype=entry.dtype), plan.scheme)
+        for suffix, part in example.items():
+            specs[entry.name.removesuffix("weight") + suffix] = TensorSpec(part.dtype, tuple(part.shape))
+    return specs
+
+
+def packed_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """The tensors compressed-tensors stores for one matrix [R, C], by the last part of their names."""
+    from compressed_tensors.compressors import pack_to_int32
+
+    rounded = round_to_nearest(weight, scheme)
+    rows, columns = weight.shape
+    return {
+        "weight_packed": pack_to_int32(rounded.codes.view(rows, columns), scheme.bits),
+        "weight_scale": rounded.scale.view(rows, -1),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
+    """`quantization_config` of config.json, as compressed-tensors reads it."""
+    scheme = plan.scheme
+    arguments: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "dynamic": False,
+    }
+    if scheme.granularity == "group":
+        arguments["group_size"] = scheme.size
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": arguments,
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head", *(name.removesuffix(".weight") for name in plan.whole)],
+    }
+
+
+def _carry_files(checkpoint: Checkpoint, plan: QuantizePlan, folder: Path, packed: bool) -> None:
+    """Copy every file that holds no weights; config.json says how they are packed."""
+    for file in checkpoint.other_files:
+        if file in ("README.md", MANIFEST) or file.endswith(".png"):
+            continue
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = bytes(checkpoint.source.read(file, 0, checkpoint.source.size(file)))
+        if file == "config.json" and packed:
+            config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
+            data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        target.write_bytes(data)
+
+
+def _check_packed_loads(folder: Path) -> None:
+    """Load with AutoModelForCausalLM and run one token: what is packed must unpack."""
+    from transformers import AutoModelForCausalLM
+
+    from surgery.errors import CheckpointError
+    from surgery.skeleton import quiet_transformers
+
+    try:
+        with quiet_transformers(), torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(str(folder))
+            logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            "the packed checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
+        ) from error
+    if not logits.isfinite().all():
+        raise CheckpointError("the packed model's logits are not finite", where=folder.name)
+
+
+def quantized_card(manifest: dict[str, Any]) -> str:
+    """A short model card: how weights were rounded, and what became of super weights."""
+    from importlib import resources
+
+    import jinja2
+
+    text = resources.files("cards").joinpath("quantized_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text).render(manifest=manifest)
