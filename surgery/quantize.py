@@ -109,11 +109,16 @@ def stored_name(skeleton: Skeleton, weight: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def input_power(
-    checkpoint: Checkpoint, blocks: TokenBlocks, options: RunOptions, track: Track[Any] = untracked
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    options: RunOptions,
+    track: Track[Any] = untracked,
+    *,
+    largest: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Mean square of every linear's inputs over calibration tokens, [C] by module path; tokens weighted as in repair.
+    """Sum of squares of every linear's inputs over calibration tokens, [C] by module path; tokens weighted as in repair.
 
-    One forward pass, one layer resident.
+    With `largest`, the largest |input| instead. One forward pass, one layer resident.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
@@ -128,6 +133,10 @@ def input_power(
 
                 def keep(_: object, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
                     x = inputs[0].float().flatten(0, -2)
+                    if largest:
+                        most = x.abs().amax(0).cpu()
+                        found[key] = torch.maximum(found.get(key, most), most)
+                        return
                     power = (x.square() * token_weights(x)[:, None]).sum(0).cpu()
                     found[key] = found.get(key, torch.zeros_like(power)) + power
 

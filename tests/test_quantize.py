@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import CALIBRATION
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from surgery.activations import round_tokens
 from surgery.errors import UsageError
 from surgery.rounding import CLIPS, Scheme, choose_clip, held_out, round_to_nearest
 
@@ -209,3 +210,48 @@ def test_comparison_equals_written_checkpoints(
         surgeon("quantize", str(source), "--simulate", "--per-tensor", *how, *CALIBRATION, "--out", folder)
         written = json.loads(surgeon("eval", folder, "--text", "text.txt", "--blocks", "2", "--json").stdout)
         assert rows[f"{name}: {way}"]["perplexity"] == pytest.approx(written["perplexity"], rel=2e-3)
+
+
+def test_rounded_activations_equal_the_formula_in_the_whole_model(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = planted(save_tiny("llama"))
+    text = ["--text", "text.txt", "--blocks", "2", "--block-size", "64", "--dtype", "float32", "--json"]
+    found = {
+        mode: json.loads(surgeon("eval", str(source), *text, *how).stdout)["perplexity"]
+        for mode, how in {
+            "plain": [],
+            "w8a8": ["--activations", "w8a8"],
+            "w8a8-sa": ["--activations", "w8a8-sa"],
+            "smoothquant": ["--activations", "smoothquant", "--calibration", "text.txt"],
+        }.items()
+    }
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for linear in [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]:
+            linear.weight.copy_(round_to_nearest(linear.weight, Scheme(8, False, "tensor")).dequantised())
+            linear.register_forward_pre_hook(lambda _, inputs: (by_token(inputs[0]),))
+        ids = AutoTokenizer.from_pretrained(source)(Path("text.txt").read_text())["input_ids"][:128]
+        blocks = torch.tensor(ids).view(2, 64)
+        logits = model(blocks, use_cache=False).logits[:, :-1]
+    nats = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), blocks[:, 1:].reshape(-1))
+    assert found["w8a8"] == pytest.approx(float(nats.exp()), rel=1e-3)
+    assert len({round(value, 4) for value in found.values()}) == 4
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    """256 levels from the least to the largest entry of each token."""
+    rows = []
+    for row in x.flatten(0, -2):
+        step = (row.max() - row.min()) / 255
+        rows.append(((row - row.min()) / step).round() * step + row.min())
+    return torch.stack(rows).view_as(x)
+
+
+def test_a_held_out_spike_leaves_the_rest_of_its_token_exact() -> None:
+    x = normal(3, 64)
+    x[1, 5] = -900.0
+    plain, held = round_tokens(x), round_tokens(x, hold_spikes=True)
+    assert held[1, 5] == -900.0 and torch.equal(plain[[0, 2]], held[[0, 2]])
+    others = torch.arange(64) != 5
+    assert (held - x)[1, others].abs().max() < 0.02 < (plain - x)[1, others].abs().max()

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.commands.options import common_options
-from surgery.commands.session import evaluate, local_path, open_model, run_options, say
+from surgery.commands.session import (
+    bars,
+    evaluate,
+    evaluation_blocks,
+    local_path,
+    open_model,
+    run_options,
+    say,
+)
 from surgery.errors import UsageError
 
+if TYPE_CHECKING:
+    from surgery.activations import ActivationRounding
+    from surgery.checkpoint import Checkpoint
+
+SMOOTHING_BLOCKS = 8
 DEFAULT_TEXT = "wikitext-test"
 
 
@@ -25,6 +38,18 @@ DEFAULT_TEXT = "wikitext-test"
 )
 @click.option("--blocks", type=int, help="Use only the first so many blocks. [default: all]")
 @click.option("--block-size", type=int, help="Tokens in a block. [default: 2048 or the context length]")
+@click.option(
+    "--activations",
+    type=click.Choice(("w8a8", "w8a8-sa", "smoothquant")),
+    help="Simulate 8-bit weights and activations: plainly, with super activations put back, or smoothed.",
+)
+@click.option(
+    "--calibration",
+    default="wikitext",
+    show_default=True,
+    metavar="FILE|DATASET",
+    help="With smoothquant: text to see the activations' size on.",
+)
 @click.option("--tasks", metavar="TASK,...", help="Run these lm-eval tasks too; takes the extra `tasks`.")
 @click.option("--fewshot", type=int, help="Examples in each prompt. [default: the task's own]")
 @click.option("--limit", type=int, help="Only the first so many examples of each task.")
@@ -45,6 +70,8 @@ def eval_command(
     text: str | None,
     blocks: int | None,
     block_size: int | None,
+    activations: str | None,
+    calibration: str,
     tasks: str | None,
     fewshot: int | None,
     limit: int | None,
@@ -62,7 +89,11 @@ def eval_command(
     checkpoint = open_model(model, options)
     result: dict[str, Any] = {}
     if text is not None or tasks is None:
-        result = evaluate(checkpoint, text or DEFAULT_TEXT, blocks, block_size, options, quiet)
+        edit = None
+        if activations is not None:
+            edit = activation_edit(checkpoint, activations, calibration, options, quiet)
+        result = evaluate(checkpoint, text or DEFAULT_TEXT, blocks, block_size, options, quiet, edit)
+        result |= {"activations": activations} if activations else {}
     if tasks is not None:
         if Path(model).suffix == ".gguf":
             raise UsageError("lm-eval is given folders and Hub models, not GGUF files", where=model)
@@ -88,6 +119,25 @@ def eval_command(
         click.echo(json.dumps(result, indent=1))
     else:
         show(result)
+
+
+def activation_edit(
+    checkpoint: Checkpoint, mode: str, calibration: str, options: dict[str, Any], quiet: bool
+) -> ActivationRounding:
+    """What rounds weights and activations; smoothquant looks at a few calibration blocks first."""
+    import torch
+
+    from surgery.activations import ActivationRounding
+    from surgery.calibration import read_text
+    from surgery.quantize import input_power
+    from surgery.skeleton import Skeleton
+
+    if mode != "smoothquant":
+        return ActivationRounding(mode)
+    blocks = evaluation_blocks(checkpoint, *read_text(calibration), SMOOTHING_BLOCKS, 512)
+    run = run_options(checkpoint, options)
+    largest = input_power(checkpoint, blocks, run, bars(quiet), largest=True)
+    return ActivationRounding(mode, Skeleton(checkpoint, torch.float32).layers_path, largest)
 
 
 def record_tasks(folder: Path, found: dict[str, Any]) -> None:

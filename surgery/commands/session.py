@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint
     from surgery.index import ChannelIndex
     from surgery.indexing import RunOptions
+    from surgery.stream import LayerEdit
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -133,13 +134,15 @@ def evaluate(
     block_size: int | None,
     options: dict[str, Any],
     quiet: bool,
+    edit: LayerEdit | None = None,
 ) -> dict[str, Any]:
-    """Perplexity on a text, as JSON fields."""
+    """Perplexity on a text, as JSON fields; `edit` may change each layer as it comes in."""
     from surgery.calibration import read_text
     from surgery.perplexity import measure_perplexity
 
     cut = evaluation_blocks(checkpoint, *read_text(text_spec), blocks, block_size)
-    return measure_perplexity(checkpoint, cut, run_options(checkpoint, options), track=bars(quiet)).as_json()
+    run = run_options(checkpoint, options)
+    return measure_perplexity(checkpoint, cut, run, edit=edit, track=bars(quiet)).as_json()
 
 
 def evaluation_blocks(

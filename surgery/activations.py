@@ -1,0 +1,86 @@
+"""Weights and activations in 8 bits, simulated for measuring (The Super Weight, section 4.1; SmoothQuant, arXiv 2211.10438).
+
+W8A8: every linear W of the decoder layers rounded with one scale (`rounding`), its input x rounded token by token, 8 bits,
+asymmetric. In `w8a8-sa` a token's super activation, an entry more than 100 times its median, is replaced by that median,
+x is rounded, and the entry is put back. In `smoothquant` channel j of x is divided by, and column j of W multiplied with,
+
+    s_j = max|x_j|^a / max|W_j|^(1 - a),   a = 0.85, as the paper has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from surgery.errors import UsageError
+from surgery.rounding import Scheme, round_to_nearest
+from surgery.super_weights import SPIKE_RATIO
+
+MODES = ("w8a8", "w8a8-sa", "smoothquant")
+ALPHA = 0.85
+STEPS = 255
+WEIGHTS = Scheme(8, False, "tensor")
+
+
+def round_tokens(x: torch.Tensor, hold_spikes: bool = False) -> torch.Tensor:
+    """x [..., C] rounded to 256 levels a token, from its minimum to its maximum; spikes held out where asked for."""
+    wide = x.float()
+    if hold_spikes:
+        magnitude = wide.abs()
+        peak, place = magnitude.max(-1, keepdim=True)
+        median = magnitude.median(-1, keepdim=True).values
+        spike = peak > SPIKE_RATIO * median
+        spikes = wide.gather(-1, place)
+        wide = wide.scatter(-1, place, torch.where(spike, median * spikes.sign(), spikes))
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    scale = ((high - low) / STEPS).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = ((wide - low) / scale).round() * scale + low
+    if hold_spikes:
+        rounded = rounded.scatter(-1, place, torch.where(spike, spikes, rounded.gather(-1, place)))
+    return rounded.to(x.dtype)
+
+
+def smoothing(weight: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """s [C] of one linear W [R, C], from the largest |x_j| seen on calibration text."""
+    tiny = torch.finfo(torch.float32).tiny
+    columns = weight.float().abs().amax(0).clamp_min(tiny)
+    return (largest.to(columns).clamp_min(tiny) ** ALPHA / columns ** (1 - ALPHA)).clamp(1e-5, 1e5)
+
+
+class ActivationRounding:
+    """A layer edit for `measure_perplexity`: rounds the resident layer's linears, and from then on what enters them.
+
+    `largest` are max |x_j| [C] by module path, which smoothquant needs. Raises UsageError for an unknown mode.
+    """
+
+    def __init__(
+        self, mode: str, layers_path: str = "", largest: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        if mode not in MODES:
+            raise UsageError("unknown mode", where="--activations", expected=", ".join(MODES), found=mode)
+        self.mode = mode
+        self.layers_path = layers_path
+        self.largest = largest or {}
+
+    def __call__(self, number: int, layer: nn.Module) -> None:
+        """Edit the resident layer."""
+        for name, module in layer.named_modules():
+            if type(module).__name__ != "Linear":
+                continue
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            scale = None
+            if self.mode == "smoothquant":
+                scale = smoothing(weight.data, self.largest[f"{self.layers_path}.{number}.{name}"])
+            wide = weight.data if scale is None else (weight.data.float() * scale).to(weight.dtype)
+            weight.data.copy_(round_to_nearest(wide, WEIGHTS).dequantised())
+            module.register_forward_pre_hook(self._hook(scale))
+
+    def _hook(self, scale: torch.Tensor | None) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def enter(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x = inputs[0] if scale is None else inputs[0] / scale.to(inputs[0].dtype)
+            return (round_tokens(x, self.mode == "w8a8-sa"), *inputs[1:])
+
+        return enter
