@@ -28,8 +28,14 @@ POOL = 32  # channels looked at together in the greedy search
 STEP = 1 + 2**-20  # makes equal costs differ, so that float32 keeps the order
 
 
-def damped(moment: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """C + damping * mean(diag C) * I."""
+def damped(moment: torch.Tensor, damping: float = DAMPING, relative: bool = False) -> torch.Tensor:
+    """C + damping * mean(diag C) * I, as OBS codes have it; when `relative`, C + damping * diag C.
+
+    One channel with activations of thousands makes the mean so large that every other channel's [C^-1]_jj is the same.
+    """
+    if relative:
+        power = moment.diagonal()
+        return moment + (damping * power.clamp_min(power.max() * 1e-12)).diag()
     lift = damping * moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
     return moment + lift * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
@@ -54,7 +60,10 @@ def unexplained(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def removal_costs(
-    weight: torch.Tensor, moment: torch.Tensor, output_moment: torch.Tensor | None = None
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    output_moment: torch.Tensor | None = None,
+    relative: bool = False,
 ) -> torch.Tensor:
     """What each channel costs when it goes, [F], rising in the order in which greedy optimal brain surgery removes them.
 
@@ -63,7 +72,7 @@ def removal_costs(
     Exact inside a pool of the lowest scores, half of which go before all others are brought up to date. Costs are made
     to rise strictly, by a millionth where they would not, so that sorting them gives the order back. C is damped.
     """
-    inverse = torch.linalg.inv(damped(moment))
+    inverse = torch.linalg.inv(damped(moment, relative=relative))
     product = quadratic(weight.to(inverse), None if output_moment is None else output_moment.to(inverse))
     alive = torch.arange(len(inverse), device=inverse.device)
     costs = torch.zeros(len(inverse), dtype=inverse.dtype, device=inverse.device)
@@ -162,7 +171,7 @@ class FfnMoments:
         aware = weighted - torch.outer(centre, centre) if centred else weighted
         return {
             "obs": removal_costs(wide, plain),
-            "obs_loss": removal_costs(wide, aware, self.outputs / self.tokens),
+            "obs_loss": removal_costs(wide, aware, self.outputs / self.tokens, relative=True),
             "unexplained": unexplained(plain - torch.outer(mean, mean)),
         }
 

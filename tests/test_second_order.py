@@ -57,6 +57,17 @@ def test_downdating_equals_a_fresh_inverse_and_a_fresh_fit(loss_aware: bool) -> 
     assert order == costs.float().argsort().tolist()
 
 
+def test_one_huge_channel_does_not_hide_the_others_from_relative_damping() -> None:
+    u, weight = normal(500, 20), normal(6, 20)
+    u[:, 4] *= 1e4
+    weight /= weight.norm(dim=0)
+    u[:, 7] *= 0.01
+    lost = removal_costs(weight, second_moment(u))
+    found = removal_costs(weight, second_moment(u), relative=True)
+    assert int(found.argmin()) == 7 and found[7] < 0.01 * found.median()
+    assert lost[7] > 0.5 * lost.median()
+
+
 def test_a_copy_goes_first_and_its_original_does_not() -> None:
     u, weight = normal(500, 40), normal(6, 40)
     u[:, 7] = u[:, 3]
@@ -138,7 +149,9 @@ def test_statistics_equal_full_model_autograd(second_order_index: Callable[[str]
     shares = g.square().sum(1) / g.square().sum()
     weighted = u.T @ (u * shares[:, None])
     assert torch.allclose(
-        found["obs_loss"].double(), removal_costs(weight, weighted, second_moment(g)), rtol=1e-3
+        found["obs_loss"].double(),
+        removal_costs(weight, weighted, second_moment(g), relative=True),
+        rtol=1e-3,
     )
     assert DAMPING == 1e-2
 
