@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,10 @@ from surgery.allocation import allocate, ranking, score_damage, standardised
 from surgery.errors import PlanError
 from surgery.importance import METHODS
 from surgery.index import ChannelIndex, FfnIndex
+from surgery.widths import WidthChange, default_multiple, deployability, width_changes
 
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 ALLOCATIONS = ("uniform", "global", "score")
 REPAIRS = ("none", "bias", "lstsq", "lstsq-acc")
-GROUP_SIZES = (32, 64, 128, 256)
-NARROW_MODEL = 4096
 
 
 @dataclass(frozen=True)
@@ -80,24 +77,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class WidthChange:
-    """A config key that holds a width, before and after; `per_layer` where layers differ (None: no such FFN there).
-
-    `after` is then the widest layer's.
-    """
-
-    key: str
-    before: int
-    after: int
-    per_layer: tuple[int | None, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry of `plan.widths`."""
-        fields: dict[str, Any] = {"before": self.before, "after": self.after}
-        return {**fields, "per_layer": list(self.per_layer)} if self.per_layer else fields
-
-
-@dataclass(frozen=True)
 class ResizePlan:
     """The cut of a whole model. `widths` are its config keys, the one with most channels first."""
 
@@ -157,38 +136,6 @@ class ResizePlan:
             "divides": deployability(self.width_after),
             "layers": [layer.as_json() for layer in self.layers],
         }
-
-
-def rounded_width(width: int, sparsity: float, multiple_of: int) -> int:
-    """Channels to keep: (1 - sparsity) * width to the nearest multiple; the whole width where sparsity is 0.
-
-    Raises PlanError for a sparsity outside [0, 1), a width that rounds to zero, or a cut that rounds to nothing.
-    """
-    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise PlanError(
-            "sparsity out of range", where="--sparsity", expected="0 <= sparsity < 1", found=str(sparsity)
-        )
-    if multiple_of < 1:
-        raise PlanError("not a multiple", where="--multiple-of", expected="1 or more", found=str(multiple_of))
-    if sparsity == 0:
-        return width
-    kept = round((1 - sparsity) * width / multiple_of) * multiple_of
-    smaller = f"use a smaller --multiple-of (now {multiple_of}) or --intermediate-size"
-    if kept < 1:
-        raise PlanError("the width would be zero", expected="at least one channel", next_step=smaller)
-    if kept >= width:
-        raise PlanError(
-            f"rounding to a multiple of {multiple_of} removes nothing",
-            expected=f"a width below {width}",
-            found=f"{kept} at sparsity {sparsity}",
-            next_step=smaller,
-        )
-    return kept
-
-
-def default_multiple(width: int) -> int:
-    """128, or 64 where the FFN is narrower than 4096 (design.md, Widths)."""
-    return 128 if width >= NARROW_MODEL else 64
 
 
 def make_plan(
@@ -333,38 +280,6 @@ def keep_orders(
     return orders
 
 
-def width_changes(
-    widths: dict[str, int], sparsity: float | None, width: int | None, multiple_of: int | None
-) -> tuple[WidthChange, ...]:
-    """The new width of every config key in `widths`. Raises PlanError where nothing would be removed, or too much."""
-    if width is not None:
-        if len(widths) > 1:
-            raise PlanError(
-                "this model has several FFN widths, so that one number does not say what to keep",
-                where="--intermediate-size",
-                found=", ".join(f"{key} {value}" for key, value in widths.items()),
-                next_step="use --sparsity",
-            )
-        key, before = next(iter(widths.items()))
-        if not 1 <= width <= before:
-            raise PlanError(
-                "width out of range", where="--intermediate-size", expected=f"1 to {before}", found=str(width)
-            )
-        return (WidthChange(key, before, width),)
-    assert sparsity is not None
-    changes, refusal = [], None
-    for key, before in widths.items():
-        multiple = default_multiple(before) if multiple_of is None else multiple_of
-        try:
-            changes.append(WidthChange(key, before, rounded_width(before, sparsity, multiple)))
-        except PlanError as error:
-            refusal = error
-            changes.append(WidthChange(key, before, before))
-    if refusal is not None and all(change.after == change.before for change in changes):
-        raise refusal
-    return tuple(changes)
-
-
 def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, where: str) -> FfnPlan:
     """Which `count` channels of one FFN stay."""
     if len(draft.protected) > count:
@@ -409,11 +324,3 @@ def _moved(index: ChannelIndex, layers: list[LayerPlan]) -> list[dict[str, Any]]
         new = int(place[0]) if len(place) else None
         moved.append({**weight.as_json(), "column_before": weight.column, "column": new})
     return moved
-
-
-def deployability(width: int) -> dict[str, list[int]]:
-    """Quantisation group size -> tensor-parallel sizes whose product with it divides the width."""
-    return {
-        str(group): [size for size in TENSOR_PARALLEL_SIZES if width % (size * group) == 0]
-        for group in GROUP_SIZES
-    }

@@ -25,9 +25,10 @@ from surgery.ffn import Ffn
 from surgery.gate import check_loads
 from surgery.index import Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
+from surgery.packing import check_packable, check_packed_loads, packed_tensors, quantization_config
 from surgery.prune import COPY_BYTES, MANIFEST
 from surgery.repair import token_weights
-from surgery.rounding import Scheme, choose_clip, held_out, round_to_nearest
+from surgery.rounding import Scheme, choose_clip, held_out
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
@@ -216,7 +217,7 @@ def write_quantized(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(quantized_card(manifest), encoding="utf-8")
         if packed:
-            _check_packed_loads(folder)
+            check_packed_loads(folder)
         else:
             check_loads(folder)
     return manifest
@@ -260,29 +261,6 @@ def rounding_edits(
     return edits
 
 
-def check_packable(plan: QuantizePlan) -> None:
-    """Raise UsageError for what the compressed-tensors format has no place for."""
-    if plan.scheme.granularity not in ("group", "channel"):
-        raise UsageError(
-            "packed checkpoints have a scale for each row or group",
-            where="--block-size, --per-tensor",
-            next_step="use --group-size or --per-channel, or --simulate",
-        )
-    if not plan.scheme.symmetric:
-        # compressed-tensors 0.20 packs zero points, but builds the model to load them into with unpacked ones
-        raise UsageError(
-            "packed zero points are not loaded by transformers yet",
-            where="--asymmetric",
-            next_step="leave it out, or use --simulate",
-        )
-    if plan.handling == "restore" and plan.places:
-        raise UsageError(
-            "the packed format has no place for single scalars",
-            where="--super-weights restore",
-            next_step="use --super-weights module, which leaves their matrices as they are, or --simulate",
-        )
-
-
 def quantized_specs(checkpoint: Checkpoint, plan: QuantizePlan, packed: bool) -> dict[str, TensorSpec]:
     """Dtype and shape of every tensor that will be written."""
     chosen = set(plan.tensors)
@@ -297,47 +275,6 @@ def quantized_specs(checkpoint: Checkpoint, plan: QuantizePlan, packed: bool) ->
     return specs
 
 
-def packed_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The tensors compressed-tensors stores for one matrix [R, C], by the last part of their names."""
-    from compressed_tensors.compressors import pack_to_int32
-
-    rounded = round_to_nearest(weight, scheme)
-    rows, columns = weight.shape
-    return {
-        "weight_packed": pack_to_int32(rounded.codes.view(rows, columns), scheme.bits),
-        "weight_scale": rounded.scale.view(rows, -1),
-        "weight_shape": torch.tensor([rows, columns]),
-    }
-
-
-def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
-    """`quantization_config` of config.json, as compressed-tensors reads it."""
-    scheme = plan.scheme
-    arguments: dict[str, Any] = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": scheme.granularity,
-        "dynamic": False,
-    }
-    if scheme.granularity == "group":
-        arguments["group_size"] = scheme.size
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": arguments,
-                "input_activations": None,
-                "output_activations": None,
-            }
-        },
-        "ignore": ["lm_head", *(name.removesuffix(".weight") for name in plan.whole)],
-    }
-
-
 def _carry_files(checkpoint: Checkpoint, plan: QuantizePlan, folder: Path, packed: bool) -> None:
     """Copy every file that holds no weights; config.json says how they are packed."""
     for file in checkpoint.other_files:
@@ -350,25 +287,6 @@ def _carry_files(checkpoint: Checkpoint, plan: QuantizePlan, folder: Path, packe
             config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         target.write_bytes(data)
-
-
-def _check_packed_loads(folder: Path) -> None:
-    """Load with AutoModelForCausalLM and run one token: what is packed must unpack."""
-    from transformers import AutoModelForCausalLM
-
-    from surgery.errors import CheckpointError
-    from surgery.skeleton import quiet_transformers
-
-    try:
-        with quiet_transformers(), torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(str(folder))
-            logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            "the packed checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
-        ) from error
-    if not logits.isfinite().all():
-        raise CheckpointError("the packed model's logits are not finite", where=folder.name)
 
 
 def quantized_card(manifest: dict[str, Any]) -> str:

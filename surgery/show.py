@@ -27,7 +27,7 @@ def bar(share: float) -> str:
     return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
 
 
-def _table(headings: tuple[str, ...], left: tuple[str, ...] = ()) -> Table:
+def bare_table(headings: tuple[str, ...], left: tuple[str, ...] = ()) -> Table:
     """An empty table without lines; columns are flush right but for those in `left`."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in headings:
@@ -53,7 +53,7 @@ def show_index(index: ChannelIndex, console: Console) -> None:
         f"\nShare of a layer's loss proxy held by its top 1% of channels (supernodes): median "
         f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
     )
-    table = _table(
+    table = bare_table(
         ("layer", "top 1% holds", "", "of them also top by activation", "by weight norm"), left=("",)
     )
     for number, layer in enumerate(fields["layers"]):
@@ -147,7 +147,7 @@ def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -
     console.print(
         f"[bold]{fields['model']}[/bold], the share of a layer's loss proxy held by its top 1% of channels"
     )
-    table = _table(
+    table = bare_table(
         (
             "index",
             "perplexity",
@@ -162,7 +162,7 @@ def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -
     for row in fields["indexes"]:
         table.add_row(
             row["name"],
-            _short(row["perplexity"]),
+            short_number(row["perplexity"]),
             *(f"{100 * row[key]:.1f}%" for key in ("lp_share_median", "lp_share_min", "lp_share_max")),
             f"{100 * row['supernodes_shared']:.0f}%",
             ", ".join(f"{layer} \\[{r}, {c}]" for layer, r, c in row["super_weights"]) or "none",
@@ -175,7 +175,7 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
         console.print(f"\n{title}: none found")
         return
     console.print(f"\n{title}:")
-    table = _table(
+    table = bare_table(
         (
             "layer",
             "row",
@@ -191,7 +191,7 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
     for entry in entries:
         effect = entry["ablation"]
         without = (
-            f"{effect['perplexity']:.1f} → {_short(effect['perplexity_without'])} (x{_short(effect['factor'])})"
+            f"{effect['perplexity']:.1f} → {short_number(effect['perplexity_without'])} (x{short_number(effect['factor'])})"
             if effect
             else "not measured"
         )
@@ -214,13 +214,13 @@ def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -
             )
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     return f"{value:.2g}" if value >= 1e5 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def show_rows(rows: list[Row], console: Console) -> None:
     """Print a comparison, one line a cut and text."""
-    table = _table(
+    table = bare_table(
         (
             "method",
             "repair",
@@ -242,63 +242,13 @@ def show_rows(rows: list[Row], console: Console) -> None:
             row.allocation,
             f"{100 * row.sparsity:.0f}%",
             row.text,
-            _short(row.perplexity),
+            short_number(row.perplexity),
             f"{row.bits_per_byte:.3f}",
             f"{row.kl:.3f}",
             f"{row.parameters / 1e6:,.1f} M",
             f"{row.seconds:.0f}",
         )
     console.print(table)
-
-
-def show_outcomes(fields: dict[str, Any], console: Console) -> None:
-    """Print what `surgeon ablate` measured: conditions, the super activation's trace, next words."""
-    table = _table(("condition", "changed", "perplexity", "factor", "bits/byte", "KL"), left=("condition",))
-    for row in fields["conditions"]:
-        table.add_row(
-            row["condition"],
-            f"{row['changed']:,}",
-            _short(row["perplexity"]),
-            f"x{row['factor']:.3g}",
-            f"{row['bits_per_byte']:.3f}",
-            f"{row['kl']:.4f}",
-        )
-    console.print(table)
-    console.print(f"{fields['conditions'][0]['tokens']:,} predicted tokens of {fields['text']['name']}")
-    if "trace" in fields:
-        _show_trace(fields["trace"], console)
-    if "stop_words" in fields:
-        _show_stop_words(fields["stop_words"], console)
-
-
-def _show_trace(trace: dict[str, Any], console: Console) -> None:
-    place = trace["weight"]
-    console.print(
-        f"Hidden state at the spike of layer {place['layer']} [{place['row']}, {place['column']}], over prompts: with → without"
-    )
-    for layer in sorted({point["layer"] for point in trace["points"]}):
-        here = [point for point in trace["points"] if point["layer"] == layer]
-        if layer < place["layer"]:
-            continue
-        whole = "  ".join(f"{p['followed']:>9,.1f} → {p['followed_without']:<9,.1f}" for p in here)
-        console.print(f"  layer {layer:>3}  {whole}")
-
-
-def _show_stop_words(found: dict[str, Any], console: Console) -> None:
-    console.print(
-        f"Next token over {found['prompts']} prompts; function words ({found['qualified']} of {found['listed']} are one "
-        f"token): {100 * found['mass']:.1f}% → {100 * found['mass_without']:.1f}% without super weights"
-    )
-    table = _table(("token", "with", "without", "ratio"), left=("token",))
-    for text, whole, without in found["tokens"][:10]:
-        ratio = f"x{without / whole:.2f}" if whole > 0 else "-"
-        table.add_row(repr(text), f"{100 * whole:.2f}%", f"{100 * without:.2f}%", ratio)
-    console.print(table)
-    said = max(found["example"], key=lambda row: row[1])
-    then = max(found["example"], key=lambda row: row[2])
-    console.print(
-        f"“Summer is hot. Winter is” → {said[0]!r} ({100 * said[1]:.1f}%); without: {then[0]!r} ({100 * then[2]:.1f}%)"
-    )
 
 
 def width_text(plan: ResizePlan) -> str:

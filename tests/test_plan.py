@@ -8,8 +8,9 @@ import torch
 from surgery import halo, importance
 from surgery.errors import PlanError
 from surgery.index import STATISTICS, ChannelIndex, FfnIndex, LayerIndex
-from surgery.plan import deployability, keep_highest, make_plan, rounded_width
+from surgery.plan import keep_highest, make_plan
 from surgery.super_weights import SuperWeight
+from surgery.widths import deployability, rounded_width
 
 
 def random_index(seed: int, width: int = 64, layers: int = 3) -> ChannelIndex:

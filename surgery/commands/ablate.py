@@ -112,7 +112,7 @@ def ablate(
     from surgery.destination import check_destination, complete_folder
     from surgery.experiments import conditions_for
     from surgery.plots import save_ablations
-    from surgery.show import show_outcomes
+    from surgery.show_ablation import show_outcomes
 
     checkpoint = open_model(model, options)
     folder = out or Path(f"{checkpoint.name.split('/')[-1]}-ablation")

@@ -121,8 +121,8 @@ def compare(
     from surgery.calibration import read_text
     from surgery.compare import Comparison, save_rows
     from surgery.destination import check_destination, complete_folder
-    from surgery.plan import width_changes
     from surgery.show import show_rows
+    from surgery.widths import width_changes
 
     checkpoint = open_model(model, options)
     widths = prunable_skeleton(checkpoint).widths()

@@ -206,7 +206,7 @@ def check_size_options(options: dict[str, Any]) -> None:
 
 def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
     """Refuse a model or a width that can't be cut before anything is computed; returns the model's skeleton."""
-    from surgery.plan import width_changes
+    from surgery.widths import width_changes
 
     skeleton = prunable_skeleton(checkpoint)
     width_changes(

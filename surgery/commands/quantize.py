@@ -112,8 +112,8 @@ def quantize(
     surgeon quantize org/name --bits 4 --group-size 128 --out name-int4
     """
     from surgery.destination import check_destination
+    from surgery.packing import check_packable
     from surgery.quantize import (
-        check_packable,
         input_power,
         plan_quantization,
         quantized_specs,
@@ -273,7 +273,7 @@ def save_comparison(folder: Path, fields: dict[str, Any], as_json: bool, quiet: 
     """Write and print a comparison."""
     from surgery.destination import complete_folder
     from surgery.plots import save_ablations
-    from surgery.show import show_outcomes
+    from surgery.show_ablation import show_outcomes
 
     with complete_folder(folder) as partial:
         text = json.dumps(fields, indent=1) + "\n"
