@@ -87,6 +87,11 @@ def test_catalogue_has_sources_and_the_misprint() -> None:
     llama = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008}
     assert (1, 2533, 7890) in published_coordinates({**llama, "max_position_embeddings": 4096})
     assert (2, 3968, 7003) in published_coordinates({**llama, "max_position_embeddings": 2048})
+    assert (
+        len(catalogue["models"]) == 24
+        and sum(len(entry["coordinates"]) for entry in catalogue["models"]) == 45
+    )
+    assert all(entry["coordinates"] or "note" in entry for entry in catalogue["models"])
 
 
 PLANTS = {
