@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def check_packable(plan: QuantizePlan) -> None:
-    """Raise UsageError for what the compressed-tensors format has no place for."""
+    """Raise UsageError for what the compressed-tensors format has no place for, or where its library is not there."""
+    if find_spec("compressed_tensors") is None:
+        raise UsageError(
+            "packed checkpoints are written with compressed-tensors, which is not installed",
+            next_step="pip install 'surgeon[packed]', or use --simulate",
+        )
     if plan.scheme.granularity not in ("group", "channel"):
         raise UsageError(
             "packed checkpoints have a scale for each row or group",
@@ -51,18 +57,21 @@ def packed_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tens
     }
 
 
-def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
-    """`quantization_config` of config.json, as compressed-tensors reads it."""
-    scheme = plan.scheme
-    arguments: dict[str, Any] = {
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """compressed-tensors' arguments of a scheme."""
+    found: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
         "strategy": scheme.granularity,
         "dynamic": False,
     }
-    if scheme.granularity == "group":
-        arguments["group_size"] = scheme.size
+    return found | ({"group_size": scheme.size} if scheme.granularity == "group" else {})
+
+
+def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
+    """`quantization_config` of config.json, as compressed-tensors reads it."""
+    arguments = weight_arguments(plan.scheme)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -79,17 +88,44 @@ def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
     }
 
 
-def check_packed_loads(folder: Path) -> None:
-    """Load with AutoModelForCausalLM and run one token: what is packed must unpack."""
-    from transformers import AutoModelForCausalLM
+def check_unpacks(parts: dict[str, torch.Tensor], scheme: Scheme, expected: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError unless compressed-tensors' own unpacking gives the rounded values `expected` back."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
 
+    reader = QuantizationScheme(targets=["Linear"], weights=weight_arguments(scheme))
+    found = PackedQuantizationCompressor.decompress(parts, reader)["weight"]
+    if not torch.equal(found, expected):
+        raise CheckpointError(
+            "packed codes do not unpack to the rounded weights",
+            where=name,
+            next_step="report this: it is a fault of surgeon's",
+        )
+
+
+def check_packed_loads(folder: Path) -> None:
+    """Raise CheckpointError unless AutoModelForCausalLM takes every packed tensor and wants no other; no weight is read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        with quiet_transformers(), torch.no_grad():
-            model = AutoModelForCausalLM.from_pretrained(str(folder))
-            logits = model(torch.tensor([[0, 1]]), use_cache=False).logits
+        with quiet_transformers():
+            _, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), device_map="meta", output_loading_info=True, dtype="auto"
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(
             "the packed checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
         ) from error
-    if not logits.isfinite().all():
-        raise CheckpointError("the packed model's logits are not finite", where=folder.name)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    wrong = [kind for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
+    if wrong:
+        raise CheckpointError(
+            f"the packed checkpoint does not load cleanly: {wrong[0]}",
+            where=folder.name,
+            found=str(sorted(info[wrong[0]], key=str)[:3]),
+        )

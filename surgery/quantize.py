@@ -25,7 +25,13 @@ from surgery.ffn import Ffn
 from surgery.gate import check_loads
 from surgery.index import Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
-from surgery.packing import check_packable, check_packed_loads, packed_tensors, quantization_config
+from surgery.packing import (
+    check_packable,
+    check_packed_loads,
+    check_unpacks,
+    packed_tensors,
+    quantization_config,
+)
 from surgery.prune import COPY_BYTES, MANIFEST
 from surgery.repair import token_weights
 from surgery.rounding import Scheme, choose_clip, held_out
@@ -192,7 +198,9 @@ def write_quantized(
                 scheme, values = rounded_tensor(plan, entry.name, tensor, power)
                 clips[entry.name] = scheme.clip
                 if packed:
-                    for suffix, part in packed_tensors(tensor, scheme).items():
+                    parts = packed_tensors(tensor, scheme)
+                    check_unpacks(parts, scheme, values, entry.name)
+                    for suffix, part in parts.items():
                         writer.write(entry.name.removesuffix("weight") + suffix, part)
                 else:
                     writer.write(entry.name, values.to(tensor.dtype))
