@@ -177,9 +177,25 @@ class _Cut:
 
 
 def save_rows(rows: list[Row], folder: Path) -> None:
-    """Write compare.csv and compare.png into an existing folder."""
+    """Write compare.csv, compare.md and compare.png into an existing folder."""
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(Row.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    (folder / "compare.md").write_text(markdown(rows), encoding="utf-8")
     save_comparison(folder / "compare.png", rows)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as a Markdown table: a line a cut, a column of perplexities a text; KL is of the first text."""
+    texts = list(dict.fromkeys(row.text for row in rows))
+    headings = ["method", "repair", "allocation", "removed", *texts, "KL", "parameters", "seconds"]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    for place in range(0, len(rows), len(texts)):
+        cut = rows[place : place + len(texts)]
+        first = cut[0]
+        cells = [first.method, first.repair, first.allocation, f"{100 * first.sparsity:.0f}%"]
+        cells += [f"{row.perplexity:.1f}" for row in cut]
+        cells += [f"{first.kl:.3f}", f"{first.parameters / 1e6:.1f} M", f"{first.seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -36,6 +36,8 @@ def test_rows_equal_written_checkpoints(save_tiny: Callable[..., Path], surgeon:
         assert row["bits_per_byte"] == pytest.approx(written["bits_per_byte"], rel=1e-5)
     with (source.parent / "table" / "compare.csv").open() as handle:
         assert [line["repair"] for line in csv.DictReader(handle)] == [row["repair"] for row in rows]
+    table = (source.parent / "table" / "compare.md").read_text().splitlines()
+    assert len(table) == 2 + len(rows) and f"| {rows[1]['perplexity']:.1f} |" in table[3]
     assert (source.parent / "table" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "lstsq-acc" in shown
 
