@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -13,24 +14,35 @@ class HiddenStore:
 
     `shape` is (slots, N, T, D). When the whole takes more than `host_bytes` it is a memory-mapped temporary file
     (in TMPDIR), whose pages the operating system writes out as memory runs short; the file has no name, so that it
-    vanishes with the process however that ends.
+    vanishes with the process however that ends. With `path` it is a file of that name, whose content is kept, so that
+    a run can be taken up again.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, host_bytes: int | None, folder: str | None = None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        host_bytes: int | None,
+        folder: str | None = None,
+        path: Path | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.nbytes = torch.Size(shape).numel() * dtype.itemsize
-        self.spilled = host_bytes is not None and self.nbytes > host_bytes
-        if self.spilled:
-            handle, path = tempfile.mkstemp(prefix="surgeon-hidden-", dir=folder)
+        self.spilled = path is not None or (host_bytes is not None and self.nbytes > host_bytes)
+        if path is not None:
+            with path.open("ab") as handle:
+                handle.truncate(self.nbytes)
+            flat = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+            self._data = flat.view(shape)
+        elif self.spilled:
+            number, name = tempfile.mkstemp(prefix="surgeon-hidden-", dir=folder)
             try:
-                os.ftruncate(handle, self.nbytes)
-                flat = torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
+                os.ftruncate(number, self.nbytes)
+                flat = torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             finally:
-                os.close(handle)
-                os.unlink(path)  # noqa: PTH108 (the name came from mkstemp as a string)
+                os.close(number)
+                os.unlink(name)  # noqa: PTH108 (the name came from mkstemp as a string)
             self._data = flat.view(shape)
         else:
             self._data = torch.empty(shape, dtype=dtype)

@@ -212,7 +212,7 @@ class ChannelIndex:
         """Write index.json and index.safetensors into an existing folder."""
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
-            tensors |= _layer_tensors(number, layer)
+            tensors |= layer_tensors(number, layer)
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
         text = json.dumps(self.as_json(), indent=1, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
@@ -234,7 +234,7 @@ class ChannelIndex:
                 )
             tokens = fields["calibration"]["tokens"]
             layers = [
-                _layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
+                layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
             ]
             return cls(
                 source=fields["source"],
@@ -269,7 +269,7 @@ class ChannelIndex:
             )
 
 
-def _layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
+def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     """Tensors of one layer as stored: `layers.{i}.{name}`, and of a shared FFN `layers.{i}.shared.{name}`."""
     groups = {"": layer.statistics} if layer.ffns else {}
     if layer.experts:
@@ -281,10 +281,10 @@ def _layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     }
 
 
-def _layer_from(
+def layer_from(
     number: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor], tokens: int
 ) -> LayerIndex:
-    """Inverse of `_layer_tensors` and `LayerIndex.summary`."""
+    """Inverse of `layer_tensors` and `LayerIndex.summary`."""
 
     def load(prefix: str, place: int | None = None) -> dict[str, torch.Tensor]:
         stem = f"layers.{number}.{prefix}"

@@ -16,7 +16,17 @@ from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
 from surgery.errors import NumericsError
 from surgery.ffn import Ffn
-from surgery.index import ChannelIndex, FfnIndex, LayerIndex, Track, source_json, untracked
+from surgery.index import (
+    ChannelIndex,
+    FfnIndex,
+    LayerIndex,
+    Track,
+    layer_from,
+    layer_tensors,
+    source_json,
+    untracked,
+)
+from surgery.journal import Journal
 from surgery.second_order import SecondOrder
 from surgery.statistics import LayerStatistics, UnitStatistics, weight_norms, weight_range
 from surgery.stream import StreamedModel
@@ -66,16 +76,69 @@ def build_index(
     track: Track[Any] = untracked,
     *,
     second_order: bool = False,
+    journal: Journal | None = None,
 ) -> ChannelIndex:
     """Index a checkpoint on calibration blocks [N, T]; `prompts` (ids [P]) ride along to find super weights.
 
-    With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
+    With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices. With
+    `journal`, every layer done is kept there and not done again; the result is the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
     ids = blocks.ids.long()
+    stream = None
+    if journal is None or "index" not in journal:
+        folder = journal.folder if journal is not None else None
+        with model.outside():
+            stream = TokenStream(
+                model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory, journal=folder
+            )
+    ahead = _forward(model, stream, prompts, journal, track)
+    layers = _backward(model, stream, ahead.maxima, second_order, journal, track)
+    if journal is not None:
+        journal.mark("index")
+        journal.forget("hidden.bin", "gradients.bin")
+    tokens = int(ids.shape[0] * (ids.shape[1] - 1))
+    return ChannelIndex(
+        source=source_json(checkpoint),
+        calibration=blocks.as_json(),
+        run=options.as_json(),
+        loss={"nats": ahead.nats, "tokens": tokens, "perplexity": math.exp(ahead.nats / tokens)},
+        layers=layers,
+        super_weights=ahead.super_weights,
+        echoes=ahead.echoes,
+        input_ids=blocks.ids,
+        widths=model.skeleton.widths(),
+        keys={ffn.key: ffn.site.width_key for ffns in model.skeleton.ffns for ffn in ffns},
+    )
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What the forward walk finds: summed loss in nats, super weights, echoes, largest prompt activations per layer."""
+
+    nats: float
+    super_weights: list[SuperWeight]
+    echoes: list[SuperWeight]
+    maxima: list[dict[str, float]]
+
+
+def _forward(
+    model: StreamedModel,
+    stream: TokenStream | None,
+    prompts: list[torch.Tensor],
+    journal: Journal | None,
+    track: Track[Any],
+) -> _Ahead:
+    """Move all blocks to the loss and its gradient; layers that a journal has done are only walked by the prompts."""
+    if journal is not None and "forward" in journal:
+        fields, _ = journal.load("forward")
+        weights, echoes = (
+            [SuperWeight.from_json(w) for w in fields[key]] for key in ("super_weights", "echoes")
+        )
+        return _Ahead(fields["nats"], weights, echoes, fields["maxima"])
+    assert stream is not None
     with model.outside():
-        stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory)
         detector = SuperWeightDetector(model, prompts)
     ablations = _Ablations(model, stream)
     count = len(model.layers)
@@ -83,29 +146,77 @@ def build_index(
         for candidate in detector.forward(number, layer):
             ablations.start(candidate, number)
         ablations.forward(number, layer)
-        stream.forward(number, layer)
+        if journal is None or f"forward {number}" not in journal:
+            stream.forward(number, layer)
+            if journal is not None:
+                journal.mark(f"forward {number}")
     with model.outside():
         nats = stream.loss(with_gradient=True)
         effects = ablations.finish(nats)
-    weights, echoes = detector.finish(checkpoint.config)
-    layers: list[LayerIndex | None] = [None] * count
-    for number, layer in track(model.walk(reversed(range(count))), "backward", count):
-        maxima = detector.maxima[number]
-        layers[number] = _index_layer(model, stream, number, layer, maxima, second_order)
-    tokens = int(ids.shape[0] * (ids.shape[1] - 1))
-    total = float(nats.sum())
-    return ChannelIndex(
-        source=source_json(checkpoint),
-        calibration=blocks.as_json(),
-        run=options.as_json(),
-        loss={"nats": total, "tokens": tokens, "perplexity": math.exp(total / tokens)},
-        layers=[layer for layer in layers if layer is not None],
-        super_weights=[replace(w, ablation=effects.get(w.place, {})) for w in weights],
-        echoes=[replace(w, ablation=effects.get(w.place, {})) for w in echoes],
-        input_ids=blocks.ids,
-        widths=model.skeleton.widths(),
-        keys={ffn.key: ffn.site.width_key for ffns in model.skeleton.ffns for ffn in ffns},
+    weights, echoes = detector.finish(model.checkpoint.config)
+    found = _Ahead(
+        float(nats.sum()),
+        [replace(w, ablation=effects.get(w.place, {})) for w in weights],
+        [replace(w, ablation=effects.get(w.place, {})) for w in echoes],
+        detector.maxima,
     )
+    if journal is not None:
+        kinds = {"super_weights": found.super_weights, "echoes": found.echoes}
+        listed = {key: [weight.as_json() for weight in entries] for key, entries in kinds.items()}
+        journal.save("forward", {"nats": found.nats, "maxima": found.maxima, **listed})
+        journal.mark("forward")
+    return found
+
+
+def _backward(
+    model: StreamedModel,
+    stream: TokenStream | None,
+    maxima: list[dict[str, float]],
+    second_order: bool,
+    journal: Journal | None,
+    track: Track[Any],
+) -> list[LayerIndex]:
+    """Pull the gradient back through all layers; those that a journal has done are read from it."""
+    count = len(model.layers)
+    layers: list[LayerIndex | None] = [None] * count
+    for number in range(count):
+        if journal is not None and f"backward {number}" in journal:
+            fields, tensors = journal.load(f"layer-{number}")
+            layers[number] = layer_from(number, fields, tensors, fields["tokens"])
+    left = [number for number in reversed(range(count)) if layers[number] is None]
+    for number, layer in track(model.walk(left), "backward", len(left)):
+        assert stream is not None
+        found = _index_layer(model, stream, number, layer, maxima[number], second_order)
+        layers[number] = found
+        if journal is not None:
+            fields = {**found.summary(), "tokens": stream.ids.numel()}
+            journal.save(f"layer-{number}", fields, layer_tensors(number, found))
+            journal.mark(f"backward {number}")
+    return [layer for layer in layers if layer is not None]
+
+
+def index_fingerprint(
+    checkpoint: Checkpoint,
+    blocks: TokenBlocks,
+    prompts: list[torch.Tensor],
+    options: RunOptions,
+    second_order: bool,
+) -> dict[str, Any]:
+    """What makes two runs of `build_index` the same: source and its files, tokens, prompts, options, versions."""
+    return {
+        "source": source_json(checkpoint),
+        "files": {file: _stamp(checkpoint, file) for file in checkpoint.weight_files},
+        "calibration": blocks.as_json(),
+        "prompts": [ids.tolist() for ids in prompts],
+        "run": options.as_json(),
+        "second_order": second_order,
+    }
+
+
+def _stamp(checkpoint: Checkpoint, file: str) -> list[int]:
+    """Size and, of a file on this machine, time of the last change."""
+    local = checkpoint.source.path / file
+    return [checkpoint.source.size(file), local.stat().st_mtime_ns if local.is_file() else 0]
 
 
 def _index_layer(

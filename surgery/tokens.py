@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class TokenStream:
     """Blocks of tokens on their way through the layers, micro-batch by micro-batch.
 
     `ids` [N, T]. With `keep_inputs` every layer's input is kept (slot i holds what enters layer i), which the
-    backward pass needs; without it, one slot is overwritten from layer to layer.
+    backward pass needs; without it, one slot is overwritten from layer to layer. With `journal`, a folder, they are kept
+    in files there, and gradients beside them instead of in their place, so that a layer can be done again.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TokenStream:
         micro_batch: int,
         keep_inputs: bool = False,
         host_bytes: int | None = None,
+        journal: Path | None = None,
     ) -> None:
         self.model = model
         self.ids = ids
@@ -70,8 +73,21 @@ class TokenStream:
                 self.calls.append([shared.intern(call) for call in calls])
                 if self.hidden is None:
                     shape = (slots, *ids.shape, entering.shape[-1])
-                    self.hidden = HiddenStore(shape, entering.dtype, host_bytes)
+                    self.hidden = self._make_store(shape, entering.dtype, host_bytes, journal)
                 self.hidden.put(0, part, entering)
+
+    def _make_store(
+        self, shape: tuple[int, ...], dtype: torch.dtype, host_bytes: int | None, journal: Path | None
+    ) -> HiddenStore:
+        self.apart: HiddenStore | None = None
+        if journal is None:
+            return HiddenStore(shape, dtype, host_bytes)
+        self.apart = HiddenStore((2, *shape[1:]), dtype, None, path=journal / "gradients.bin")
+        return HiddenStore(shape, dtype, None, path=journal / "hidden.bin")
+
+    def _gradient(self, layer: int) -> tuple[HiddenStore, int]:
+        """Where dL/d(what enters layer i) is: in place of that, or beside it, in turn with the next layer's."""
+        return (self.store, self._slot(layer)) if self.apart is None else (self.apart, layer % 2)
 
     @property
     def store(self) -> HiddenStore:
@@ -85,7 +101,7 @@ class TokenStream:
     def fork(self, number: int, layer: int, host_bytes: int | None = None) -> TokenStream:
         """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
         twin = object.__new__(TokenStream)
-        twin.model, twin.keep_inputs = self.model, False
+        twin.model, twin.keep_inputs, twin.apart = self.model, False, None
         twin.slices = [part for part in self.slices if part.start < number]
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
@@ -119,17 +135,18 @@ class TokenStream:
         dL/d(parameter) is added to each, and `observe` also gets dL/d(FFN output).
         """
         seen: list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
+        (above, slot), (below, free) = self._gradient(number + 1), self._gradient(number)
         parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
         with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
             for part, calls in zip(self.slices, self.calls, strict=True):
                 hidden = self.store.get(number, part, self.model.device).requires_grad_(True)
-                gradient = self.store.get(number + 1, part, self.model.device)
+                gradient = above.get(slot, part, self.model.device)
                 with torch.enable_grad():
                     output = self.model.run_layer(layer, hidden, calls[number])
                 ys = [y for *_, y in seen] if gradients is not None else []
                 inputs = (hidden, *(u for _, _, u, _ in seen), *ys, *parameters)
                 to_input, *others = torch.autograd.grad(output, inputs, gradient)
-                self.store.put(number, part, to_input)
+                below.put(free, part, to_input)
                 to_channels, to_outputs = others[: len(seen)], others[len(seen) : len(seen) + len(ys)]
                 shape = hidden.shape[:2]
                 for place, ((unit, tokens, u, _), s) in enumerate(zip(seen, to_channels, strict=True)):
@@ -173,7 +190,8 @@ class TokenStream:
                 (gradient[rows],) = torch.autograd.grad(piece, states)
             total += piece.detach().double()
         if with_gradient:
-            self.store.put(slot, part, gradient[None])
+            store, free = self._gradient(len(self.model.layers))
+            store.put(free, part, gradient[None])
         return total
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import calibration_options, common_options, output_options
+from surgery.commands.options import calibration_options, common_options, output_options, resume_option
 from surgery.commands.prune import index_for
 from surgery.commands.session import (
     bars,
     data_console,
     evaluation_blocks,
+    journal_done,
     local_path,
     open_model,
     run_options,
@@ -84,6 +85,7 @@ def sweep(_: click.Context, __: click.Parameter, value: str | None) -> list[floa
 @click.option("--plan", "plan_only", is_flag=True, help="List the conditions; measure nothing.")
 @calibration_options
 @output_options
+@resume_option
 @common_options
 def ablate(
     model: str,
@@ -120,7 +122,7 @@ def ablate(
     words, name = read_text(text)
     if not words.strip():
         raise UsageError("the text is empty", where=text)
-    channels = index_for(checkpoint, index_folder, set(), options, quiet)
+    channels = index_for(checkpoint, index_folder, set(), folder, options, quiet)
     chosen = conditions_for(channels, conditions, scale, options["seed"])
     if plan_only or dry_run:
         for condition in chosen:
@@ -143,6 +145,7 @@ def ablate(
     with complete_folder(folder) as partial:
         (partial / "ablation.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         save_ablations(partial, fields)
+    journal_done(folder)
     if as_json:
         click.echo(json.dumps(fields))
     else:

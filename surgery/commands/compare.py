@@ -17,12 +17,14 @@ from surgery.commands.options import (
     calibration_options,
     common_options,
     output_options,
+    resume_option,
 )
 from surgery.commands.prune import curves_for, index_for, prunable_skeleton
 from surgery.commands.session import (
     bars,
     data_console,
     evaluation_blocks,
+    journal_done,
     local_path,
     open_model,
     run_options,
@@ -95,6 +97,7 @@ def words(allowed: tuple[str, ...]) -> Any:
 @click.option("--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]")
 @calibration_options
 @output_options
+@resume_option
 @common_options
 def compare(
     model: str,
@@ -141,7 +144,9 @@ def compare(
         if not text.strip():
             raise UsageError("the text is empty", where=spec)
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
-    channels = index_for(checkpoint, index_folder, {method for *_, method in variants}, options, quiet)
+    channels = index_for(
+        checkpoint, index_folder, {method for *_, method in variants}, folder, options, quiet
+    )
     comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
     plans = planned(comparison, combinations, options, quiet)
     say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
@@ -154,6 +159,7 @@ def compare(
             "rows": [asdict(row) for row in comparison.rows],
         }
         (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    journal_done(folder)
     if as_json:
         click.echo(json.dumps(fields))
     else:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import calibration_options, common_options, output_options
-from surgery.commands.session import data_console, local_path, make_index, open_model, say
+from surgery.commands.options import calibration_options, common_options, output_options, resume_option
+from surgery.commands.session import data_console, journal_done, local_path, make_index, open_model, say
 from surgery.destination import check_destination, complete_folder
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 )
 @calibration_options
 @output_options
+@resume_option
 @common_options
 def index(
     model: str,
@@ -53,11 +54,17 @@ def index(
     for number, folder in enumerate(folders):
         one = {**options, "revision": revisions[number : number + 1]}
         result = make_index(
-            open_model(model, one), one, dry_run=dry_run, quiet=quiet, second_order=second_order
+            open_model(model, one),
+            one,
+            dry_run=dry_run,
+            quiet=quiet,
+            second_order=second_order,
+            destination=folder,
         )
         if result is not None:
             with complete_folder(folder) as partial:
                 result.save(partial)
+            journal_done(folder)
             say(f"Index written to {folder}", quiet)
             made.append((folder.name, result))
     present(made, as_json)

@@ -93,6 +93,16 @@ def output_options(command: Command) -> Command:
     return command
 
 
+def resume_option(command: Command) -> Command:
+    """The option of commands that keep a journal."""
+    return click.option(
+        "--resume/--no-resume",
+        default=True,
+        show_default=True,
+        help="Go on where a run of the same command was cut short, or start over.",
+    )(command)
+
+
 def push_options(command: Command) -> Command:
     """Options of commands that publish."""
     for option in reversed(

@@ -18,11 +18,13 @@ from surgery.commands.options import (
     common_options,
     output_options,
     push_options,
+    resume_option,
 )
 from surgery.commands.session import (
     bars,
     data_console,
     evaluate,
+    journal_done,
     local_path,
     make_index,
     open_model,
@@ -94,6 +96,7 @@ PUSH_EVAL_BLOCKS = 16
 @push_options
 @calibration_options
 @output_options
+@resume_option
 @common_options
 def prune(
     model: str,
@@ -132,7 +135,7 @@ def prune(
         target = push_target(push_to, destination, options, overwrite)
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
-    channels = index_for(checkpoint, index_folder, {options["method"]}, options, quiet)
+    channels = index_for(checkpoint, index_folder, {options["method"]}, destination, options, quiet)
     plan, sizes = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
         from surgery.show import show_plan
@@ -146,6 +149,7 @@ def prune(
 
     text = (str(eval_text), eval_blocks) if measured else None
     manifest = carry_out(checkpoint, channels, plan, destination, text, target, template, options, quiet)
+    journal_done(destination)
     if as_json:
         click.echo(json.dumps(manifest))
     elif measured:
@@ -248,14 +252,27 @@ def push_target(
 
 
 def index_for(
-    checkpoint: Checkpoint, folder: str | None, methods: set[str], options: dict[str, Any], quiet: bool
+    checkpoint: Checkpoint,
+    folder: str | None,
+    methods: set[str],
+    destination: Path,
+    options: dict[str, Any],
+    quiet: bool,
 ) -> ChannelIndex:
-    """The index to cut by: read from `folder`, or made now, with all that `methods` need."""
+    """The index to cut by: read from `folder`, or made now, with all that `methods` need.
+
+    Made now, its journal is beside `destination`, to be thrown away once that is written.
+    """
     from surgery.index import ChannelIndex
 
     if folder is None:
         made = make_index(
-            checkpoint, options, dry_run=False, quiet=quiet, second_order=bool(SECOND_ORDER_METHODS & methods)
+            checkpoint,
+            options,
+            dry_run=False,
+            quiet=quiet,
+            second_order=bool(SECOND_ORDER_METHODS & methods),
+            destination=destination,
         )
         assert made is not None
         return made

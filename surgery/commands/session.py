@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.errors import UsageError
+from surgery.errors import SurgeonError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,15 +90,20 @@ def make_index(
     dry_run: bool,
     quiet: bool,
     second_order: bool = False,
+    destination: Path | None = None,
 ) -> ChannelIndex | None:
-    """Calibrate and index; with `dry_run` only say what would be done."""
+    """Calibrate and index; with `dry_run` only say what would be done.
+
+    The journal beside `destination` is gone on with, and left there: `journal_done` throws it away.
+    """
     from surgery.skeleton import Skeleton, check_model
 
     check_model(checkpoint)
     import torch
 
     from surgery.calibration import load_tokenizer, read_text, token_blocks
-    from surgery.indexing import build_index
+    from surgery.indexing import build_index, index_fingerprint
+    from surgery.journal import Journal
     from surgery.super_weights import PROMPTS, prompt_ids
 
     if dry_run:
@@ -124,7 +129,29 @@ def make_index(
     prompts = prompt_ids(
         tokenizer, (*PROMPTS, *([options["prompt"]] if options["prompt"] else [])), blocks.ids
     )
-    return build_index(checkpoint, blocks, prompts, run, bars(quiet), second_order=second_order)
+    journal = None
+    if destination is not None:
+        what = index_fingerprint(checkpoint, blocks, prompts, run, second_order)
+        journal = Journal(destination, what, resume=options["resume"])
+        if journal.resumed:
+            say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
+    try:
+        return build_index(
+            checkpoint, blocks, prompts, run, bars(quiet), second_order=second_order, journal=journal
+        )
+    except SurgeonError:  # the same run would end the same way again
+        if journal is not None:
+            journal.finish()
+        raise
+
+
+def journal_done(destination: Path) -> None:
+    """Throw a destination's journal away, now that what it was for is there."""
+    import shutil
+
+    from surgery.journal import journal_folder
+
+    shutil.rmtree(journal_folder(destination), ignore_errors=True)
 
 
 def evaluate(
