@@ -18,7 +18,7 @@ from surgery.commands.index import index, show
 from surgery.commands.prune import prune
 from surgery.commands.publish import card, push
 from surgery.commands.quantize import quantize
-from surgery.errors import SurgeonError
+from surgery.errors import SurgeonError, UsageError
 
 
 class SurgeonGroup(click.Group):
@@ -47,6 +47,14 @@ def main() -> None:
     surgeon eval smaller --text text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    if several and click.get_current_context().invoked_subcommand not in ("index", "show"):
+        raise UsageError(
+            "only `surgeon index` spreads over several processes",
+            expected="one process",
+            found=f"{os.environ['WORLD_SIZE']} of torchrun's",
+            next_step="index with torchrun, then run this command alone with --index",
+        )
 
 
 for command in (index, show, prune, compare, eval_command, ablate, quantize, push, card):

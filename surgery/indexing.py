@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery import halo
+from surgery import distributed, halo
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.devices import micro_batch
-from surgery.errors import NumericsError
+from surgery.errors import CalibrationError, NumericsError
 from surgery.ffn import Ffn
 from surgery.index import (
     ChannelIndex,
@@ -85,20 +85,27 @@ def build_index(
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
-    ids = blocks.ids.long()
+    distributed.join(options.device)
+    mine = blocks.ids[distributed.shard(len(blocks.ids))].long()
+    if len(blocks.ids) < distributed.world_size():
+        raise CalibrationError(
+            "fewer blocks than processes",
+            expected=f"--blocks {distributed.world_size()} or more",
+            found=str(len(blocks.ids)),
+        )
     stream = None
     if journal is None or "index" not in journal:
         folder = journal.folder if journal is not None else None
         with model.outside():
             stream = TokenStream(
-                model, ids, micro_batch=step, keep_inputs=True, host_bytes=options.memory, journal=folder
+                model, mine, micro_batch=step, keep_inputs=True, host_bytes=options.memory, journal=folder
             )
     ahead = _forward(model, stream, prompts, journal, track)
-    layers = _backward(model, stream, ahead.maxima, second_order, journal, track)
+    layers = _backward(model, stream, ahead.maxima, len(blocks.ids), second_order, journal, track)
     if journal is not None:
         journal.mark("index")
         journal.forget("hidden.bin", "gradients.bin")
-    tokens = int(ids.shape[0] * (ids.shape[1] - 1))
+    tokens = int(blocks.ids.shape[0] * (blocks.ids.shape[1] - 1))
     return ChannelIndex(
         source=source_json(checkpoint),
         calibration=blocks.as_json(),
@@ -155,7 +162,7 @@ def _forward(
         effects = ablations.finish(nats)
     weights, echoes = detector.finish(model.checkpoint.config)
     found = _Ahead(
-        float(nats.sum()),
+        float(distributed.total(nats.sum().to(model.device))),
         [replace(w, ablation=effects.get(w.place, {})) for w in weights],
         [replace(w, ablation=effects.get(w.place, {})) for w in echoes],
         detector.maxima,
@@ -172,26 +179,30 @@ def _backward(
     model: StreamedModel,
     stream: TokenStream | None,
     maxima: list[dict[str, float]],
+    all_blocks: int,
     second_order: bool,
     journal: Journal | None,
     track: Track[Any],
 ) -> list[LayerIndex]:
-    """Pull the gradient back through all layers; those that a journal has done are read from it."""
+    """Pull the gradient back through all layers; those that the journals of all processes have done are read from one."""
     count = len(model.layers)
     layers: list[LayerIndex | None] = [None] * count
+    known = [journal is not None and f"backward {number}" in journal for number in range(count)]
+    everywhere = distributed.least(torch.tensor(known, dtype=torch.int32, device=model.device)).tolist()
     for number in range(count):
-        if journal is not None and f"backward {number}" in journal:
+        if journal is not None and everywhere[number]:
             fields, tensors = journal.load(f"layer-{number}")
             layers[number] = layer_from(number, fields, tensors, fields["tokens"])
     left = [number for number in reversed(range(count)) if layers[number] is None]
     for number, layer in track(model.walk(left), "backward", len(left)):
         assert stream is not None
-        found = _index_layer(model, stream, number, layer, maxima[number], second_order)
+        found = _index_layer(model, stream, number, layer, maxima[number], all_blocks, second_order)
         layers[number] = found
         if journal is not None:
-            fields = {**found.summary(), "tokens": stream.ids.numel()}
+            fields = {**found.summary(), "tokens": all_blocks * stream.ids.shape[1]}
             journal.save(f"layer-{number}", fields, layer_tensors(number, found))
             journal.mark(f"backward {number}")
+            distributed.wait()  # or a process ahead would overwrite gradients that the others may need again
     return [layer for layer in layers if layer is not None]
 
 
@@ -210,6 +221,7 @@ def index_fingerprint(
         "prompts": [ids.tolist() for ids in prompts],
         "run": options.as_json(),
         "second_order": second_order,
+        "processes": [distributed.rank(), distributed.world_size()],
     }
 
 
@@ -225,11 +237,13 @@ def _index_layer(
     number: int,
     layer: nn.Module,
     maxima: dict[str, float],
+    all_blocks: int,
     second_order: bool,
 ) -> LayerIndex:
     """Pull gradients through a resident layer and finish its statistics."""
     ffns = model.ffns(number)
-    sums = LayerStatistics(ffns, stream.ids.shape[0], stream.ids.shape[1], model.device)
+    blocks, block_size = stream.ids.shape
+    sums = LayerStatistics(ffns, blocks, block_size, model.device, all_blocks)
     if second_order:
         more = SecondOrder(ffns, layer, model.device)
 

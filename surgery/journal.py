@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from surgery.distributed import rank, world_size
+
 FINGERPRINT, STEPS = "fingerprint.json", "steps.jsonl"
 
 
@@ -84,7 +86,8 @@ class Journal:
 
 def journal_folder(destination: Path) -> Path:
     """The folder a destination's journal is in."""
-    return destination.absolute().with_name(f".{destination.name}.surgeon-journal")
+    which = f"-{rank()}" if world_size() > 1 else ""
+    return destination.absolute().with_name(f".{destination.name}.surgeon-journal{which}")
 
 
 def digest(value: Any) -> str:

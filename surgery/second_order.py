@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from surgery import distributed
 from surgery.devices import wide_dtype
 from surgery.ffn import Ffn
 from surgery.tokens import Flow
@@ -162,6 +163,12 @@ class FfnMoments:
         self.weight += power.sum()
         self.tokens += len(u)
 
+    def gather(self) -> None:
+        """Add up what all processes saw."""
+        for sums in (self.plain, self.weighted, self.outputs, self.total, self.weighted_total, self.weight):
+            distributed.total(sums)
+        self.tokens = int(distributed.total(torch.tensor(self.tokens, device=self.plain.device)))
+
     def scores(self, weight: torch.Tensor, centred: bool) -> dict[str, torch.Tensor]:
         """`obs`, `obs_loss` (removal costs) and `unexplained`, [F]; `centred` where a bias can take up a mean."""
         wide = weight.to(self.plain)
@@ -217,7 +224,11 @@ class SecondOrder:
         `read_norm` = sum_k (|W_gate| + |W_up|)[., k] * sqrt(mean x_k^2), x what enters the FFN.
         """
         found = {}
+        for gradient in self.gradients.values():
+            distributed.total(gradient)
         for key, ffn in self.ffns.items():
+            self.moments[key].gather()
+            distributed.total(self.input_power[key])
             centred = getattr(ffn.module, "bias", None) is not None
             scores = self.moments[key].scores(ffn.down_weight(), centred)
             scores["taylor_weight"] = self._taylor(ffn)

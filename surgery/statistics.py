@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery import distributed
 from surgery.devices import wide_dtype
 from surgery.ffn import EXPERT, Ffn
 from surgery.tokens import Flow
@@ -44,11 +45,14 @@ class ChannelStatistics:
     """Per-channel sums of one layer over `blocks` blocks of `block_size` tokens.
 
     Each block is reduced in float32 and added in float64, in any order of arrival, so that the result does not
-    depend on how blocks were grouped. q of every `stride`-th token of every block is kept for correlations.
+    depend on how blocks were grouped. q of every `stride`-th token of every block is kept for correlations. `blocks` are
+    this process's; `all_blocks` those of all that work on the job.
     """
 
-    def __init__(self, width: int, blocks: int, block_size: int, device: torch.device) -> None:
-        self.tokens = blocks * block_size
+    def __init__(
+        self, width: int, blocks: int, block_size: int, device: torch.device, all_blocks: int | None = None
+    ) -> None:
+        self.tokens = (all_blocks or blocks) * block_size
         self.block_size = block_size
         self.stride = sample_stride(self.tokens)
         self.kept_per_block = len(range(0, block_size, self.stride))
@@ -77,7 +81,12 @@ class ChannelStatistics:
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Statistics [F], as `named_statistics`."""
-        return named_statistics(self.sums.double().sum(1) / self.tokens, self.largest)
+        sums = distributed.total(self.sums.to(wide_dtype(self.sums.device)).sum(1))
+        return named_statistics(sums / self.tokens, distributed.largest(self.largest))
+
+    def correlation_sample(self) -> torch.Tensor:
+        """q of the sampled tokens, [sampled, F]."""
+        return distributed.rows(self.sampled_q)
 
 
 class ExpertStatistics:
@@ -87,7 +96,7 @@ class ExpertStatistics:
     """
 
     def __init__(self, experts: int, width: int, blocks: int, block_size: int, device: torch.device) -> None:
-        self.tokens = blocks * block_size
+        self.tokens = blocks * block_size  # of all processes
         self.block_size = block_size
         self.stride = sample_stride(self.tokens)
         self.sums = torch.zeros(5, experts, width, dtype=wide_dtype(device), device=device)
@@ -107,12 +116,13 @@ class ExpertStatistics:
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Statistics [E, F], as `named_statistics`."""
-        return named_statistics(self.sums / self.tokens, self.largest)
+        distributed.total(self.routed)
+        return named_statistics(distributed.total(self.sums) / self.tokens, distributed.largest(self.largest))
 
     def correlation_sample(self, expert: int) -> torch.Tensor:
         """q of the sampled tokens that went to one expert, [sampled, F]."""
         empty = torch.zeros(0, self.largest.shape[1], device=self.largest.device)
-        return torch.cat([empty, *self.sampled_q[expert]])
+        return distributed.rows(torch.cat([empty, *self.sampled_q[expert]]))
 
 
 @dataclass
@@ -127,15 +137,23 @@ class UnitStatistics:
 class LayerStatistics:
     """Statistics of all FFNs of one layer; `add` is an observer for `TokenStream.backward`."""
 
-    def __init__(self, ffns: list[Ffn], blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        ffns: list[Ffn],
+        blocks: int,
+        block_size: int,
+        device: torch.device,
+        all_blocks: int | None = None,
+    ) -> None:
         self.block_size = block_size
+        everywhere = all_blocks or blocks
         self.dense: dict[str, ChannelStatistics] = {}
         self.experts: ExpertStatistics | None = None
         for ffn in ffns:
             if ffn.stacked:
-                self.experts = ExpertStatistics(len(ffn.units), ffn.width, blocks, block_size, device)
+                self.experts = ExpertStatistics(len(ffn.units), ffn.width, everywhere, block_size, device)
             else:
-                self.dense[ffn.key] = ChannelStatistics(ffn.width, blocks, block_size, device)
+                self.dense[ffn.key] = ChannelStatistics(ffn.width, blocks, block_size, device, everywhere)
 
     def add(self, flow: Flow) -> None:
         """Account for what went through one FFN."""
@@ -149,7 +167,7 @@ class LayerStatistics:
     def finish(self) -> dict[str, UnitStatistics]:
         """Finished statistics by unit."""
         found = {
-            key: UnitStatistics(sums.finish(), sums.sampled_q, sums.tokens)
+            key: UnitStatistics(sums.finish(), sums.correlation_sample(), sums.tokens)
             for key, sums in self.dense.items()
         }
         if self.experts is not None:

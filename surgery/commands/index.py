@@ -45,8 +45,11 @@ def index(
     surgeon index org/name --out name-index
     """
     revisions = options["revision"]
+    from surgery.distributed import leave, rank, wait
+
     base = out or Path(f"{Path(model).name}-index")
     folders = [base / r.replace("/", "--") for r in revisions] if len(revisions) > 1 else [base]
+    quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     if not dry_run:
         for folder in folders:
             check_destination(folder, overwrite=overwrite, source=local_path(model))
@@ -61,12 +64,15 @@ def index(
             second_order=second_order,
             destination=folder,
         )
-        if result is not None:
+        if result is not None and rank() == 0:
             with complete_folder(folder) as partial:
                 result.save(partial)
-            journal_done(folder)
             say(f"Index written to {folder}", quiet)
             made.append((folder.name, result))
+        if result is not None:
+            wait()
+            journal_done(folder)
+    leave()
     present(made, as_json)
 
 

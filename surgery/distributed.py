@@ -1,0 +1,81 @@
+"""Several processes on one job, started by torchrun: who does which blocks, and how sums come together.
+
+One process alone is the usual case: then every function here gives back what it got. gloo talks between CPUs, NCCL
+between GPUs; torchrun's rendezvous and its environment say who is who.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+TIMEOUT = timedelta(hours=2)  # a slow disk at one end must not end the run
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0; the first writes and talks."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, once; alone there is nobody to meet."""
+    if world_size() > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Part from the others."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def shard(blocks: int) -> slice:
+    """The contiguous share of `blocks` that is this process's, as even as can be."""
+    size, more = divmod(blocks, world_size())
+    start = rank() * size + min(rank(), more)
+    return slice(start, start + size + (rank() < more))
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """Maximum over processes, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values
+
+
+def least(values: torch.Tensor) -> torch.Tensor:
+    """Minimum over processes, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(values, distributed.ReduceOp.MIN)
+    return values
+
+
+def rows(values: torch.Tensor) -> torch.Tensor:
+    """Rows [n, ...] of all processes, n their own each, in the order of ranks."""
+    if world_size() == 1:
+        return values
+    found: list[Any] = [None] * world_size()
+    distributed.all_gather_object(found, values.cpu())
+    return torch.cat(found).to(values.device)
+
+
+def wait() -> None:
+    """Until all are here."""
+    if world_size() > 1:
+        distributed.barrier()

@@ -1,0 +1,100 @@
+"""Two processes on one index, over gloo, against one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALIBRATION
+from test_resume import KILL
+
+from surgery import distributed
+from surgery.index import SECOND_ORDER, STATISTICS, ChannelIndex
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+INDEX = ["index", "tiny", *CALIBRATION[:2], "--blocks", "5", "--block-size", "32", "--dtype", "float32"]
+
+
+def torchrun(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*RUN, *arguments],
+        cwd=where,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize(("variant", "more"), [("llama", ["--second-order"]), ("mixtral", [])])
+def test_two_processes_make_the_index_of_one(
+    variant: str, more: list[str], save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny(variant).parent
+    surgeon(*INDEX, *more, "--out", "one")
+    for name in ("two", "again"):
+        shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", name)
+        assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    assert [path.name for path in where.iterdir() if path.name.startswith(".")] == []
+    one, two = ChannelIndex.load("one"), ChannelIndex.load("two")
+    names = [*STATISTICS, *(SECOND_ORDER if more else ())]
+    for mine, theirs in zip(one.layers, two.layers, strict=True):
+        assert mine.supernodes.tolist() == theirs.supernodes.tolist()
+        for name in names:
+            tolerance = 2e-3 if name in ("obs", "obs_loss", "unexplained") else 2e-5
+            least = 1e-6 * float(mine.statistics[name].abs().max())  # means cancel
+            assert torch.allclose(
+                mine.statistics[name], theirs.statistics[name], rtol=tolerance, atol=least
+            ), name
+        proxies = [layer.statistics["loss_proxy"].double() for layer in (mine, theirs)]
+        assert ((proxies[0] - proxies[1]).abs() <= 1e-6 * proxies[0] + 1e-30).all()
+    assert one.loss["nats"] == pytest.approx(two.loss["nats"], rel=1e-7)
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "two" / file).read_bytes() == (where / "again" / file).read_bytes()
+
+
+@pytest.mark.usefixtures("surgeon")
+def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(save_tiny: Callable[..., Path]) -> None:
+    where = save_tiny("llama").parent
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "whole")
+    (where / "kill.py").write_text(KILL.replace('"surgeon-journal/" + name', '"surgeon-journal-1/" + name'))
+    environment = {**os.environ, "KILL_AT": "layer-3.json:1", "OMP_NUM_THREADS": "1"}
+    command = [*RUN, "kill.py", *INDEX, "--out", "index"]
+    killed = subprocess.run(
+        command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
+    assert not (where / "index").exists()
+    assert "Going on" in torchrun(where, "-m", "surgery", *INDEX, "--out", "index").stderr
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "index" / file).read_bytes() == (where / "whole" / file).read_bytes()
+
+
+def test_blocks_are_shared_out_evenly_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in (1, 2, 3, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        shares = []
+        for number in range(world):
+            monkeypatch.setenv("RANK", str(number))
+            shares.append(list(range(11))[distributed.shard(11)])
+        assert [block for share in shares for block in share] == list(range(11))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.usefixtures("surgeon")
+def test_other_commands_say_that_they_run_alone(save_tiny: Callable[..., Path]) -> None:
+    where = save_tiny("llama").parent
+    refused = torchrun(where, "-m", "surgery", "prune", "tiny", "--out", "cut", check=False)
+    assert refused.returncode != 0 and "one process" in refused.stderr and not (where / "cut").exists()
