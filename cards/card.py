@@ -42,10 +42,12 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json, `source_card` the README.md of the source model (license, language and
     tags are carried over), `template` jinja2 text used in place of the shipped one; it sees `manifest`,
-    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `per_layer`, `repair`, `repaired`, `auto_class` and `load_from`.
+    `front_matter`, `method`, `percent`, `saved`, `obligation`, `widths`, `widths_differ`, `per_layer`, `repair`, `repaired`, `auto_class` and `load_from`.
     """
     import jinja2
 
+    if "quantization" in manifest:
+        return _render_quantized(manifest, template)
     text = template
     if text is None:
         text = resources.files("cards").joinpath("model_card.md").read_text(encoding="utf-8")
@@ -64,6 +66,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         obligation=obligation(source_card),
         widths=plan.get("widths")
         or {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}},
+        widths_differ=plan.get("allocation", "uniform") != "uniform",
         per_layer=plan.get("allocation", "uniform") != "uniform" and not plan.get("padded"),
         repair=plan.get("repair", "none"),
         repaired=describe_repair(manifest),
@@ -71,6 +74,19 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         load_from=manifest.get("repo") or "path/to/this/folder",
     )
     return re.sub(r"\n{3,}", "\n\n", rendered)
+
+
+def _render_quantized(manifest: dict[str, Any], template: str | None) -> str:
+    """The card of a quantised checkpoint; a template sees `manifest` and `load_from`."""
+    import jinja2
+
+    text = template
+    if text is None:
+        text = resources.files("cards").joinpath("quantized_card.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    load_from = manifest.get("repo") or "path/to/this/folder"
+    rendered = environment.from_string(text).render(manifest=manifest, load_from=load_from)
+    return re.sub(r"\n{3,}", "\n\n", rendered).rstrip() + "\n"
 
 
 def describe_repair(manifest: dict[str, Any]) -> str:

@@ -181,7 +181,7 @@ def run_ablations(
                 continue
             edits = condition.edits.get(number, [])
             changed[place] += sum(edit.apply(ffns, layer) for edit in edits)
-            with _restored(ffns, edits, spikes):
+            with _restored(ffns, edits, spikes, dense.ids.shape[1]):
                 branch.forward(number, layer)
             if edits:
                 for name, parameter in layer.named_parameters():
@@ -223,7 +223,10 @@ def _forward_dense(
 
 @contextlib.contextmanager
 def _restored(
-    ffns: list[Ffn], edits: list[Edit], spikes: dict[Place, tuple[torch.Tensor, torch.Tensor]]
+    ffns: list[Ffn],
+    edits: list[Edit],
+    spikes: dict[Place, tuple[torch.Tensor, torch.Tensor]],
+    block_size: int,
 ) -> Iterator[None]:
     """While open, super activations are written into what the down projections put out, block after block."""
     handles = []
@@ -233,7 +236,7 @@ def _restored(
         at, values = spikes[edit.unit, edit.row]
         values = values.float().mean().to(values.dtype).expand_as(values) if edit.mean else values
         (ffn,) = [ffn for ffn in ffns if edit.unit in ffn.units]
-        handles.append(ffn.module.register_forward_hook(_writer(edit.row, at, values)))
+        handles.append(ffn.module.register_forward_hook(_writer(edit.row, at, values, block_size)))
     try:
         yield
     finally:
@@ -241,18 +244,20 @@ def _restored(
             handle.remove()
 
 
-def _writer(row: int, at: torch.Tensor, values: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _writer(row: int, at: torch.Tensor, values: torch.Tensor, block_size: int) -> Callable[..., torch.Tensor]:
     """A hook that sets output [block, at[block], row] to values[block], for blocks that come in order."""
     done = 0
 
     def write(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
         nonlocal done
         changed = output.clone()
-        if output.dim() == 3:
-            blocks = torch.arange(len(output), device=output.device)
-            part = slice(done, done + len(output))
-            changed[blocks, at[part], row] = values[part]
-            done += len(output)
+        view = changed.view(
+            -1, block_size, changed.shape[-1]
+        )  # some families flatten blocks before their FFN
+        blocks = torch.arange(len(view), device=output.device)
+        part = slice(done, done + len(view))
+        view[blocks, at[part], row] = values[part]
+        done += len(view)
         return changed
 
     return write

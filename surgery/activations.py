@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from surgery.errors import UsageError
+from surgery.errors import UnsupportedModelError, UsageError
 from surgery.rounding import Scheme, round_to_nearest
 from surgery.super_weights import SPIKE_RATIO
 
@@ -65,7 +65,14 @@ class ActivationRounding:
         self.largest = largest or {}
 
     def __call__(self, number: int, layer: nn.Module) -> None:
-        """Edit the resident layer."""
+        """Edit the resident layer. Raises UnsupportedModelError for linears and experts that are no Linear."""
+        stacked = any(p.dim() == 3 and "experts" in name for name, p in layer.named_parameters())
+        if stacked or any(type(module).__name__ == "Conv1D" for module in layer.modules()):
+            raise UnsupportedModelError(
+                "activations are rounded at Linear modules, which this model does without",
+                where=f"layer {number}",
+                found="experts in one tensor" if stacked else "Conv1D",
+            )
         for name, module in layer.named_modules():
             if type(module).__name__ != "Linear":
                 continue

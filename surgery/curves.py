@@ -20,6 +20,7 @@ from surgery.errors import PlanError
 from surgery.ffn import DENSE, observed
 from surgery.index import Track, untracked
 from surgery.repair import Moments, least_squares, token_weights
+from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
@@ -35,19 +36,16 @@ def measure_curves(
     orders: list[torch.Tensor],
     micro_batch: int,
     track: Track[Any] = untracked,
+    memory: int | None = None,
 ) -> list[torch.Tensor]:
     """KL(dense || cut), in nats a token, that each layer costs at every width, [F + 1], straight between those measured.
 
-    `ids` [N, T] are calibration blocks; `orders[i]` the channels of layer i, the most worth keeping first. Raises
-    PlanError for a model whose layers have anything but one dense FFN.
+    `ids` [N, T] are calibration blocks; `orders[i]` the channels of layer i, the most worth keeping first. Branches
+    that outgrow half of `memory` bytes go to disk. Raises PlanError for a model whose layers have anything but one dense FFN.
     """
+    check_measurable(model.skeleton)
     count = len(model.layers)
-    if any([ffn.key for ffn in model.ffns(n)] != [DENSE] for n in range(count)):
-        raise PlanError(
-            "curves are measured for models with one dense FFN in every layer",
-            where=model.checkpoint.name,
-            next_step="use --allocation score",
-        )
+    share = None if memory is None else memory // (2 * count * len(FRACTIONS))
     few = max(1, min(MEASURE_TOKENS // ids.shape[1], len(ids) // 4))
     base = TokenStream(model, ids[-few:], micro_batch=micro_batch)
     rest = ids[:-few][:FIT_BLOCKS] if len(ids) > few else ids  # what a refit has learnt is no measure of it
@@ -56,7 +54,7 @@ def measure_curves(
     for number, layer in track(model.walk(range(count)), "curves", count):
         for _, _, branch in branches:
             branch.forward(number, layer)
-        branches += _branch(model, fit, base, number, layer, orders[number])
+        branches += _branch(model, fit, base, number, layer, orders[number], share)
         base.forward(number, layer)
         fit.forward(number, layer)
     costs: list[dict[int, float]] = [{} for _ in range(count)]
@@ -64,6 +62,16 @@ def measure_curves(
     for (number, width, _), found in zip(branches, measured, strict=True):
         costs[number][width] = found.kl
     return [_curve(cost, len(order)) for cost, order in zip(costs, orders, strict=True)]
+
+
+def check_measurable(skeleton: Skeleton) -> None:
+    """Raise PlanError for a model whose layers have anything but one dense FFN."""
+    if any([ffn.key for ffn in ffns] != [DENSE] for ffns in skeleton.ffns):
+        raise PlanError(
+            "curves are measured for models with one dense FFN in every layer",
+            where=skeleton.checkpoint.name,
+            next_step="use --allocation score",
+        )
 
 
 @torch.no_grad()
@@ -74,6 +82,7 @@ def _branch(
     number: int,
     layer: nn.Module,
     order: torch.Tensor,
+    share: int | None,
 ) -> list[tuple[int, int, TokenStream]]:
     """Copies of `base` behind the resident layer, cut to each width; the layer is as before afterwards."""
     ffn = model.ffns(number)[0]
@@ -85,7 +94,7 @@ def _branch(
         kept = order[:width].sort().values.to(weight.device)
         weight.zero_()
         weight[:, kept] = (original[:, kept].double() + _refit(gram, original, kept)).to(weight.dtype)
-        branch = base.fork(len(base.ids), number)
+        branch = base.fork(len(base.ids), number, share)
         branch.forward(number, layer)
         branches.append((number, width, branch))
     weight.copy_(original)

@@ -80,6 +80,14 @@ def complete_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a kill leaves the old content or the new."""
+    beside = path.with_name(f".{path.name}.surgeon-new")
+    beside.write_text(text, encoding="utf-8")
+    _flush(beside)
+    beside.replace(path)
+
+
 def recover(path: Path) -> None:
     """Undo what a kill between the two renames of `complete_folder` left: put the old folder back."""
     aside = _aside(path)

@@ -6,6 +6,7 @@ import torch
 
 from surgery.ablation import Condition, Drop, DropLargest, Edit, Restore, Scale
 from surgery.errors import UsageError
+from surgery.ffn import EXPERT
 from surgery.index import ChannelIndex, FfnIndex
 from surgery.super_weights import SuperWeight
 
@@ -65,7 +66,10 @@ def super_weight_conditions(index: ChannelIndex, seed: int) -> list[Condition]:
     gone = scaled(weights, 0.0)
     found = [Condition("prune SW", "super weights", gone)]
     found.append(Condition("prune non-SW", "super weights", everywhere))
-    for name, mean in (("prune SW, restore SA", False), ("prune SW, SA at its mean", True)):
+    routed = any(
+        weight.ffn.startswith(EXPERT) for weight in weights
+    )  # an expert sees its tokens in no fixed order
+    for name, mean in () if routed else (("prune SW, restore SA", False), ("prune SW, SA at its mean", True)):
         back = {number: list(edits) for number, edits in gone.items()}
         for weight in weights:
             back[weight.layer].append(Restore(weight.ffn, weight.row, mean))

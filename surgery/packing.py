@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 
 from surgery.errors import CheckpointError, UsageError
 from surgery.rounding import Scheme, round_to_nearest
-from surgery.skeleton import quiet_transformers
+from surgery.skeleton import auto_class, build_config, quiet_transformers
 
 if TYPE_CHECKING:
     from surgery.quantize import QuantizePlan
@@ -21,12 +22,12 @@ def check_packable(plan: QuantizePlan) -> None:
     if find_spec("compressed_tensors") is None:
         raise UsageError(
             "packed checkpoints are written with compressed-tensors, which is not installed",
-            next_step="pip install 'surgeon[packed]', or use --simulate",
+            next_step="pip install 'ffn-surgeon[packed]', or use --simulate",
         )
     if plan.scheme.granularity not in ("group", "channel"):
         raise UsageError(
             "packed checkpoints have a scale for each row or group",
-            where="--block-size, --per-tensor",
+            where="--flat-block, --per-tensor",
             next_step="use --group-size or --per-channel, or --simulate",
         )
     if not plan.scheme.symmetric:
@@ -84,7 +85,7 @@ def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
                 "output_activations": None,
             }
         },
-        "ignore": ["lm_head", *(name.removesuffix(".weight") for name in plan.whole)],
+        "ignore": list(plan.ignored),
     }
 
 
@@ -104,18 +105,19 @@ def check_unpacks(parts: dict[str, torch.Tensor], scheme: Scheme, expected: torc
 
 
 def check_packed_loads(folder: Path) -> None:
-    """Raise CheckpointError unless AutoModelForCausalLM takes every packed tensor and wants no other; no weight is read."""
-    from transformers import AutoModelForCausalLM
+    """Raise CheckpointError unless transformers' Auto class takes every packed tensor and wants no other; no weight is read."""
     from transformers.utils import logging
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    automatic = auto_class(build_config(config, folder.name))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with quiet_transformers():
-            _, info = AutoModelForCausalLM.from_pretrained(
+            _, info = automatic.from_pretrained(
                 str(folder), device_map="meta", output_loading_info=True, dtype="auto"
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         raise CheckpointError(
             "the packed checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
         ) from error

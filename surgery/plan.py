@@ -23,7 +23,8 @@ class FfnPlan:
 
     `supernodes` there were and `supernodes_kept` there are; `lp_share_top` is the share of the LP mass held by the
     supernodes, `lp_kept` the share held by the kept channels; `lp_mass` the mass itself. `ranked_by` is the score: an
-    expert that no calibration token reached has no LP, and is ranked by weight magnitude.
+    expert that no calibration token reached has no LP, and is ranked by weight magnitude. `stored` is the width it is
+    written with, more than its channels where layers are padded to one.
     """
 
     kept: torch.Tensor
@@ -34,6 +35,7 @@ class FfnPlan:
     lp_kept: float
     lp_mass: float
     ranked_by: str
+    stored: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """What surgeon.json says of it."""
@@ -103,11 +105,9 @@ class ResizePlan:
         return self.per_layer_widths or any(change.before != change.after for change in self.widths)
 
     def stored_width(self, layer: int, ffn: str) -> int:
-        """Channels an FFN is written with: those kept, or of a padded plan the most any layer keeps."""
-        count = len(self.layers[layer].ffns[ffn].kept)
-        if not self.padded:
-            return count
-        return max(len(other.ffns[ffn].kept) for other in self.layers if ffn in other.ffns)
+        """Channels an FFN is written with: those kept, or of a padded plan the most that any with its config key keeps."""
+        plan = self.layers[layer].ffns[ffn]
+        return plan.stored if self.padded else len(plan.kept)
 
     @property
     def width_before(self) -> int:
@@ -189,7 +189,8 @@ def make_plan(
             width = change.per_layer[number] if change.per_layer else change.after
             assert width is not None
             count = width * (ffn.width // change.before)
-            ffns[name] = _plan_ffn(ffn, drafts[number][name], count, f"layer {number}, {name}")
+            stored = change.after * (ffn.width // change.before)
+            ffns[name] = _plan_ffn(ffn, drafts[number][name], count, stored, f"layer {number}, {name}")
         layers.append(LayerPlan(ffns))
     before = sum(ffn.width for layer in index.layers for ffn in layer.ffns.values())
     kept = sum(len(ffn.kept) for layer in layers for ffn in layer.ffns.values())
@@ -255,7 +256,10 @@ def _spread(
             times = layer.ffns[name].width // change.before
             draft = drafts[number][name]
             score = draft.score if METHODS[method].loss else standardised(draft.score)
-            total += score_damage(score, draft.protected)[::times]
+            if (
+                draft.ranked_by == method
+            ):  # an expert ranked by magnitude has lost nothing that could be compared
+                total += score_damage(score, draft.protected)[::times]
             floor = max(floor, -(-len(draft.protected) // times))
         places.append(number)
         damages.append(total if curves is None else curves[number])
@@ -275,13 +279,16 @@ def keep_orders(
     protect = METHODS[method].protects if protect is None else protect
     orders = []
     for number, layer in enumerate(index.layers):
+        if not layer.ffns:
+            orders.append(torch.empty(0, dtype=torch.long))
+            continue
         draft = _draft(index, number, next(iter(layer.ffns)), method, generator, protect)
         orders.append(ranking(draft.score, draft.protected))
     return orders
 
 
-def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, where: str) -> FfnPlan:
-    """Which `count` channels of one FFN stay."""
+def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, stored: int, where: str) -> FfnPlan:
+    """Which `count` channels of one FFN stay; a padded plan writes `stored`."""
     if len(draft.protected) > count:
         raise PlanError(
             "more channels are protected than would be kept",
@@ -301,6 +308,7 @@ def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, where: str) -> FfnPlan:
         lp_kept=mass(proxy, kept),
         lp_mass=float(proxy.double().sum()),
         ranked_by=draft.ranked_by,
+        stored=stored,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from surgery.checkpoint import Checkpoint
-from surgery.destination import complete_folder
+from surgery.destination import complete_folder, replace_text
 from surgery.families import check_prunable, family_of, text_config
 from surgery.gate import GATE_TOKENS, cpu_options, last_logits, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
@@ -235,6 +235,8 @@ def make_manifest(
 
 def dump_manifest(manifest: dict[str, Any]) -> str:
     """JSON text with one line per layer's list of channels, so that diffs stay readable."""
+    if "plan" not in manifest:
+        return json.dumps(manifest, indent=1, allow_nan=False) + "\n"
     layers = manifest["plan"]["layers"]
     lines = [json.dumps(layer, separators=(",", ":"), allow_nan=False) for layer in layers]
     marker = "@layers@"
@@ -265,6 +267,6 @@ def name_repo(folder: Path, repo: str) -> None:
     if manifest.get("repo") == repo:
         return
     manifest["repo"] = repo
-    path.write_text(dump_manifest(manifest), encoding="utf-8")
+    replace_text(path, dump_manifest(manifest))
     existing = card.read_text(encoding="utf-8") if card.exists() else None
-    card.write_text(render_card(manifest, existing), encoding="utf-8")
+    replace_text(card, render_card(manifest, existing))

@@ -8,7 +8,7 @@ super weight stays as it is.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class QuantizePlan:
 
     `tensors` are names of matrices; `whole` those of super weights' modules that stay as they are; `places` (row, column)
     of super weights by tensor name; `handling` one of HANDLINGS; with `clipping` each matrix's z is chosen by error.
+    `modules` are the modules matrices belong to in memory, by name on disk; `ignored` the linears that are not rounded.
     """
 
     scheme: Scheme
@@ -59,6 +60,8 @@ class QuantizePlan:
     places: Places
     handling: str
     clipping: bool
+    modules: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 def plan_quantization(
@@ -71,29 +74,21 @@ def plan_quantization(
     """Every matrix of a linear in the decoder layers; norms, embeddings, routers and the head stay as they are.
 
     `weights` are super weights (`layer`, `ffn`, `row`, `column`). Raises UnsupportedModelError for a model whose linears
-    are stored transposed.
+    are stored transposed, whose experts are one tensor, or that is a GGUF file.
     """
+    check_roundable(skeleton)
     if handling not in HANDLINGS:
         raise UsageError("unknown handling of super weights", expected=", ".join(HANDLINGS), found=handling)
-    modules = dict(skeleton.model.named_modules())
-    names = []
-    for assemblies in skeleton.inside:
-        for assembly in assemblies:
-            owner = modules.get(assembly.targets[0].rpartition(".")[0])
-            if type(owner).__name__ == "Conv1D":
-                raise UnsupportedModelError(
-                    "linears stored transposed (Conv1D) are not quantised yet", where=skeleton.checkpoint.name
-                )
-            for stored in assembly.stored:
-                shape = skeleton.checkpoint.tensors[stored].shape
-                parts = stored.split(".")
-                if (
-                    len(shape) == 2
-                    and parts[-1] == "weight"
-                    and parts[-2] not in ROUTERS
-                    and "norm" not in parts[-2]
-                ):
-                    names.append(stored)
+    names: list[str] = []
+    owners: dict[str, str] = {}
+    for assembly in (a for assemblies in skeleton.inside for a in assemblies):
+        for stored in assembly.stored:
+            *parts, last = stored.split(".")
+            matrix = len(skeleton.checkpoint.tensors[stored].shape) == 2 and last == "weight"
+            if matrix and not set(parts) & set(ROUTERS) and "norm" not in parts[-1]:
+                names.append(stored)
+        if len(assembly.stored) == 1:
+            owners[assembly.stored[0]] = assembly.targets[0].removesuffix(".weight")
     places: Places = {}
     for weight in weights if handling != "none" else []:
         name = stored_name(skeleton, weight)
@@ -101,7 +96,29 @@ def plan_quantization(
             places.setdefault(name, []).append((weight["row"], weight["column"]))
     whole = tuple(sorted(places)) if handling == "module" else ()
     kept = places if handling == "restore" else {}
-    return QuantizePlan(scheme, tuple(n for n in names if n not in whole), whole, kept, handling, clipping)
+    chosen = tuple(n for n in names if n not in whole)
+    rounded = {owners[name] for name in chosen if name in owners}
+    linears = [n for n, m in skeleton.model.named_modules() if type(m).__name__ == "Linear"]
+    ignored = tuple(name for name in linears if name not in rounded)
+    return QuantizePlan(scheme, chosen, whole, kept, handling, clipping, owners, ignored)
+
+
+def check_roundable(skeleton: Skeleton) -> None:
+    """Raise UnsupportedModelError for a model whose matrices surgeon can't round one by one."""
+    name, reason = skeleton.checkpoint.name, ""
+    if any(type(module).__name__ == "Conv1D" for module in skeleton.model.modules()):
+        reason = "linears stored transposed (Conv1D) are not quantised yet"
+    for number, ffns in enumerate(skeleton.ffns):
+        for ffn in ffns:
+            target = f"{skeleton.layers_path}.{number}.{ffn.site.down}"
+            if ffn.stacked and any(
+                target in a.targets and len(a.stored) == 1 for a in skeleton.inside[number]
+            ):
+                reason = "experts stored as one tensor are not quantised yet"
+    if type(skeleton.checkpoint).__name__ == "GgufCheckpoint":
+        reason = "GGUF files are quantised already: write one out first, with `surgeon prune`"
+    if reason:
+        raise UnsupportedModelError(reason, where=name)
 
 
 def stored_name(skeleton: Skeleton, weight: dict[str, Any]) -> str:
@@ -161,7 +178,7 @@ def rounded_tensor(
     places = plan.places.get(name, [])
     scheme = plan.scheme
     if plan.clipping:
-        scheme = choose_clip(tensor, scheme, places, power.get(name.removesuffix(".weight")))
+        scheme = choose_clip(tensor, scheme, places, power.get(plan.modules.get(name, "")))
     return scheme, held_out(tensor, scheme, places)[1]
 
 
@@ -218,12 +235,16 @@ def write_quantized(
                 "clip_chosen": clips if plan.clipping else None,
             },
             "super_weights": weights,
+            "measurements": {},
+            "repo": None,
             "versions": versions(),
             "command": command,
         }
+        from cards import render_card
+
         _carry_files(checkpoint, plan, folder, packed)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(quantized_card(manifest), encoding="utf-8")
+        (folder / "README.md").write_text(render_card(manifest), encoding="utf-8")
         if packed:
             check_packed_loads(folder)
         else:
@@ -295,14 +316,3 @@ def _carry_files(checkpoint: Checkpoint, plan: QuantizePlan, folder: Path, packe
             config = {**checkpoint.config, "quantization_config": quantization_config(plan)}
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         target.write_bytes(data)
-
-
-def quantized_card(manifest: dict[str, Any]) -> str:
-    """A short model card: how weights were rounded, and what became of super weights."""
-    from importlib import resources
-
-    import jinja2
-
-    text = resources.files("cards").joinpath("quantized_card.md").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text).render(manifest=manifest)

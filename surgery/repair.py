@@ -28,6 +28,7 @@ from surgery.devices import wide_dtype
 RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 HELD_OUT = 8  # one calibration block in so many is held out to choose the ridge
 ADDITIVE_ERROR = 0.05  # of what a module adds to the stream may go unexplained; rounding stays far below
+ADDITIVE_SCALE = 0.02  # by which it may be scaled on the way there
 MATRICES = 7  # K x K in double precision that are alive at once while a ridge is solved for, rounded up
 
 
@@ -179,5 +180,10 @@ def repair(train: Moments, held_out: Moments, solve: Callable[[Moments, float], 
 def adds(difference: torch.Tensor, contribution: torch.Tensor, stream: torch.Tensor) -> bool:
     """Whether a difference of residual streams is a module's output as it is, up to the stream's rounding."""
     weights = token_weights(stream)[..., None]
-    error = (weights * (difference.float() - contribution.float()).square()).sum()
+    difference, contribution = difference.float(), contribution.float()
+    power = (weights * contribution.square()).sum()
+    scale = float((weights * difference * contribution).sum() / power) if float(power) > 0 else 0.0
+    if abs(scale - 1) > ADDITIVE_SCALE:  # added, but scaled on the way
+        return False
+    error = (weights * (difference - contribution).square()).sum()
     return bool(error < ADDITIVE_ERROR * (weights * contribution.float().square()).sum())

@@ -85,8 +85,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> Rounded:
     low, high = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True).clamp_min(0)
     spread = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     scale = (spread / steps).to(weight.dtype)
-    tiny = torch.finfo(weight.dtype).tiny
-    scale = scale.clamp_min(tiny)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a block of zeros
     bottom, top = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     zero = torch.zeros_like(low) if scheme.symmetric else (-low / scale.float()).round() + bottom
     zero = zero.clamp(bottom, top)

@@ -124,8 +124,11 @@ class StreamedModel:
             if self._outside_users == 0:
                 self.skeleton.drop(self.skeleton.outside)
 
-    def walk(self, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
-        """Yield (index, layer) in `order`, each with its weights in memory, reading the next one meanwhile."""
+    def walk(self, order: Iterable[int], edited: bool = True) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, layer) in `order`, each with its weights in memory, reading the next one meanwhile.
+
+        Layers are as the checkpoint has them where `edited` is false.
+        """
         queue = list(order)
         with ThreadPoolExecutor(1, thread_name_prefix="surgeon-reader") as pool:
             ahead: Future[Any] | None = (
@@ -140,7 +143,7 @@ class StreamedModel:
                 del tensors
                 layer = self.layers[number]
                 try:
-                    if self.edit is not None:
+                    if self.edit is not None and edited:
                         self.edit(number, layer)
                     yield number, layer
                 finally:
@@ -220,7 +223,7 @@ class StreamedModel:
             try:
                 self._returns_tuple = self._first_layer_returns_tuple(self.layers[0], meta=True)
             except (RuntimeError, NotImplementedError, ValueError):
-                for _, layer in self.walk([0]):
+                for _, layer in self.walk([0], edited=False):
                     self._returns_tuple = self._first_layer_returns_tuple(layer, meta=False)
         assert self._returns_tuple is not None
         return self._returns_tuple

@@ -21,7 +21,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Results of lm-eval tasks for a local folder or Hub id.
 
-    Returns {"harness": version, "fewshot": as given, "limit": as given, "results": {task: {metric: value, ...,
+    Returns {"harness": version, "settings": {task: {"fewshot", "limit"}} as given, "results": {task: {metric: value, ...,
     "samples": count}}}; `limit` takes only the first examples of each task. `include` is a folder of task files besides
     lm-eval's own. Raises UsageError where lm-eval is not installed or does not know a task.
     """
@@ -32,7 +32,7 @@ def run_tasks(
         raise UsageError(
             "tasks are run by lm-eval, which is not installed",
             found=str(error),
-            next_step="pip install 'surgeon[tasks]'",
+            next_step="pip install 'ffn-surgeon[tasks]'",
         ) from error
     import surgery.loading  # noqa: F401  (so that per-layer widths load)
 
@@ -69,7 +69,6 @@ def run_tasks(
         results[task] = values | {"samples": counts.get(task, {}).get("effective")}
     return {
         "harness": f"lm-eval {lm_eval.__version__}",
-        "fewshot": fewshot,
-        "limit": limit,
+        "settings": {task: {"fewshot": fewshot, "limit": limit} for task in results},
         "results": results,
     }

@@ -115,6 +115,7 @@ def ablate(
     from surgery.experiments import conditions_for
     from surgery.plots import save_ablations
     from surgery.show_ablation import show_outcomes
+    from surgery.stop_words import prompts_of
 
     checkpoint = open_model(model, options)
     folder = out or Path(f"{checkpoint.name.split('/')[-1]}-ablation")
@@ -122,13 +123,19 @@ def ablate(
     words, name = read_text(text)
     if not words.strip():
         raise UsageError("the text is empty", where=text)
+    blocks = evaluation_blocks(checkpoint, words, name, text_blocks)
+    if stop_words:
+        prompts_of(words, stop_words)  # refused before anything is computed
     channels = index_for(checkpoint, index_folder, set(), folder, options, quiet)
     chosen = conditions_for(channels, conditions, scale, options["seed"])
     if plan_only or dry_run:
         for condition in chosen:
             click.echo(f"{condition.group:<14} {condition.name} (from layer {condition.first})")
         return
-    blocks = evaluation_blocks(checkpoint, words, name, text_blocks)
+    if (traced or stop_words) and not channels.super_weights:
+        raise UsageError(
+            "the index lists no super weight to do without", where="--trace" if traced else "--stop-words"
+        )
     run = run_options(checkpoint, options)
     say(f"Measuring {len(chosen)} conditions on {len(blocks.ids)} blocks of {name}", quiet)
     outcomes = run_ablations(checkpoint, chosen, blocks, run, bars(quiet))
@@ -162,8 +169,6 @@ def traces(checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, An
     from surgery.super_weights import PROMPTS
     from surgery.traces import trace
 
-    if not channels.super_weights:
-        raise UsageError("the index lists no super weight to follow", where="--trace")
     tokenizer = load_tokenizer(checkpoint)
     ids = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     weight = max(channels.super_weights, key=lambda w: abs(w.output))

@@ -123,15 +123,19 @@ def compare(
     """
     from surgery.calibration import read_text
     from surgery.compare import Comparison, save_rows
+    from surgery.curves import check_measurable
     from surgery.destination import check_destination, complete_folder
     from surgery.show import show_rows
     from surgery.widths import width_changes
 
     checkpoint = open_model(model, options)
-    widths = prunable_skeleton(checkpoint).widths()
+    skeleton = prunable_skeleton(checkpoint)
+    widths = skeleton.widths()
     for sparsity in sparsities:
         width_changes(widths, sparsity, None, options["multiple_of"])
     variants = chosen or list(itertools.product(allocations, repairs, methods))
+    if any(allocation == "global" for allocation, *_ in variants):
+        check_measurable(skeleton)
     combinations = [(sparsity, *variant) for sparsity in sparsities for variant in variants]
     if dry_run:
         click.echo(f"{len(combinations)} cuts on {len(texts)} texts")

@@ -86,6 +86,10 @@ def eval_command(
     \b
     surgeon eval smaller --tasks hellaswag,arc_easy
     """
+    if activations is not None and text is None and tasks is not None:
+        raise UsageError(
+            "--activations goes with perplexity, not with tasks", next_step="add --text, or leave it out"
+        )
     checkpoint = open_model(model, options)
     result: dict[str, Any] = {}
     if text is not None or tasks is None:
@@ -111,14 +115,14 @@ def eval_command(
             device=str(run.device),
             dtype=str(run.dtype).removeprefix("torch."),
         )
-        folder = local_path(model)
-        if record and folder is not None and (folder / "surgeon.json").exists():
-            record_tasks(folder, result["tasks"])
-            say(f"Results written into surgeon.json and the card of {folder}", quiet)
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         show(result)
+    folder = local_path(model)
+    if tasks is not None and record and folder is not None and (folder / "surgeon.json").exists():
+        record_tasks(folder, result["tasks"])
+        say(f"Results written into surgeon.json and the card of {folder}", quiet)
 
 
 def activation_edit(
@@ -144,15 +148,18 @@ def record_tasks(folder: Path, found: dict[str, Any]) -> None:
     """Put task results into surgeon.json, beside those of other tasks, and into the card."""
     from cards import render_card
     from surgery.commands.publish import read_manifest
+    from surgery.destination import replace_text
     from surgery.prune import MANIFEST, dump_manifest
 
     manifest = read_manifest(folder)
-    earlier = manifest["measurements"].get("tasks", {}).get("results", {})
-    manifest["measurements"]["tasks"] = {**found, "results": {**earlier, **found["results"]}}
+    measurements = manifest.setdefault("measurements", {})
+    earlier = measurements.get("tasks", {})
+    merged = {key: {**earlier.get(key, {}), **found[key]} for key in ("settings", "results")}
+    measurements["tasks"] = {**found, **merged}
     card = folder / "README.md"
     text = render_card(manifest, card.read_text(encoding="utf-8") if card.exists() else None)
-    (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
-    card.write_text(text, encoding="utf-8")
+    replace_text(folder / MANIFEST, dump_manifest(manifest))
+    replace_text(card, text)
 
 
 def show(result: dict[str, Any]) -> None:

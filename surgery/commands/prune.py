@@ -213,6 +213,10 @@ def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
     from surgery.widths import width_changes
 
     skeleton = prunable_skeleton(checkpoint)
+    if options["allocation"] == "global":
+        from surgery.curves import check_measurable
+
+        check_measurable(skeleton)
     width_changes(
         skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
     )
@@ -333,6 +337,7 @@ def curves_for(
         keep_orders(channels, options["method"], options["seed"], options["protect"]),
         micro_batch(channels.input_ids.shape[1], run.device),
         bars(quiet),
+        run.memory,
     )
 
 
@@ -354,7 +359,10 @@ def canonical_command(
         words += ["--multiple-of", str(options["multiple_of"])] if options["multiple_of"] else []
     if plan.allocation != "uniform":
         words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
-    words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(plan.seed)]
+    seed = plan.seed if plan.method == "random" else calibration["seed"]
+    words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(seed)]
+    words += ["--prompt", options["prompt"]] if options.get("prompt") else []
+    words += ["--memory", options["memory"]] if options.get("memory") else []
     if options.get("protect") is not None:
         words.append("--protect" if plan.protect else "--no-protect")
     words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]

@@ -37,10 +37,11 @@ def push(
     """
     from surgery.checkpoint import LocalFolder
     from surgery.gate import check_folder
+    from surgery.packing import check_packed_loads
     from surgery.prune import name_repo
     from surgery.push import PushTarget, check_push, push_folder
 
-    read_manifest(folder)
+    manifest = read_manifest(folder)
     if dry_run:
         sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
         if as_json:
@@ -53,7 +54,10 @@ def push(
         return
     target = PushTarget(repo, options["private"], options["push_revision"], options["create_pr"], overwrite)
     check_push(target)
-    check_folder(folder)
+    if manifest.get("quantization", {}).get("packed"):
+        check_packed_loads(folder)
+    else:
+        check_folder(folder)
     name_repo(folder, repo)
     report = push_folder(folder, target, f"Upload {folder.name} with surgeon", lambda text: say(text, quiet))
     if as_json:

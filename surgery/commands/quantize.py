@@ -123,6 +123,10 @@ def quantize(
 
     cuts = [("group", size) for size in groups] + [("block", size) for size in flat]
     cuts += [("channel", 0)] * per_channel + [("tensor", 0)] * per_tensor
+    if compare and (simulate or clip is not None or handling is not None):
+        raise UsageError("--compare tries every handling: leave out --simulate, --clip and --super-weights")
+    if not compare and (text is not None or text_blocks is not None):
+        raise UsageError("--text is what --compare measures on", next_step="add --compare, or leave it out")
     symmetric = options["symmetric"]
     symmetric = not (simulate or compare) if symmetric is None else symmetric
     schemes = [Scheme(options["bits"], symmetric, *cut) for cut in cuts or [("group", 128)]]
@@ -144,7 +148,7 @@ def quantize(
     plan = plan_quantization(skeleton, weights, schemes[0], handling, clipping)
     if not simulate:
         check_packable(plan)
-    show_plan(checkpoint, plan, quantized_specs(checkpoint, plan, packed=not simulate))
+    show_plan(checkpoint, plan, quantized_specs(checkpoint, plan, packed=not simulate), to_stderr=as_json)
     if dry_run:
         return
     power: dict[str, torch.Tensor] = {}
@@ -159,7 +163,7 @@ def quantize(
         folder,
         packed=not simulate,
         weights=weights,
-        command=canonical_command(checkpoint, plan, simulate),
+        command=canonical_command(checkpoint, plan, simulate, options),
         track=bars(quiet),
     )
     if as_json:
@@ -210,22 +214,26 @@ def known_super_weights(
         fields = json.loads(bytes(checkpoint.source.read(MANIFEST, 0, size)))
         return [weight for weight in fields.get("super_weights", []) if weight["column"] is not None]
     say("Looking for super weights", quiet)
-    ids = prompt_ids(load_tokenizer(checkpoint), PROMPTS, torch.zeros(1, 0))
+    prompts = (*PROMPTS, *([options["prompt"]] if options["prompt"] else []))
+    ids = prompt_ids(load_tokenizer(checkpoint), prompts, torch.zeros(1, 0))
     found = find_super_weights(checkpoint, ids, run_options(checkpoint, options))
     return [weight.as_json() for weight in found]
 
 
-def show_plan(checkpoint: Checkpoint, plan: QuantizePlan, specs: dict[str, Any]) -> None:
+def show_plan(
+    checkpoint: Checkpoint, plan: QuantizePlan, specs: dict[str, Any], to_stderr: bool = False
+) -> None:
     """Say what will be rounded and what it weighs."""
     after = sum(spec.nbytes for spec in specs.values())
-    click.echo(
-        f"{plan.scheme.name}: {len(plan.tensors)} matrices, {plan.scheme.bits_per_weight:.3g} bits a weight"
-    )
-    click.echo(f"Bytes {checkpoint.nbytes / 2**20:,.1f} MiB → {after / 2**20:,.1f} MiB")
+    lines = [
+        f"{plan.scheme.name}: {len(plan.tensors)} matrices, {plan.scheme.bits_per_weight:.3g} bits a weight",
+        f"Bytes {checkpoint.nbytes / 2**20:,.1f} MiB → {after / 2**20:,.1f} MiB",
+    ]
     for name, places in plan.places.items():
-        click.echo(f"Super weights put back in {name}: {', '.join(map(str, places))}")
-    for name in plan.whole:
-        click.echo(f"Left as it is, for its super weight: {name}")
+        lines.append(f"Super weights put back in {name}: {', '.join(map(str, places))}")
+    lines += [f"Left as it is, for its super weight: {name}" for name in plan.whole]
+    for line in lines:
+        click.echo(line, err=to_stderr)
 
 
 def compared(
@@ -286,7 +294,9 @@ def save_comparison(folder: Path, fields: dict[str, Any], as_json: bool, quiet: 
     say(f"Table and plot written to {folder}", quiet)
 
 
-def canonical_command(checkpoint: Checkpoint, plan: QuantizePlan, simulate: bool) -> str:
+def canonical_command(
+    checkpoint: Checkpoint, plan: QuantizePlan, simulate: bool, options: dict[str, Any]
+) -> str:
     """The command that makes the same checkpoint again."""
     scheme = plan.scheme
     words = ["surgeon", "quantize", checkpoint.name, "--bits", str(scheme.bits)]
@@ -295,4 +305,10 @@ def canonical_command(checkpoint: Checkpoint, plan: QuantizePlan, simulate: bool
     size = {"group": "--group-size", "block": "--flat-block"}.get(scheme.granularity)
     words += [size, str(scheme.size)] if size else [f"--per-{scheme.granularity}"]
     words += ["--clip" if plan.clipping else "--no-clip", "--super-weights", plan.handling]
+    if plan.clipping:
+        text = options["calibration"]
+        words += ["--calibration", Path(text).name if Path(text).exists() else text]
+        words += ["--blocks", str(options["blocks"]), "--block-size", str(options["block_size"])]
+        words += ["--seed", str(options["seed"]), "--dtype", options["dtype"]]
+    words += ["--prompt", options["prompt"]] if options.get("prompt") else []
     return shlex.join([*words, *(["--simulate"] if simulate else [])])
