@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from surgery.mended import Change
 from surgery.repair import Moments, Repair, least_squares, parts, repair
 from surgery.stream import LayerCall, StreamedModel
 
 if TYPE_CHECKING:
-    from surgery.mending import Mender
+    from surgery.mending import MendedLayer, Mender
 
 
 class _Reached(Exception):
@@ -21,7 +22,9 @@ class _Reached(Exception):
         self.tensor = tensor
 
 
-def mend_attention(mender: Mender, number: int, layer: nn.Module, name: str) -> list[Repair]:
+def mend_attention(
+    mender: Mender, number: int, layer: nn.Module, name: str, done: MendedLayer
+) -> list[Repair]:
     """Refit linear `name` of the layer, in place, so that the pruned stream before the FFN comes to the dense one's.
 
     Several repairs where the budget makes it solve for parts of its inputs one after the other.
@@ -29,10 +32,11 @@ def mend_attention(mender: Mender, number: int, layer: nn.Module, name: str) -> 
     linear = layer.get_submodule(name)
     parameter = linear.weight
     assert isinstance(parameter, torch.Tensor)
-    weight = parameter.data.t() if type(linear).__name__ == "Conv1D" else parameter.data
+    transposed = type(linear).__name__ == "Conv1D"
+    weight = parameter.data.t() if transposed else parameter.data
     device = mender.model.device
     bias = getattr(linear, "bias", None)
-    done = []
+    repairs = []
     for chunk in parts(weight.shape[1], mender.budget):
         size = weight[:, chunk].shape[1]
         train, held = (Moments.zeros(len(weight), size, device) for _ in range(2))
@@ -45,9 +49,11 @@ def mend_attention(mender: Mender, number: int, layer: nn.Module, name: str) -> 
             mender.add((train, held), part, entered, wanted, weight, stream, chunk=chunk)
         found = repair(train, held, least_squares)
         if found.change is not None:
+            columns = torch.arange(weight.shape[1], device=device)[chunk]
+            done.note(f"{name}.weight", Change(found.change, columns, transposed))
             weight[:, chunk] = (weight[:, chunk].to(found.change) + found.change).to(weight.dtype)
-        done.append(found)
-    return done
+        repairs.append(found)
+    return repairs
 
 
 def _input_of(

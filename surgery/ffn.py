@@ -79,6 +79,11 @@ class Ffn:
             return rows[0][::2], rows[0][1::2]
         return rows[0][: self.width], rows[0][self.width :]
 
+    @property
+    def transposed(self) -> bool:
+        """Whether memory holds W_down as [F, D]."""
+        return self._transposed if self.stacked else _is_conv1d(self.module)
+
     def down_bias(self, expert: int = 0) -> torch.Tensor | None:
         """The bias [D] of one unit's down projection, which is no part of what its channels must produce: a view."""
         found = self._bias

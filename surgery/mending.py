@@ -10,9 +10,8 @@ up for what those before it left (block Gauss-Seidel).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,20 +22,20 @@ from surgery.dense import DenseStream, Seen, run_observed
 from surgery.devices import micro_batch
 from surgery.ffn import Ffn
 from surgery.hidden import HiddenStore
+from surgery.mended import Change, MendedLayer
 from surgery.plan import ResizePlan
 from surgery.repair import (
     HELD_OUT,
     Moments,
-    Repair,
     least_squares,
     matrix_bytes,
     mean_shift,
+    moment_bytes,
     parts,
     repair,
     token_weights,
 )
 from surgery.resize import mask_channels
-from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 from surgery.tokens import check_finite
 
@@ -44,37 +43,6 @@ if TYPE_CHECKING:
     from surgery.indexing import RunOptions
 
 Pair = tuple[Moments, Moments]
-
-
-@dataclass
-class MendedLayer:
-    """What became of one layer: repairs by FFN, that of the attention's output, and changed parameters by name.
-
-    `parameters` are paths inside the layer whose values in memory are no longer the checkpoint's. A module solved for
-    in parts has one repair for each.
-    """
-
-    ffns: dict[str, list[Repair]] = field(default_factory=dict)
-    attention: list[Repair] = field(default_factory=list)
-    parameters: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """The entry of `repair` in surgeon.json."""
-        return {
-            "ffns": {unit: _summary(found) for unit, found in self.ffns.items()},
-            "attention": _summary(self.attention) if self.attention else None,
-        }
-
-
-def _summary(repairs: list[Repair]) -> dict[str, float | int | None]:
-    """Ridge of the first part that was changed, held-out errors before the first part and after the last."""
-    ridges = [found.ridge for found in repairs if found.ridge is not None]
-    fields: dict[str, float | int | None] = {
-        "ridge": ridges[0] if ridges else None,
-        "held_out_before": repairs[0].before,
-        "held_out_after": repairs[-1].after,
-    }
-    return fields if len(repairs) == 1 else {**fields, "parts": len(repairs)}
 
 
 class Mender:
@@ -110,9 +78,7 @@ class Mender:
         done = MendedLayer()
         additive = self.accumulate and self.dense.additive
         if additive and self.dense.attention is not None:
-            done.attention = mend_attention(self, number, layer, self.dense.attention)
-            if any(found.change is not None for found in done.attention):
-                done.parameters.append(f"{self.dense.attention}.weight")
+            done.attention = mend_attention(self, number, layer, self.dense.attention, done)
         self._mend_ffns(number, layer, additive, done)
         if additive:
             self._finish(number)
@@ -142,7 +108,7 @@ class Mender:
         plans = self.plan.layers[number].ffns
         places = {unit: (ffn, place) for ffn in ffns for place, unit in enumerate(ffn.units)}
         chunks = {unit: parts(len(plans[unit].kept), self.budget) for unit in places}
-        rounds = max((len(found) for found in chunks.values()), default=0)
+        turns = schedule(chunks, len(ffns[0].down_weight()) if ffns else 0, self.budget)
         if additive:
             shape = (*self.pruned.store.shape[:3], len(plans[ffns[0].key].kept))
             if self.channels is None or self.channels.shape != shape:
@@ -150,12 +116,11 @@ class Mender:
         originals = {
             unit: (ffn.down_weight(place).clone(), ffn.down_bias(place))
             for unit, (ffn, place) in places.items()
-            if rounds > 1
+            if len(turns) > 1
         }
         originals = {u: (w, None if b is None else b.clone()) for u, (w, b) in originals.items()}
-        for turn in range(rounds):
-            now = {unit: found[turn] for unit, found in chunks.items() if turn < len(found)}
-            last = turn == rounds - 1
+        for turn, now in enumerate(turns):
+            last = turn == len(turns) - 1
             moments = self._ffn_moments(number, layer, additive, now, originals if turn else {}, last)
             for unit, pair in moments.items():
                 ffn, place = places[unit]
@@ -168,22 +133,23 @@ class Mender:
                 done.ffns.setdefault(unit, []).append(found)
                 if found.change is not None:
                     columns = plans[unit].kept[now[unit]].to(found.change.device)
-                    self._apply(ffn, place, columns, found.change)
+                    self._apply(ffn, place, columns, found.change, done)
         for ffn in ffns:
             for place, unit in enumerate(ffn.units):
                 weight = ffn.down_weight(place)
                 removed = torch.ones(ffn.width, dtype=torch.bool, device=weight.device)
                 removed[plans[unit].kept.to(weight.device)] = False
                 weight[:, removed] = 0
-            if any(found.change is not None for unit in ffn.units for found in done.ffns.get(unit, [])):
-                done.parameters.append(ffn.site.down if ffn.stacked else f"{ffn.site.down}.weight")
-                done.parameters += [ffn.bias_name] if ffn.bias_name else []
 
     @staticmethod
-    def _apply(ffn: Ffn, place: int, columns: torch.Tensor, change: torch.Tensor) -> None:
+    def _apply(ffn: Ffn, place: int, columns: torch.Tensor, change: torch.Tensor, done: MendedLayer) -> None:
         """Add a change [D, K] of some columns, and of the bias where there is one [D, K + 1], in double precision."""
         weight, bias = ffn.down_weight(place), ffn.down_bias(place)
-        if bias is not None:
+        path = ffn.site.down if ffn.stacked else f"{ffn.site.down}.weight"
+        expert = place if ffn.stacked else None
+        done.note(path, Change(change[:, : len(columns)], columns, ffn.transposed, expert))
+        if bias is not None and ffn.bias_name is not None:
+            done.note(ffn.bias_name, Change(change[:, -1], expert=expert))
             bias.copy_((bias.to(change) + change[:, -1]).to(bias.dtype))
         weight[:, columns] = (weight[:, columns].to(change) + change[:, : len(columns)]).to(weight.dtype)
 
@@ -262,13 +228,42 @@ class Mender:
                 mine.add(u[chosen], r[chosen], weight, weights[chosen], chunk)
 
 
-def repair_bytes(plan: ResizePlan, budget: int) -> dict[str, int]:
-    """What repairing will take at its peak for matrices, in bytes, and in how many `parts` the widest FFN is solved for."""
+def schedule(chunks: dict[str, list[slice]], outputs: int, budget: int | None) -> list[dict[str, slice]]:
+    """Which part of which FFN is done in which pass over a layer: as many together as the budget holds the sums of.
+
+    The parts of one FFN follow each other; `outputs` is D.
+    """
+    left = {unit: list(found) for unit, found in chunks.items()}
+    turns: list[dict[str, slice]] = []
+    while any(left.values()):
+        now: dict[str, slice] = {}
+        taken = 0
+        for unit, found in left.items():
+            need = moment_bytes(found[0].stop - found[0].start, outputs) if found else 0
+            if found and (not now or budget is None or taken + need <= budget):
+                now[unit] = found.pop(0)
+                taken += need
+        turns.append(now)
+    return turns
+
+
+def repair_bytes(plan: ResizePlan, outputs: int, budget: int) -> dict[str, int]:
+    """What repairing will take at its peak for matrices, in bytes, and in how many `parts` (passes over a layer).
+
+    `outputs` is D.
+    """
     if plan.repair == "none":
         return {"repair_bytes": 0, "repair_parts": 0}
-    widest = max((len(ffn.kept) for layer in plan.layers for ffn in layer.ffns.values()), default=0)
-    chunks = parts(widest, budget // 2)
-    return {"repair_bytes": matrix_bytes(chunks[0].stop), "repair_parts": len(chunks)}
+    most = passes = 0
+    for layer in plan.layers:
+        chunks = {unit: parts(len(ffn.kept), budget // 2) for unit, ffn in layer.ffns.items()}
+        turns = schedule(chunks, outputs, budget // 2)
+        passes = max(passes, len(turns))
+        for now in turns:
+            widths = [part.stop - part.start for part in now.values()]
+            sums = sum(moment_bytes(width, outputs) for width in widths)
+            most = max(most, sums + matrix_bytes(max(widths)))
+    return {"repair_bytes": most, "repair_parts": passes}
 
 
 def layer_cutter(
@@ -307,43 +302,3 @@ def mender(dense: DenseStream, plan: ResizePlan, options: RunOptions) -> Mender:
     """What carries out a plan's repair; the other half of the budget is for matrices."""
     accumulate, mean_only = plan.repair == "lstsq-acc", plan.repair == "bias"
     return Mender(dense, plan, accumulate, options.memory // 2, mean_only)
-
-
-def layer_tensors(skeleton: Skeleton) -> set[str]:
-    """Names of the stored matrices and biases that a repair may change, which can't be written as they are read."""
-    biases = {
-        f"{skeleton.layers_path}.{number}.{ffn.bias_name}"
-        for number, ffns in enumerate(skeleton.ffns)
-        for ffn in ffns
-    }
-    return {
-        stored
-        for assemblies in skeleton.inside
-        for assembly in assemblies
-        for stored in assembly.stored
-        if len(skeleton.checkpoint.tensors[stored].shape) > 1 or assembly.targets[0] in biases
-    }
-
-
-def mended_tensors(
-    skeleton: Skeleton,
-    number: int,
-    done: MendedLayer,
-    late: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Take a layer's stored tensors out of `late`, with mended values where the layer has them, not cut yet."""
-    prefix = f"{skeleton.layers_path}.{number}."
-    mended = {prefix + name for name in done.parameters}
-    found = {}
-    for assembly in skeleton.inside[number]:
-        for place, stored in enumerate(assembly.stored):
-            tensor = late.pop(stored, None)
-            if tensor is None:
-                continue
-            if assembly.targets[0] in mended:
-                resident = skeleton.model.get_parameter(assembly.targets[0]).data
-                part = resident[place] if "MergeModulelist" in assembly.steps else resident
-                part = part.transpose(-1, -2) if "Transpose" in assembly.steps else part
-                tensor = part.to(tensor.device, tensor.dtype).contiguous()
-            found[stored] = tensor
-    return found

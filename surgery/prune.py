@@ -16,7 +16,8 @@ from surgery.families import check_prunable, family_of, text_config
 from surgery.gate import GATE_TOKENS, cpu_options, last_logits, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
-from surgery.mending import layer_cutter, layer_tensors, mended_tensors
+from surgery.mended import layer_tensors, mended_tensors
+from surgery.mending import layer_cutter
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
 from surgery.resize import TensorCut, cut_tensor, resized_shape, tensor_cuts

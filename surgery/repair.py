@@ -141,6 +141,11 @@ def matrix_bytes(width: int) -> int:
     return MATRICES * 8 * width**2
 
 
+def moment_bytes(width: int, outputs: int) -> int:
+    """Bytes of the sums for `width` channels and `outputs` dimensions, training and held-out blocks apart."""
+    return 2 * 8 * width * (width + outputs)
+
+
 def parts(width: int, budget: int | None) -> list[slice]:
     """Channels solved for together: all of them, or where that takes more than `budget` bytes, so many at a time."""
     count = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from surgery import mending
 from surgery.index import ChannelIndex
-from surgery.repair import RIDGES, Moments, least_squares, matrix_bytes, mean_shift, parts, repair
+from surgery.mending import schedule
+from surgery.repair import (
+    RIDGES,
+    Moments,
+    least_squares,
+    matrix_bytes,
+    mean_shift,
+    moment_bytes,
+    parts,
+    repair,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -203,6 +214,32 @@ def test_attention_is_mended_where_its_output_can_be_told(
         surgeon("prune", str(source), "--multiple-of", "8", "--out", f"{variant}-cut", *CALIBRATION)
         entries = json.loads((source.parent / f"{variant}-cut" / "surgeon.json").read_text())["repair"]
         assert any(entry["attention"] for entry in entries) == expected, variant
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_storage_finer_than_memory_keeps_its_digits(
+    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny(variant)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).save_pretrained(source)
+    surgeon("prune", str(source), "--multiple-of", "8", "--dtype", "bfloat16", "--out", "cut", *CALIBRATION)
+    before, after = (
+        dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).named_parameters())
+        for folder in (source, "cut")
+    )
+    downs = [name for name in after if re.search(r"down_proj(.weight)?$|mlp.c_proj.weight$", name)]
+    finer = [name for name in downs if not torch.equal(after[name], after[name].bfloat16().half())]
+    assert len(finer) == len(downs) >= 6  # bfloat16 has three binary digits less than float16
+    assert all(after[name].shape != before[name].shape for name in downs)
+
+
+def test_experts_are_mended_in_turns_that_fit() -> None:
+    chunks = {f"expert.{n}": parts(8, matrix_bytes(4)) for n in range(3)}
+    assert len(schedule(chunks, 16, None)) == 2
+    turns = schedule(chunks, 16, 2 * moment_bytes(4, 16))
+    assert all(len(turn) <= 2 for turn in turns)
+    for unit, found in chunks.items():
+        assert [turn[unit] for turn in turns if unit in turn] == found
 
 
 def test_same_seed_same_bytes(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:

@@ -289,6 +289,7 @@ def plan_cut(
     skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any], quiet: bool
 ) -> tuple[ResizePlan, dict[str, int]]:
     """The plan, and parameters and bytes before and after it."""
+    from surgery.families import text_config
     from surgery.mending import repair_bytes
     from surgery.plan import make_plan
     from surgery.prune import planned_specs
@@ -311,12 +312,13 @@ def plan_cut(
         else None,
     )
     specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
+    memory = run_options(checkpoint, options).memory
     return plan, {
         "parameters_before": checkpoint.parameters,
         "parameters_after": sum(spec.numel for spec in specs.values()),
         "bytes_before": checkpoint.nbytes,
         "bytes_after": sum(spec.nbytes for spec in specs.values()),
-        **repair_bytes(plan, run_options(checkpoint, options).memory),
+        **repair_bytes(plan, text_config(checkpoint.config).get("hidden_size") or 0, memory),
     }
 
 
