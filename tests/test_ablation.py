@@ -207,3 +207,21 @@ def test_no_super_weight_is_said_before_anything_is_measured(
     assert "no super weight" in refused.stderr
     bad = surgeon("ablate", str(source), "--text", "text.txt", "--scale", "3:0:1", code=2)
     assert "START:STOP:STEP" in bad.stderr
+
+
+def test_activations_are_put_back_where_blocks_are_flattened(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("opt")
+    gone = Scale("dense", torch.full((5,), 7), torch.arange(5))
+    found = measured(folder, gone={1: [gone]}, back={1: [gone, Restore("dense", 7)]})
+    assert found["back"].kl != pytest.approx(found["gone"].kl, rel=1e-3) and found["gone"].kl > 0
+
+
+def test_what_needs_super_weights_is_refused_before_measuring(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("llama")
+    surgeon("index", str(source), "--out", "index", *CALIBRATION)
+    monkeypatch.setattr("surgery.ablation.run_ablations", lambda *_: pytest.fail("measured"))
+    common = ["ablate", str(source), "--index", "index", "--text", "text.txt", "--conditions", "channels"]
+    for option in (["--trace"], ["--stop-words", "3"]):
+        assert "no super weight" in surgeon(*common, *option, code=2).stderr

@@ -120,3 +120,35 @@ def test_connectivity_is_the_share_written_where_the_core_writes() -> None:
 
 def test_deployability_lists_divisors() -> None:
     assert deployability(1152) == {"32": [1, 2, 4], "64": [1, 2], "128": [1], "256": []}
+
+
+def mixture(unseen: bool) -> ChannelIndex:
+    generator = torch.Generator().manual_seed(1)
+    layers = []
+    for number in range(4):
+        ffns = {}
+        for expert in range(4):
+            values = {name: 1e-4 * torch.rand(64, generator=generator) for name in STATISTICS}
+            values |= {
+                name: torch.rand(64, generator=generator) for name in ("gate_norm", "up_norm", "down_norm")
+            }
+            seen = 0 if unseen and number == 3 and expert == 2 else 100
+            core = halo.supernodes(values["loss_proxy"]) if seen else torch.empty(0, dtype=torch.long)
+            ffns[f"expert.{expert}"] = FfnIndex(values, core, seen)
+        layers.append(LayerIndex(ffns))
+    return ChannelIndex({}, {}, {}, {}, layers, [], [], torch.zeros(1, 2), {"intermediate_size": 64})
+
+
+def test_an_expert_no_token_reached_does_not_claim_the_budget() -> None:
+    options = {"method": "scar-lp", "sparsity": 0.5, "multiple_of": 8, "allocation": "score"}
+    plans = {unseen: make_plan(mixture(unseen), **options).widths[0].per_layer for unseen in (False, True)}
+    assert max(plans[True]) <= 40 and abs(plans[True][3] - plans[False][3]) <= 8  # type: ignore[operator, type-var]
+
+
+def test_padding_goes_by_config_key() -> None:
+    index = mixture(False)
+    index.layers[0] = LayerIndex({"dense": index.layers[0].ffns["expert.0"]})
+    index.keys = {"dense": "intermediate_size", "experts": "intermediate_size"}
+    plan = make_plan(index, method="scar-lp", sparsity=0.5, multiple_of=8, allocation="score", pad=True)
+    stored = {plan.stored_width(n, name) for n, layer in enumerate(plan.layers) for name in layer.ffns}
+    assert stored == {plan.width_after}

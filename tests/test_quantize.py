@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.activations import round_tokens
+from surgery.commands.evaluate import record_tasks
 from surgery.errors import UsageError
+from surgery.prune import name_repo
 from surgery.rounding import CLIPS, Scheme, choose_clip, held_out, round_to_nearest
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -255,3 +257,74 @@ def test_a_held_out_spike_leaves_the_rest_of_its_token_exact() -> None:
     assert held[1, 5] == -900.0 and torch.equal(plain[[0, 2]], held[[0, 2]])
     others = torch.arange(64) != 5
     assert (held - x)[1, others].abs().max() < 0.02 < (plain - x)[1, others].abs().max()
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe", "gemma3_text"])
+def test_packed_leaves_whole_what_is_not_rounded(
+    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny(variant)
+    surgeon("quantize", str(source), "--group-size", "8", "--super-weights", "none", "--out", "packed")
+    stored = load_file("packed/model.safetensors")
+    before = load_file(source / "model.safetensors")
+    whole = [name for name in stored if name in before and stored[name].dim() == 2]
+    assert all(torch.equal(stored[name], before[name]) for name in whole)
+    routers = [name for name in before if name.endswith((".gate.weight", "shared_expert_gate.weight"))]
+    assert set(routers) <= set(whole) and bool(routers) == (variant != "gemma3_text")
+    ids = torch.randint(0, 256, (1, 8), generator=GENERATOR)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained("packed")(ids, use_cache=False).logits
+    assert logits.isfinite().all()
+
+
+def test_routers_stay_and_experts_in_one_tensor_are_refused(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    for variant in ("gpt_oss", "granitemoe"):
+        refused = surgeon("quantize", str(save_tiny(variant, name=variant)), "--out", "cut", code=1)
+        assert "experts stored as one tensor" in refused.stderr
+    refused = surgeon("eval", "gpt_oss", "--text", "text.txt", "--activations", "w8a8", code=1)
+    assert "experts in one tensor" in refused.stderr
+    refused = surgeon(
+        "eval", str(save_tiny("gpt2", name="g")), "--text", "text.txt", "--activations", "w8a8", code=1
+    )
+    assert "Conv1D" in refused.stderr
+    refused = surgeon("eval", "g", "--tasks", "x", "--activations", "w8a8", code=2)
+    assert "perplexity" in refused.stderr
+
+
+def test_quantised_folders_keep_their_card(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = planted(save_tiny("llama"))
+    quantised = [
+        "quantize",
+        str(source),
+        "--simulate",
+        "--group-size",
+        "16",
+        "--seed",
+        "9",
+        *CALIBRATION,
+        "--out",
+        "cut",
+    ]
+    shown = surgeon(*quantised, "--json")
+    manifest = json.loads(shown.stdout)
+    assert "--seed 9" in manifest["command"] and "--clip" in manifest["command"]
+    assert manifest["quantization"]["clip_chosen"]
+    surgeon("card", "cut")
+    record_tasks(
+        Path("cut"), {"harness": "h", "settings": {"t": {}}, "results": {"t": {"acc": 0.5, "samples": 4}}}
+    )
+    card = Path("cut/README.md").read_text()
+    assert "| t | acc | 0.500 | 4 |" in card and "INT4 asym group 16" in card
+    name_repo(Path("cut"), "me/it")
+    assert 'from_pretrained("me/it")' in Path("cut/README.md").read_text()
+    assert "to me/it" in surgeon("push", "cut", "me/it", "--dry-run").stdout
+
+
+def test_small_weights_keep_their_scale_in_float16() -> None:
+    weight = (1e-3 * normal(8, 128)).half()
+    back = round_to_nearest(weight, Scheme(8, True, "group", 128)).dequantised()
+    assert float((back - weight).float().norm() / weight.float().norm()) < 0.01

@@ -20,6 +20,7 @@ from surgery.mending import schedule
 from surgery.repair import (
     RIDGES,
     Moments,
+    adds,
     least_squares,
     matrix_bytes,
     mean_shift,
@@ -248,3 +249,20 @@ def test_same_seed_same_bytes(save_tiny: Callable[..., Path], surgeon: Callable[
         surgeon("prune", str(source), "--multiple-of", "8", "--out", name, *CALIBRATION)
     files = [(source.parent / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_an_output_scaled_on_its_way_is_not_taken_for_added() -> None:
+    stream, added = normal(2, 8, 16), normal(2, 8, 16)
+    assert adds(added + 1e-4 * normal(2, 8, 16), added, stream)
+    assert not adds(0.9 * added, added, stream) and not adds(1.1 * added, added, stream)
+
+
+def test_the_recorded_command_has_the_calibrations_seed(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("llama")
+    surgeon("index", str(source), "--out", "index", "--seed", "7", *CALIBRATION)
+    surgeon(
+        "prune", str(source), "--index", "index", "--multiple-of", "8", "--repair", "none", "--out", "cut"
+    )
+    assert "--seed 7" in json.loads(Path("cut/surgeon.json").read_text())["command"]
