@@ -47,7 +47,8 @@ def common_options(command: Command) -> Command:
             ),
             click.option(
                 "--memory",
-                help="Budget for hidden states, as 8GiB; beyond it they go to disk. [default: half of this machine's]",
+                help="Budget for hidden states and for the matrices of a repair, as 8GiB; beyond it the one go to disk, "
+                "the others are solved in parts. [default: half of this machine's]",
             ),
             click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
             click.option("--quiet", is_flag=True, help="No progress, no talk."),
