@@ -193,6 +193,14 @@ class Checkpoint:
         weights = {*self.weight_files, INDEX_FILE}
         return [f for f in self.file_names if f not in weights and not _is_weight_like(f)]
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and, of files on this machine, time of the last change, by weight file: what tells a changed one."""
+        found = {}
+        for file in self.weight_files:
+            local = self.source.path / file
+            found[file] = [self.source.size(file), local.stat().st_mtime_ns if local.is_file() else 0]
+        return found
+
     @property
     def stored_form(self) -> str | None:
         """How the weights are stored, where that is not as safetensors."""

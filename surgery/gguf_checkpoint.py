@@ -62,6 +62,11 @@ class GgufCheckpoint(Checkpoint):
             for name in self._stored
         }
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of the last change of the file."""
+        status = self.gguf_file.stat()
+        return {self.gguf_file.name: [status.st_size, status.st_mtime_ns]}
+
     @property
     def stored_form(self) -> str:
         """What the file holds, for the card: the quantisation types and what they were turned into."""

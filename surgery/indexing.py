@@ -93,14 +93,16 @@ def build_index(
             expected=f"--blocks {distributed.world_size()} or more",
             found=str(len(blocks.ids)),
         )
-    stream = None
+    stream = detector = None
     if journal is None or "index" not in journal:
         folder = journal.folder if journal is not None else None
         with model.outside():
             stream = TokenStream(
                 model, mine, micro_batch=step, keep_inputs=True, host_bytes=options.memory, journal=folder
             )
-    ahead = _forward(model, stream, prompts, journal, track)
+            if journal is None or "forward" not in journal:
+                detector = SuperWeightDetector(model, prompts)
+    ahead = _forward(model, stream, detector, journal, track)
     layers = _backward(model, stream, ahead.maxima, len(blocks.ids), second_order, journal, track)
     if journal is not None:
         journal.mark("index")
@@ -133,7 +135,7 @@ class _Ahead:
 def _forward(
     model: StreamedModel,
     stream: TokenStream | None,
-    prompts: list[torch.Tensor],
+    detector: SuperWeightDetector | None,
     journal: Journal | None,
     track: Track[Any],
 ) -> _Ahead:
@@ -144,9 +146,7 @@ def _forward(
             [SuperWeight.from_json(w) for w in fields[key]] for key in ("super_weights", "echoes")
         )
         return _Ahead(fields["nats"], weights, echoes, fields["maxima"])
-    assert stream is not None
-    with model.outside():
-        detector = SuperWeightDetector(model, prompts)
+    assert stream is not None and detector is not None
     ablations = _Ablations(model, stream)
     count = len(model.layers)
     for number, layer in track(model.walk(range(count)), "forward", count):
@@ -216,19 +216,13 @@ def index_fingerprint(
     """What makes two runs of `build_index` the same: source and its files, tokens, prompts, options, versions."""
     return {
         "source": source_json(checkpoint),
-        "files": {file: _stamp(checkpoint, file) for file in checkpoint.weight_files},
+        "files": checkpoint.stamps(),
         "calibration": blocks.as_json(),
         "prompts": [ids.tolist() for ids in prompts],
         "run": options.as_json(),
         "second_order": second_order,
         "processes": [distributed.rank(), distributed.world_size()],
     }
-
-
-def _stamp(checkpoint: Checkpoint, file: str) -> list[int]:
-    """Size and, of a file on this machine, time of the last change."""
-    local = checkpoint.source.path / file
-    return [checkpoint.source.size(file), local.stat().st_mtime_ns if local.is_file() else 0]
 
 
 def _index_layer(

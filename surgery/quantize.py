@@ -33,7 +33,6 @@ from surgery.packing import (
     quantization_config,
 )
 from surgery.prune import COPY_BYTES, MANIFEST
-from surgery.repair import token_weights
 from surgery.rounding import Scheme, choose_clip, held_out
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
@@ -140,9 +139,10 @@ def input_power(
     *,
     largest: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Sum of squares of every linear's inputs over calibration tokens, [C] by module path; tokens weighted as in repair.
+    """Sum of squares of every linear's inputs over calibration tokens, [C] by module path.
 
-    With `largest`, the largest |input| instead. One forward pass, one layer resident.
+    Tokens count as they are: the one that bears a super activation meets the same few columns with thousands, and a
+    clip that moves what it gets there destroys the model, however little all other tokens mind. With `largest`, the largest |input| instead. One forward pass, one layer resident.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     step = micro_batch(blocks.ids.shape[1], options.device)
@@ -161,7 +161,7 @@ def input_power(
                         most = x.abs().amax(0).cpu()
                         found[key] = torch.maximum(found.get(key, most), most)
                         return
-                    power = (x.square() * token_weights(x)[:, None]).sum(0).cpu()
+                    power = x.square().sum(0).cpu()
                     found[key] = found.get(key, torch.zeros_like(power)) + power
 
                 handles.append(module.register_forward_pre_hook(keep))

@@ -126,7 +126,9 @@ def ablate(
     blocks = evaluation_blocks(checkpoint, words, name, text_blocks)
     if stop_words:
         prompts_of(words, stop_words)  # refused before anything is computed
-    channels = index_for(checkpoint, index_folder, set(), folder, options, quiet)
+    channels = index_for(
+        checkpoint, index_folder, set(), None if plan_only or dry_run else folder, options, quiet
+    )
     chosen = conditions_for(channels, conditions, scale, options["seed"])
     if plan_only or dry_run:
         for condition in chosen:

@@ -135,7 +135,9 @@ def prune(
         target = push_target(push_to, destination, options, overwrite)
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
-    channels = index_for(checkpoint, index_folder, {options["method"]}, destination, options, quiet)
+    channels = index_for(
+        checkpoint, index_folder, {options["method"]}, None if dry_run else destination, options, quiet
+    )
     plan, sizes = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
         from surgery.show import show_plan
@@ -259,13 +261,13 @@ def index_for(
     checkpoint: Checkpoint,
     folder: str | None,
     methods: set[str],
-    destination: Path,
+    destination: Path | None,
     options: dict[str, Any],
     quiet: bool,
 ) -> ChannelIndex:
     """The index to cut by: read from `folder`, or made now, with all that `methods` need.
 
-    Made now, its journal is beside `destination`, to be thrown away once that is written.
+    Made now, its journal is beside `destination`, to be thrown away once that is written; without one it keeps none.
     """
     from surgery.index import ChannelIndex
 
