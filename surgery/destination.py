@@ -68,11 +68,11 @@ def complete_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _flush(file)
+                flush(file)
         if path.exists():
             path.rename(aside)
         partial.rename(path)
-        _flush(path.absolute().parent)
+        flush(path.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         recover(path)
@@ -84,7 +84,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old content or the new."""
     beside = path.with_name(f".{path.name}.surgeon-new")
     beside.write_text(text, encoding="utf-8")
-    _flush(beside)
+    flush(beside)
     beside.replace(path)
 
 
@@ -106,7 +106,8 @@ def _aside(path: Path) -> Path:
     return path.absolute().with_name(f".{path.name}.surgeon-replaced")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -127,10 +127,15 @@ def check_loads(folder: Path) -> None:
 
     Loaded onto the meta device: names and shapes are checked by transformers itself, no weight is read.
     """
+    source = Checkpoint.open(folder)
+    check_keys(folder, source.config)
+
+
+def check_keys(folder: Path, config: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the Auto class of a config takes every tensor of `folder`, packed or not."""
     from transformers.utils import logging
 
-    source = Checkpoint.open(folder)
-    automatic = auto_class(build_config(source.config, source.name))
+    automatic = auto_class(build_config(config, folder.name))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -138,7 +143,7 @@ def check_loads(folder: Path) -> None:
             _, info = automatic.from_pretrained(
                 str(folder), device_map="meta", output_loading_info=True, dtype="auto"
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
         raise CheckpointError(
             "the checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
         ) from error

@@ -6,7 +6,6 @@ everything the step made), and what steps made: hidden states, tensors, JSON. A 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from surgery.destination import flush
 from surgery.distributed import rank, world_size
 
 FINGERPRINT, STEPS = "fingerprint.json", "steps.jsonl"
@@ -48,7 +48,7 @@ class Journal:
     def mark(self, step: str) -> None:
         """Note that a step is done, once all files of the journal are on the disk."""
         for file in self.folder.iterdir():
-            _flush(file)
+            flush(file)
         with (self.folder / STEPS).open("a", encoding="utf-8") as handle:
             handle.write(f"{step}.\n")
             handle.flush()
@@ -88,16 +88,3 @@ def journal_folder(destination: Path) -> Path:
     """The folder a destination's journal is in."""
     which = f"-{rank()}" if world_size() > 1 else ""
     return destination.absolute().with_name(f".{destination.name}.surgeon-journal{which}")
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.errors import CheckpointError, UsageError
+from surgery.gate import check_keys
 from surgery.rounding import Scheme, round_to_nearest
-from surgery.skeleton import auto_class, build_config, quiet_transformers
 
 if TYPE_CHECKING:
     from surgery.quantize import QuantizePlan
@@ -106,28 +106,4 @@ def check_unpacks(parts: dict[str, torch.Tensor], scheme: Scheme, expected: torc
 
 def check_packed_loads(folder: Path) -> None:
     """Raise CheckpointError unless transformers' Auto class takes every packed tensor and wants no other; no weight is read."""
-    from transformers.utils import logging
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    automatic = auto_class(build_config(config, folder.name))
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet_transformers():
-            _, info = automatic.from_pretrained(
-                str(folder), device_map="meta", output_loading_info=True, dtype="auto"
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
-        raise CheckpointError(
-            "the packed checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
-        ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    wrong = [kind for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)]
-    if wrong:
-        raise CheckpointError(
-            f"the packed checkpoint does not load cleanly: {wrong[0]}",
-            where=folder.name,
-            found=str(sorted(info[wrong[0]], key=str)[:3]),
-        )
+    check_keys(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
