@@ -34,7 +34,9 @@ class DenseStream:
         self.stream = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=share)
         self.share = share
         shape = (1, *ids.shape, self.stream.store.shape[-1])
-        self.leaving, self.before = (HiddenStore(shape, self.stream.store.dtype, share) for _ in range(2))
+        self.leaving, self.before = (
+            HiddenStore(shape, self.stream.store.dtype, share, device=model.device) for _ in range(2)
+        )
         self.additive = False
         self.attention: str | None = None
 

@@ -89,6 +89,14 @@ def default_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def room(device: torch.device) -> int:
+    """Bytes of an accelerator's own memory that may be filled: what is free now but for a tenth; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - total // 10)
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype sums are kept in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

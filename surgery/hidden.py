@@ -1,4 +1,4 @@
-"""Hidden states between layers: kept in memory, or in an unlinked file when they outgrow the budget."""
+"""Hidden states between layers: kept on the device, in memory, or in an unlinked file, as the budget allows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 
+from surgery.devices import room
+
 
 class HiddenStore:
-    """Slots of hidden states [N, T, D] in the compute dtype, on the host.
+    """Slots of hidden states [N, T, D] in the compute dtype.
 
-    `shape` is (slots, N, T, D). When the whole takes more than `host_bytes` it is a memory-mapped temporary file
-    (in TMPDIR), whose pages the operating system writes out as memory runs short; the file has no name, so that it
-    vanishes with the process however that ends. With `path` it is a file of that name, whose content is kept, so that
-    a run can be taken up again.
+    `shape` is (slots, N, T, D). On an accelerator they stay there while they take at most half of what is free. Else
+    they are on the host, pinned for an accelerator, so that copies either way keep the order of its stream without
+    anybody waiting. When the whole takes more than `host_bytes` it is a memory-mapped temporary file (in TMPDIR), whose
+    pages the operating system writes out as memory runs short; the file has no name, so that it vanishes with the process
+    however that ends. With `path` it is a file of that name, whose content is kept, so that a run can be taken up again.
     """
 
     def __init__(
@@ -25,11 +28,15 @@ class HiddenStore:
         host_bytes: int | None,
         folder: str | None = None,
         path: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.nbytes = torch.Size(shape).numel() * dtype.itemsize
-        self.spilled = path is not None or (host_bytes is not None and self.nbytes > host_bytes)
+        on_device = device is not None and path is None and 2 * self.nbytes <= room(device)
+        too_large = host_bytes is not None and self.nbytes > host_bytes
+        self.pinned = False
+        self.spilled = path is not None or (too_large and not on_device)
         if path is not None:
             with path.open("ab") as handle:
                 handle.truncate(self.nbytes)
@@ -45,13 +52,15 @@ class HiddenStore:
                 os.unlink(name)  # noqa: PTH108 (the name came from mkstemp as a string)
             self._data = flat.view(shape)
         else:
-            self._data = torch.empty(shape, dtype=dtype)
+            self.pinned = not on_device and device is not None and device.type == "cuda"
+            self._data = torch.empty(
+                shape, dtype=dtype, device=device if on_device else None, pin_memory=self.pinned
+            )
 
     def get(self, slot: int, blocks: slice, device: torch.device) -> torch.Tensor:
         """A copy of blocks [n, T, D] of a slot on `device`."""
-        part = self._data[slot, blocks]
-        return part.clone() if device.type == "cpu" else part.to(device, non_blocking=True)
+        return self._data[slot, blocks].to(device, non_blocking=True, copy=True)
 
     def put(self, slot: int, blocks: slice, hidden: torch.Tensor) -> None:
         """Store blocks [n, T, D] into a slot."""
-        self._data[slot, blocks].copy_(hidden)
+        self._data[slot, blocks].copy_(hidden, non_blocking=self.pinned)

@@ -112,7 +112,9 @@ class Mender:
         if additive:
             shape = (*self.pruned.store.shape[:3], len(plans[ffns[0].key].kept))
             if self.channels is None or self.channels.shape != shape:
-                self.channels = HiddenStore(shape, self.pruned.store.dtype, self.dense.share)
+                self.channels = HiddenStore(
+                    shape, self.pruned.store.dtype, self.dense.share, device=self.model.device
+                )
         originals = {
             unit: (ffn.down_weight(place).clone(), ffn.down_bias(place))
             for unit, (ffn, place) in places.items()
@@ -218,14 +220,16 @@ class Mender:
         weights = token_weights(stream).flatten()
         if self.mean_only:
             weights = torch.ones_like(weights)  # FLAP's mean is over tokens as they are
-        blocks = torch.arange(part.start, part.stop, device=weights.device)
-        is_held = (blocks >= self.first_held).repeat_interleave(stream.shape[1])
         if tokens is not None:
-            weights, is_held = weights[tokens], is_held[tokens]
+            weights = weights[tokens]
         u, r = inputs.reshape(-1, inputs.shape[-1]), wanted.reshape(-1, wanted.shape[-1])
-        for mine, chosen in zip(moments, (~is_held, is_held), strict=True):
-            if bool(chosen.any()):
-                mine.add(u[chosen], r[chosen], weight, weights[chosen], chunk)
+        border = (self.first_held - part.start) * stream.shape[1]  # tokens from here on are held out
+        if border >= stream.shape[:2].numel() or border <= 0:
+            moments[border <= 0].add(u, r, weight, weights, chunk)
+            return
+        places = torch.arange(len(u), device=u.device) if tokens is None else tokens
+        for mine, chosen in zip(moments, (places < border, places >= border), strict=True):
+            mine.add(u[chosen], r[chosen], weight, weights[chosen], chunk)
 
 
 def schedule(chunks: dict[str, list[slice]], outputs: int, budget: int | None) -> list[dict[str, slice]]:

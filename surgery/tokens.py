@@ -81,7 +81,7 @@ class TokenStream:
     ) -> HiddenStore:
         self.apart: HiddenStore | None = None
         if journal is None:
-            return HiddenStore(shape, dtype, host_bytes)
+            return HiddenStore(shape, dtype, host_bytes, device=self.model.device)
         self.apart = HiddenStore((2, *shape[1:]), dtype, None, path=journal / "gradients.bin")
         return HiddenStore(shape, dtype, None, path=journal / "hidden.bin")
 
@@ -106,7 +106,7 @@ class TokenStream:
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
         shape = (1, *twin.ids.shape, self.store.shape[-1])
-        twin.hidden = HiddenStore(shape, self.store.dtype, host_bytes)
+        twin.hidden = HiddenStore(shape, self.store.dtype, host_bytes, device=self.model.device)
         for part in twin.slices:
             twin.hidden.put(0, part, self.store.get(self._slot(layer), part, self.model.device))
         return twin
@@ -167,11 +167,9 @@ class TokenStream:
         The last token of a block predicts nothing. With `with_gradient`, dL/d(last hidden state) takes the place of
         the stored output; L is the sum over all blocks.
         """
-        nats = torch.zeros(len(self.ids), dtype=torch.float64)
         with self.model.outside():
-            for block in range(len(self.ids)):
-                nats[block] = self._block_loss(block, with_gradient)
-        return nats
+            nats = [self._block_loss(block, with_gradient) for block in range(len(self.ids))]
+        return torch.stack(nats).cpu()
 
     def _block_loss(self, block: int, with_gradient: bool) -> torch.Tensor:
         """Summed loss of one block, through the head a slice of tokens at a time."""
