@@ -62,6 +62,10 @@ class DestinationError(SurgeonError):
     """An output folder that exists, equals the source, or does not fit on the disk."""
 
 
+class MemoryBudgetError(SurgeonError):
+    """A budget too small for one layer and one block of tokens."""
+
+
 class NumericsError(SurgeonError):
     """NaN or infinity where numbers were expected."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from surgery import distributed, halo
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
-from surgery.devices import micro_batch
+from surgery.costs import index_costs
 from surgery.errors import CalibrationError, NumericsError
 from surgery.ffn import Ffn
 from surgery.index import (
@@ -84,7 +84,6 @@ def build_index(
     `journal`, every layer done is kept there and not done again; the result is the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
-    step = micro_batch(blocks.ids.shape[1], options.device)
     distributed.join(options.device)
     mine = blocks.ids[distributed.shard(len(blocks.ids))].long()
     if len(blocks.ids) < distributed.world_size():
@@ -93,12 +92,19 @@ def build_index(
             expected=f"--blocks {distributed.world_size()} or more",
             found=str(len(blocks.ids)),
         )
+    costs = index_costs(model.skeleton, len(mine), mine.shape[1], options, second_order)
     stream = detector = None
     if journal is None or "index" not in journal:
         folder = journal.folder if journal is not None else None
         with model.outside():
             stream = TokenStream(
-                model, mine, micro_batch=step, keep_inputs=True, host_bytes=options.memory, journal=folder
+                model,
+                mine,
+                micro_batch=costs.micro_batch,
+                keep_inputs=True,
+                host_bytes=0 if costs.hidden_on == "disk" else None,
+                graph_bytes=costs.graph_bytes,
+                journal=folder,
             )
             if journal is None or "forward" not in journal:
                 detector = SuperWeightDetector(model, prompts)
@@ -220,6 +226,7 @@ def index_fingerprint(
         "calibration": blocks.as_json(),
         "prompts": [ids.tolist() for ids in prompts],
         "run": options.as_json(),
+        "memory": options.memory,
         "second_order": second_order,
         "processes": [distributed.rank(), distributed.world_size()],
     }

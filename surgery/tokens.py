@@ -5,6 +5,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from surgery.errors import NumericsError
 from surgery.ffn import observed
+from surgery.graphs import Graph, KeptGraphs, SavedBytes, Seen
 from surgery.hidden import HiddenStore
 from surgery.stream import LayerCall, StreamedModel
 
@@ -45,8 +47,9 @@ class TokenStream:
     """Blocks of tokens on their way through the layers, micro-batch by micro-batch.
 
     `ids` [N, T]. With `keep_inputs` every layer's input is kept (slot i holds what enters layer i), which the
-    backward pass needs; without it, one slot is overwritten from layer to layer. With `journal`, a folder, they are kept
-    in files there, and gradients beside them instead of in their place, so that a layer can be done again.
+    backward pass needs; without it, one slot is overwritten from layer to layer. `graph_bytes` may be spent on what the
+    backward pass would otherwise compute again. With `journal`, a folder, inputs are kept in files there, and gradients
+    beside them instead of in their place, so that a layer can be done again.
     """
 
     def __init__(
@@ -57,9 +60,11 @@ class TokenStream:
         micro_batch: int,
         keep_inputs: bool = False,
         host_bytes: int | None = None,
+        graph_bytes: int = 0,
         journal: Path | None = None,
     ) -> None:
         self.model = model
+        self.kept = KeptGraphs(len(model.layers), graph_bytes)
         self.ids = ids
         self.keep_inputs = keep_inputs
         self.slices = [slice(i, min(i + micro_batch, len(ids))) for i in range(0, len(ids), micro_batch)]
@@ -102,6 +107,7 @@ class TokenStream:
         """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
         twin = object.__new__(TokenStream)
         twin.model, twin.keep_inputs, twin.apart = self.model, False, None
+        twin.kept = KeptGraphs(len(self.model.layers), 0)
         twin.slices = [part for part in self.slices if part.start < number]
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
@@ -115,12 +121,39 @@ class TokenStream:
     def forward(self, number: int, layer: nn.Module) -> None:
         """Move every block through the resident layer `number`. Raises NumericsError on NaN or infinity."""
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
-        for part, calls in zip(self.slices, self.calls, strict=True):
-            hidden = self.store.get(self._slot(number), part, self.model.device)
-            output = self.model.run_layer(layer, hidden, calls[number])
+        if self.kept.left and self.kept.first is None:
+            saved = SavedBytes(layer)
+            self._graph(number, layer, 0, saved)
+            self.kept.plan(saved, len(self.slices))
+        keep, saved = self.kept.wants(number), SavedBytes(layer)
+        graphs: list[Graph | None] = []
+        for place, (part, calls) in enumerate(zip(self.slices, self.calls, strict=True)):
+            if keep:
+                graph = self._graph(number, layer, place, saved)
+                graphs.append(graph)
+                output = graph.output.detach()
+            else:
+                hidden = self.store.get(self._slot(number), part, self.model.device)
+                output = self.model.run_layer(layer, hidden, calls[number])
             finite &= output.isfinite().all()
             self.store.put(self._slot(number + 1), part, output)
+        if keep:
+            self.kept.keep(number, graphs, saved.total + saved.weights)
         check_finite(finite, number)
+
+    def _graph(self, number: int, layer: nn.Module, place: int, saved: SavedBytes | None = None) -> Graph:
+        """Run micro-batch `place` through the resident layer so that gradients can be taken."""
+        seen: list[Seen] = []
+        hidden = self.store.get(self._slot(number), self.slices[place], self.model.device)
+        hidden.requires_grad_(True)
+        counting = contextlib.nullcontext() if saved is None else saved.counting()
+        with (
+            torch.enable_grad(),
+            observed(self.model.ffns(number), lambda *flow: seen.append(flow)),
+            counting,
+        ):
+            output = self.model.run_layer(layer, hidden, self.calls[place][number])
+        return Graph(hidden, output, seen)
 
     def backward(
         self,
@@ -134,30 +167,27 @@ class TokenStream:
         `observe` gets what went through each of the layer's FFNs. With `gradients`, by parameter path inside the layer,
         dL/d(parameter) is added to each, and `observe` also gets dL/d(FFN output).
         """
-        seen: list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]] = []
         (above, slot), (below, free) = self._gradient(number + 1), self._gradient(number)
         parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
-        with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
-            for part, calls in zip(self.slices, self.calls, strict=True):
-                hidden = self.store.get(number, part, self.model.device).requires_grad_(True)
-                gradient = above.get(slot, part, self.model.device)
-                with torch.enable_grad():
-                    output = self.model.run_layer(layer, hidden, calls[number])
-                ys = [y for *_, y in seen] if gradients is not None else []
-                inputs = (hidden, *(u for _, _, u, _ in seen), *ys, *parameters)
-                to_input, *others = torch.autograd.grad(output, inputs, gradient)
-                below.put(free, part, to_input)
-                to_channels, to_outputs = others[: len(seen)], others[len(seen) : len(seen) + len(ys)]
-                shape = hidden.shape[:2]
-                for place, ((unit, tokens, u, _), s) in enumerate(zip(seen, to_channels, strict=True)):
-                    blocks = (*shape, -1) if tokens is None else u.shape
-                    g = to_outputs[place] if ys else None
-                    observe(Flow(unit, part.start, tokens, u.detach().view(blocks), s.view(blocks), g))
-                for total, found in zip(
-                    (gradients or {}).values(), others[len(seen) + len(ys) :], strict=True
-                ):
-                    total += found
-                seen.clear()
+        kept = [] if parameters else self.kept.take(number)
+        for turn, part in enumerate(self.slices):
+            graph = (kept[turn] if kept else None) or self._graph(number, layer, turn)
+            if kept:
+                kept[turn] = None  # its memory goes as soon as it has been used
+            gradient = above.get(slot, part, self.model.device)
+            seen = graph.seen
+            ys = [y for *_, y in seen] if gradients is not None else []
+            inputs = (graph.hidden, *(u for _, _, u, _ in seen), *ys, *parameters)
+            to_input, *others = torch.autograd.grad(graph.output, inputs, gradient)
+            below.put(free, part, to_input)
+            to_channels, to_outputs = others[: len(seen)], others[len(seen) : len(seen) + len(ys)]
+            shape = graph.hidden.shape[:2]
+            for place, ((unit, tokens, u, _), s) in enumerate(zip(seen, to_channels, strict=True)):
+                blocks = (*shape, -1) if tokens is None else u.shape
+                g = to_outputs[place] if ys else None
+                observe(Flow(unit, part.start, tokens, u.detach().view(blocks), s.view(blocks), g))
+            for total, found in zip((gradients or {}).values(), others[len(seen) + len(ys) :], strict=True):
+                total += found
         for parameter in parameters:
             parameter.requires_grad_(False)
 

@@ -104,6 +104,42 @@ def test_spilled_hidden_states_change_nothing(save_tiny: Callable[..., Path]) ->
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def layer_bytes(folder: Path, ids: torch.Tensor) -> int:
+    """What keeping one layer of a tiny model takes, as the engine counts it."""
+    model = StreamedModel(Checkpoint.open(folder), CPU, torch.float32)
+    stream = TokenStream(model, ids, micro_batch=2, keep_inputs=True, graph_bytes=1)
+    for number, layer in model.walk([0]):
+        stream.forward(number, layer)
+    return stream.kept.largest
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("layers", [1, 3, 100])
+def test_kept_activations_change_nothing(layers: int, family: str, save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(family)
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    budget = int((layers + 0.5) * layer_bytes(folder, ids))
+    model = StreamedModel(Checkpoint.open(folder), CPU, torch.float32)
+    streams = [
+        TokenStream(model, ids, micro_batch=2, keep_inputs=True, graph_bytes=spent) for spent in (0, budget)
+    ]
+    count = len(model.layers)
+    for number, layer in model.walk(range(count)):
+        for stream in streams:
+            stream.forward(number, layer)
+    kept = streams[1].kept
+    assert sorted(kept.graphs) == list(range(count))[-min(layers, count) :] and kept.left >= 0
+    assert torch.equal(*(stream.loss(with_gradient=True) for stream in streams))
+    for number, layer in model.walk(reversed(range(count))):
+        seen: list[list[Any]] = [[], []]
+        for stream, into in zip(streams, seen, strict=True):
+            stream.backward(number, layer, into.append)
+        for one, other in zip(*seen, strict=True):
+            assert one.unit == other.unit and torch.equal(one.u, other.u) and torch.equal(one.s, other.s)
+    assert not kept.graphs
+    assert torch.equal(*(stream.store.get(0, slice(0, 3), CPU) for stream in streams))
+
+
 def test_nan_is_named_with_its_layer(save_tiny: Callable[..., Path]) -> None:
     folder = save_tiny("llama")
     model = AutoModelForCausalLM.from_pretrained(folder)

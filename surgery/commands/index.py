@@ -63,6 +63,7 @@ def index(
             quiet=quiet,
             second_order=second_order,
             destination=folder,
+            as_json=as_json,
         )
         if result is not None and rank() == 0:
             with complete_folder(folder) as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
     from surgery.calibration import TokenBlocks
     from surgery.checkpoint import Checkpoint
+    from surgery.costs import IndexCosts
     from surgery.index import ChannelIndex
     from surgery.indexing import RunOptions
+    from surgery.skeleton import Skeleton
     from surgery.stream import LayerEdit
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -91,6 +94,7 @@ def make_index(
     quiet: bool,
     second_order: bool = False,
     destination: Path | None = None,
+    as_json: bool = False,
 ) -> ChannelIndex | None:
     """Calibrate and index; with `dry_run` only say what would be done.
 
@@ -99,18 +103,16 @@ def make_index(
     from surgery.skeleton import Skeleton, check_model
 
     check_model(checkpoint)
-    import torch
-
     from surgery.calibration import load_tokenizer, read_text, token_blocks
+    from surgery.costs import index_costs
     from surgery.indexing import build_index, index_fingerprint
     from surgery.journal import Journal
+    from surgery.show import show_ffns
+    from surgery.show_costs import costs_lines
     from surgery.super_weights import PROMPTS, prompt_ids
 
-    if dry_run:
-        from surgery.show import show_ffns
-
-        show_ffns(Skeleton(checkpoint, torch.float32), data_console())
     run = run_options(checkpoint, options)
+    skeleton = Skeleton(checkpoint, run.dtype)
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(options["calibration"])
     blocks = token_blocks(
@@ -121,11 +123,17 @@ def make_index(
         blocks=options["blocks"],
         seed=options["seed"],
     )
+    costs = index_costs(skeleton, len(blocks.ids), blocks.ids.shape[1], run, second_order)
     if dry_run:
-        click.echo(f"Calibration: {options['blocks']} x {options['block_size']} tokens of {name}")
-        click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
+        if not as_json:
+            show_ffns(skeleton, data_console())
+            click.echo(f"Calibration: {options['blocks']} x {options['block_size']} tokens of {name}")
+            click.echo(f"Compute: {run.device}, {str(run.dtype).removeprefix('torch.')}")
+        show_costs(skeleton, costs, run, as_json)
         return None
+    lines = costs_lines(costs, len(skeleton.layers))
     say(f"Indexing {checkpoint.name} on {len(blocks.ids)} x {options['block_size']} tokens of {name}", quiet)
+    say("\n".join(lines), quiet)
     prompts = prompt_ids(
         tokenizer, (*PROMPTS, *([options["prompt"]] if options["prompt"] else [])), blocks.ids
     )
@@ -143,6 +151,18 @@ def make_index(
         if journal is not None:
             journal.finish()
         raise
+
+
+def show_costs(skeleton: Skeleton, costs: IndexCosts, run: RunOptions, as_json: bool) -> None:
+    """Print what an index will take, with the time that a look at this machine foretells."""
+    from surgery.costs import measure_machine
+    from surgery.show_costs import costs_json, costs_lines
+
+    machine = measure_machine(skeleton.checkpoint, skeleton, run)
+    if as_json:
+        click.echo(json.dumps(costs_json(costs, machine), indent=1))
+    else:
+        click.echo("\n".join(costs_lines(costs, len(skeleton.layers), machine)))
 
 
 def journal_done(destination: Path) -> None:

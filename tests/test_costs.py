@@ -1,0 +1,98 @@
+"""What an index is said to take, against what it takes; and budgets that are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALIBRATION
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from surgery.checkpoint import Checkpoint
+from surgery.costs import Sizes, index_costs
+from surgery.errors import MemoryBudgetError
+from surgery.graphs import SavedBytes
+from surgery.indexing import RunOptions
+from surgery.skeleton import Skeleton
+from surgery.stream import StreamedModel
+from surgery.tokens import TokenStream
+
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 256}
+PLENTY = 1 << 40
+
+
+def options(memory: int, dtype: torch.dtype = torch.float32) -> RunOptions:
+    return RunOptions(CPU, dtype, memory)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3", "mixtral", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_autograd_keeps_is_foretold(
+    dtype: torch.dtype, family: str, save_tiny: Callable[..., Path]
+) -> None:
+    folder = save_tiny(family, **({} if family in ("gpt2", "deepseek_v3") else WIDE))
+    model = StreamedModel(Checkpoint.open(folder), CPU, dtype)
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+    stream = TokenStream(model, ids, micro_batch=2, keep_inputs=True)
+    most = 0
+    for number, layer in model.walk(range(len(model.layers))):
+        saved = SavedBytes(layer)
+        stream._graph(number, layer, 0, saved)
+        most = max(most, saved.total)
+        stream.forward(number, layer)
+    foretold = Sizes.of(model.skeleton, dtype, 64).saved_token * ids.numel()
+    assert most <= foretold <= 4 * most
+
+
+def test_operations_are_those_of_autograd(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("llama", **WIDE)
+    costs = index_costs(Skeleton(Checkpoint.open(folder), torch.float32), 2, 64, options(PLENTY))
+    assert costs.graph_layers == 6
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
+    model.model.embed_tokens.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).logits.sum().backward()
+    assert costs.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_less_memory_keeps_less_and_the_least_is_named(save_tiny: Callable[..., Path]) -> None:
+    skeleton = Skeleton(Checkpoint.open(save_tiny("llama", **WIDE)), torch.float32)
+    plenty = index_costs(skeleton, 64, 64, options(PLENTY))
+    smallest = plenty.smallest_bytes
+    scale = [smallest + step * (plenty.host_bytes - smallest) // 8 for step in range(9)]
+    found = [index_costs(skeleton, 64, 64, options(memory)) for memory in scale]
+    for memory, costs in zip(scale, found, strict=True):
+        assert costs.host_bytes <= memory
+    assert [c.hidden_on for c in (found[0], found[-1])] == ["disk", "memory"]
+    assert found[0].micro_batch < found[-1].micro_batch == plenty.micro_batch
+    assert found[0].graph_layers < found[-1].graph_layers == 6
+    assert found[0].flops > found[-1].flops and found[0].write_bytes == found[0].hidden_bytes
+    with pytest.raises(MemoryBudgetError) as refused:
+        index_costs(skeleton, 64, 64, options(smallest - 1))
+    assert f"{-(-smallest // 2**20)}MiB" in refused.value.next_step
+
+
+def test_a_budget_changes_nothing_but_where_things_are(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("llama")
+    told = json.loads(surgeon("index", str(source), *CALIBRATION, "--dry-run", "--json").stdout)
+    assert told["costs"]["graph_layers"] == 6 and told["costs"]["hidden_on"] == "memory"
+    assert told["seconds"]["compute"] > 0 and told["machine"]["read_bytes_per_second"] > 0
+    least = str(told["costs"]["smallest_bytes"])
+    assert not (source.parent / "tiny-index").exists()
+    for name, memory in (("plenty", []), ("little", ["--memory", least])):
+        shown = surgeon("index", str(source), "--out", name, *CALIBRATION, *memory).stderr
+        assert ("kept in memory" if name == "plenty" else "in a file on disk") in shown
+    plenty, little = (load_file(source.parent / n / "index.safetensors") for n in ("plenty", "little"))
+    assert all(torch.equal(plenty[name], little[name]) for name in plenty)
+    refused = surgeon("index", str(source), "--out", "none", *CALIBRATION, "--memory", "1MiB", code=1)
+    assert "--memory" in refused.stderr and "at least" in refused.stderr
