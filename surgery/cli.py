@@ -15,6 +15,7 @@ from surgery.commands.ablate import ablate
 from surgery.commands.compare import compare
 from surgery.commands.evaluate import eval_command
 from surgery.commands.index import index, show
+from surgery.commands.merge import merge_index
 from surgery.commands.prune import prune
 from surgery.commands.publish import card, push
 from surgery.commands.quantize import quantize
@@ -57,5 +58,5 @@ def main() -> None:
         )
 
 
-for command in (index, show, prune, compare, eval_command, ablate, quantize, push, card):
+for command in (index, show, merge_index, prune, compare, eval_command, ablate, quantize, push, card):
     main.add_command(command)

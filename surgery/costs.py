@@ -30,7 +30,7 @@ SAVED_HIDDEN = 6  # and for a hidden dimension: norms and sums
 SAVED_ROWS = (
     2  # and for a row of any other matrix of the layer: queries, keys, values and what is made of them
 )
-ROUTING = 128  # bytes for a token and an expert: scores, which are float32, and indices
+ROUTING = 256  # bytes for a token and an expert: scores, which are float32, and indices
 HEAD_COPIES = 4  # logits, in float32, their gradient, softmax
 DENSE_MATRICES = 16  # F x F in double precision at the peak of second-order scores
 PROBE_SECONDS = 0.5

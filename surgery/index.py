@@ -19,7 +19,7 @@ from surgery.ffn import DENSE, EXPERT
 from surgery.super_weights import SuperWeight
 
 SCHEMA_VERSION = 1
-JSON_FILE, TENSOR_FILE = "index.json", "index.safetensors"
+JSON_FILE, TENSOR_FILE, SAMPLE_FILE = "index.json", "index.safetensors", "sample.safetensors"
 STATISTICS = (
     "loss_proxy",
     "activation_power",
@@ -44,12 +44,14 @@ Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 class FfnIndex:
     """One FFN (a dense one, a shared one, or one expert): `statistics` by name ([F] float32), sorted `supernodes`.
 
-    `tokens` is how many calibration tokens it saw; an expert that saw none has no supernodes.
+    `tokens` is how many calibration tokens it saw; an expert that saw none has no supernodes. `sample` is q = u * dL/du of
+    every so manieth token [S, F], where it was to be kept for merging.
     """
 
     statistics: dict[str, torch.Tensor]
     supernodes: torch.Tensor
     tokens: int
+    sample: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -209,10 +211,14 @@ class ChannelIndex:
         }
 
     def save(self, folder: Path) -> None:
-        """Write index.json and index.safetensors into an existing folder."""
+        """Write index.json and index.safetensors into an existing folder, and sample.safetensors if samples were kept."""
+        samples: dict[str, torch.Tensor] = {}
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
             tensors |= layer_tensors(number, layer)
+            samples |= sample_tensors(number, layer)
+        if samples:
+            save_file(samples, folder / SAMPLE_FILE)
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
         text = json.dumps(self.as_json(), indent=1, allow_nan=False)
         (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
@@ -281,6 +287,20 @@ def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     }
 
 
+def sample_name(number: int, ffn: str) -> str:
+    """Name of the kept sample of one FFN."""
+    return f"layers.{number}.{ffn}.q"
+
+
+def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
+    """Kept samples of one layer, by name."""
+    return {
+        sample_name(number, name): ffn.sample.contiguous()
+        for name, ffn in layer.ffns.items()
+        if ffn.sample is not None
+    }
+
+
 def layer_from(
     number: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor], tokens: int
 ) -> LayerIndex:
@@ -297,7 +317,9 @@ def layer_from(
     if entry["width"] == 0:
         return LayerIndex({}, maxima)
     if "experts" not in entry:
-        return LayerIndex({DENSE: FfnIndex(load(""), core, tokens)}, maxima)
+        return LayerIndex(
+            {DENSE: FfnIndex(load(""), core, tokens, tensors.get(sample_name(number, DENSE)))}, maxima
+        )
     ffns = {}
     for place, seen in enumerate(entry["expert_tokens"]):
         mine = core[core // entry["width"] == place] % entry["width"]

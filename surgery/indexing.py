@@ -23,6 +23,7 @@ from surgery.index import (
     Track,
     layer_from,
     layer_tensors,
+    sample_tensors,
     source_json,
     untracked,
 )
@@ -76,12 +77,14 @@ def build_index(
     track: Track[Any] = untracked,
     *,
     second_order: bool = False,
+    keep_sample: bool = False,
     journal: Journal | None = None,
 ) -> ChannelIndex:
     """Index a checkpoint on calibration blocks [N, T]; `prompts` (ids [P]) ride along to find super weights.
 
-    With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices. With
-    `journal`, every layer done is kept there and not done again; the result is the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
+    With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices; with
+    `keep_sample` also what merging needs. With `journal`, every layer done is kept there and not done again; the result is
+    the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype)
     distributed.join(options.device)
@@ -109,7 +112,9 @@ def build_index(
             if journal is None or "forward" not in journal:
                 detector = SuperWeightDetector(model, prompts)
     ahead = _forward(model, stream, detector, journal, track)
-    layers = _backward(model, stream, ahead.maxima, len(blocks.ids), second_order, journal, track)
+    layers = _backward(
+        model, stream, ahead.maxima, len(blocks.ids), (second_order, keep_sample), journal, track
+    )
     if journal is not None:
         journal.mark("index")
         journal.forget("hidden.bin", "gradients.bin")
@@ -186,7 +191,7 @@ def _backward(
     stream: TokenStream | None,
     maxima: list[dict[str, float]],
     all_blocks: int,
-    second_order: bool,
+    extras: tuple[bool, bool],
     journal: Journal | None,
     track: Track[Any],
 ) -> list[LayerIndex]:
@@ -202,11 +207,12 @@ def _backward(
     left = [number for number in reversed(range(count)) if layers[number] is None]
     for number, layer in track(model.walk(left), "backward", len(left)):
         assert stream is not None
-        found = _index_layer(model, stream, number, layer, maxima[number], all_blocks, second_order)
+        found = _index_layer(model, stream, number, layer, maxima[number], all_blocks, *extras)
         layers[number] = found
         if journal is not None:
             fields = {**found.summary(), "tokens": all_blocks * stream.ids.shape[1]}
-            journal.save(f"layer-{number}", fields, layer_tensors(number, found))
+            tensors = {**layer_tensors(number, found), **sample_tensors(number, found)}
+            journal.save(f"layer-{number}", fields, tensors)
             journal.mark(f"backward {number}")
             distributed.wait()  # or a process ahead would overwrite gradients that the others may need again
     return [layer for layer in layers if layer is not None]
@@ -218,6 +224,7 @@ def index_fingerprint(
     prompts: list[torch.Tensor],
     options: RunOptions,
     second_order: bool,
+    keep_sample: bool = False,
 ) -> dict[str, Any]:
     """What makes two runs of `build_index` the same: source and its files, tokens, prompts, options, versions."""
     return {
@@ -228,6 +235,7 @@ def index_fingerprint(
         "run": options.as_json(),
         "memory": options.memory,
         "second_order": second_order,
+        "keep_sample": keep_sample,
         "processes": [distributed.rank(), distributed.world_size()],
     }
 
@@ -240,6 +248,7 @@ def _index_layer(
     maxima: dict[str, float],
     all_blocks: int,
     second_order: bool,
+    keep_sample: bool,
 ) -> LayerIndex:
     """Pull gradients through a resident layer and finish its statistics."""
     ffns = model.ffns(number)
@@ -268,11 +277,13 @@ def _index_layer(
                     where=f"layer {number}",
                     next_step="use --dtype float32, or check the checkpoint's weights",
                 )
-            found[unit] = _index_ffn(ffn, place, finished[unit], stream.ids.shape[1])
+            found[unit] = index_ffn(ffn, place, finished[unit], stream.ids.shape[1])
+            if keep_sample and not ffn.stacked:
+                found[unit].sample = finished[unit].sampled_q.cpu()
     return LayerIndex(found, maxima)
 
 
-def _index_ffn(ffn: Ffn, place: int, unit: UnitStatistics, block_size: int) -> FfnIndex:
+def index_ffn(ffn: Ffn, place: int, unit: UnitStatistics, block_size: int) -> FfnIndex:
     """Add weight norms, supernodes and halo to the statistics of one FFN, whose weights are resident."""
     values, down = dict(unit.values), ffn.down_weight(place)
     values |= weight_norms(*ffn.row_weights(place), down)

@@ -5,6 +5,7 @@ Symbols: u [T, F] input of down_proj; s = dL/du, L the summed token cross-entrop
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from surgery.tokens import Flow
 CORRELATION_TOKENS = (
     2048  # tokens whose q is kept for the halo's redundancy (the paper's code uses at most as many)
 )
+
+
+SUMMED = ("loss_proxy", "activation_power", "curvature", "taylor", "mean")  # means over tokens
 
 
 def named_statistics(means: torch.Tensor, largest: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -37,8 +41,8 @@ def named_statistics(means: torch.Tensor, largest: torch.Tensor) -> dict[str, to
 
 
 def sample_stride(tokens: int) -> int:
-    """Every how manieth token's q is kept."""
-    return max(1, -(-tokens // CORRELATION_TOKENS))
+    """Every how manieth token's q is kept: a power of two, so that samples of parts hold that of the whole."""
+    return 1 << max(0, math.ceil(math.log2(max(1, tokens) / CORRELATION_TOKENS)))
 
 
 class ChannelStatistics:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also what the methods obs, obs-loss, lp-conditional, llm-pruner and wanda-channel rank by; takes longer.",
 )
+@click.option(
+    "--keep-sample", is_flag=True, help="Also write what `surgeon merge-index` needs: 8 KiB a channel."
+)
 @calibration_options
 @output_options
 @resume_option
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 def index(
     model: str,
     second_order: bool,
+    keep_sample: bool,
     out: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -62,6 +66,7 @@ def index(
             dry_run=dry_run,
             quiet=quiet,
             second_order=second_order,
+            keep_sample=keep_sample,
             destination=folder,
             as_json=as_json,
         )

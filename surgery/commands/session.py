@@ -93,6 +93,7 @@ def make_index(
     dry_run: bool,
     quiet: bool,
     second_order: bool = False,
+    keep_sample: bool = False,
     destination: Path | None = None,
     as_json: bool = False,
 ) -> ChannelIndex | None:
@@ -139,13 +140,20 @@ def make_index(
     )
     journal = None
     if destination is not None:
-        what = index_fingerprint(checkpoint, blocks, prompts, run, second_order)
+        what = index_fingerprint(checkpoint, blocks, prompts, run, second_order, keep_sample)
         journal = Journal(destination, what, resume=options["resume"])
         if journal.resumed:
             say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
     try:
         return build_index(
-            checkpoint, blocks, prompts, run, bars(quiet), second_order=second_order, journal=journal
+            checkpoint,
+            blocks,
+            prompts,
+            run,
+            bars(quiet),
+            second_order=second_order,
+            keep_sample=keep_sample,
+            journal=journal,
         )
     except SurgeonError:  # the same run would end the same way again
         if journal is not None:

@@ -1,0 +1,89 @@
+"""Indexes of parts, merged, against the index of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CALIBRATION, byte_tokenizer
+
+from surgery.calibration import TokenBlocks, token_blocks
+from surgery.checkpoint import Checkpoint
+from surgery.errors import IndexMismatchError, UsageError
+from surgery.index import ChannelIndex
+from surgery.indexing import RunOptions, build_index
+from surgery.merge import merge_indexes
+
+PROMPTS = [torch.tensor([5, 6, 7])]
+
+
+def built(folder: Path, blocks: TokenBlocks, part: slice, out: Path) -> ChannelIndex:
+    """The index of some of the blocks, with its sample."""
+    some = replace(blocks, ids=blocks.ids[part])
+    options = RunOptions(torch.device("cpu"), torch.float32, 1 << 30)
+    index = build_index(Checkpoint.open(folder), some, PROMPTS, options, keep_sample=True)
+    out.mkdir()
+    index.save(out)
+    return index
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_parts_make_the_whole(
+    family: str, save_tiny: Callable[..., Path], tmp_path: Path, license_text: str
+) -> None:
+    folder = save_tiny(family, max_position_embeddings=512)
+    blocks = token_blocks(byte_tokenizer(), license_text, "text", block_size=512, blocks=8)
+    whole = built(folder, blocks, slice(0, 8), tmp_path / "whole")
+    built(folder, blocks, slice(0, 3), tmp_path / "one")  # 1,536 tokens: every one sampled
+    built(folder, blocks, slice(3, 8), tmp_path / "two")  # 2,560 tokens: every second one, as of all 4,096
+    merged = merge_indexes([tmp_path / "one", tmp_path / "two"], Checkpoint.open(folder))
+    assert torch.equal(merged.input_ids, whole.input_ids)
+    assert merged.loss["nats"] == pytest.approx(whole.loss["nats"], rel=1e-9)
+    assert merged.loss["tokens"] == whole.loss["tokens"] == 8 * 511
+    assert merged.calibration["sha256"] == whole.calibration["sha256"]
+    for ours, theirs in zip(merged.layers, whole.layers, strict=True):
+        assert torch.equal(ours.supernodes, theirs.supernodes)
+        assert ours.statistics.keys() == theirs.statistics.keys()
+        for name, value in theirs.statistics.items():
+            limit = 1e-4 if name.startswith("halo_redundancy") else 1e-6
+            assert torch.allclose(
+                ours.statistics[name], value, rtol=limit, atol=limit * float(value.abs().max())
+            ), name
+    merged.save(tmp_path)
+    assert ChannelIndex.load(tmp_path).calibration["merged"][1]["blocks"] == 5
+
+
+def test_the_command_and_what_it_refuses(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    source = save_tiny("llama")
+    text = (source.parent / "text.txt").read_text()
+    for place, name in enumerate(("one", "two")):
+        (source.parent / f"{name}.txt").write_text(text[place * 5000 : (place + 1) * 5000])
+        calibration = [*CALIBRATION]
+        calibration[calibration.index("text.txt")] = f"{name}.txt"
+        surgeon("index", str(source), "--out", name, *calibration, "--keep-sample")
+    surgeon("index", str(source), "--out", "bare", *CALIBRATION)
+    model = ["--model", str(source)]
+    assert "8 blocks" in surgeon("merge-index", "one", "two", *model, "--dry-run").stdout
+    surgeon("merge-index", "one", "two", *model, "--out", "both")
+    both = ChannelIndex.load(source.parent / "both")
+    assert both.calibration["name"] == "one.txt + two.txt" and both.calibration["blocks"] == 8
+    surgeon(
+        "prune", str(source), "--index", "both", "--sparsity", "0.5", "--multiple-of", "8", "--out", "cut"
+    )
+    assert "counts twice" in surgeon("merge-index", "one", "one", *model, "--out", "x", code=1).stderr
+    assert "--keep-sample" in surgeon("merge-index", "one", "bare", *model, "--out", "x", code=1).stderr
+    assert "two indexes" in surgeon("merge-index", "one", *model, "--out", "x", code=2).stderr
+    other = save_tiny("llama", name="other", intermediate_size=40)
+    shown = surgeon("merge-index", "one", "two", "--model", str(other), "--out", "x", code=1).stderr
+    assert "another checkpoint" in shown and not (source.parent / "x").exists()
+    mixture = save_tiny("mixtral", name="mixture")
+    for name in ("one", "two"):
+        surgeon("index", str(mixture), "--out", f"m-{name}", *CALIBRATION, "--keep-sample")
+    with pytest.raises(IndexMismatchError, match="dense"):
+        merge_indexes([source.parent / "m-one", source.parent / "m-two"], Checkpoint.open(mixture))
+    with pytest.raises(UsageError):
+        merge_indexes([source.parent / "one"], Checkpoint.open(source))
