@@ -27,12 +27,23 @@ class SurgeonGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            return self._invoke(ctx)
         except SurgeonError as error:
             click.echo(f"Error: {error.message}", err=True)
             if error.next_step:
                 click.echo(f"Next: {error.next_step}", err=True)
             ctx.exit(error.exit_code)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            from surgery.faults import storage_error
+
+            told = storage_error(error)
+            if told is None:
+                raise
+            raise told from error
 
 
 @click.group(

@@ -17,7 +17,10 @@ class SurgeonError(Exception):
     ) -> None:
         self.what, self.where = what, where
         self.expected, self.found, self.next_step = expected, found, next_step
-        super().__init__(self.message)
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def message(self) -> str:
@@ -64,6 +67,10 @@ class DestinationError(SurgeonError):
 
 class MemoryBudgetError(SurgeonError):
     """A budget too small for one layer and one block of tokens."""
+
+
+class StorageError(SurgeonError):
+    """A disk that is full or fails under a run."""
 
 
 class NumericsError(SurgeonError):

@@ -39,13 +39,13 @@ class HiddenStore:
         self.spilled = path is not None or (too_large and not on_device)
         if path is not None:
             with path.open("ab") as handle:
-                handle.truncate(self.nbytes)
+                _claim(handle.fileno(), self.nbytes)
             flat = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             self._data = flat.view(shape)
         elif self.spilled:
             number, name = tempfile.mkstemp(prefix="surgeon-hidden-", dir=folder)
             try:
-                os.ftruncate(number, self.nbytes)
+                _claim(number, self.nbytes)
                 flat = torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
             finally:
                 os.close(number)
@@ -64,3 +64,10 @@ class HiddenStore:
     def put(self, slot: int, blocks: slice, hidden: torch.Tensor) -> None:
         """Store blocks [n, T, D] into a slot."""
         self._data[slot, blocks].copy_(hidden, non_blocking=self.pinned)
+
+
+def _claim(number: int, nbytes: int) -> None:
+    """Give an open file its size, the disk's blocks included: a page that finds none later would kill the process."""
+    os.ftruncate(number, nbytes)
+    if nbytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(number, 0, nbytes)

@@ -15,6 +15,7 @@ from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.costs import index_costs
 from surgery.errors import CalibrationError, NumericsError
+from surgery.faults import at_layer
 from surgery.ffn import Ffn
 from surgery.index import (
     ChannelIndex,
@@ -165,9 +166,10 @@ def _forward(
             ablations.start(candidate, number)
         ablations.forward(number, layer)
         if journal is None or f"forward {number}" not in journal:
-            stream.forward(number, layer)
-            if journal is not None:
-                journal.mark(f"forward {number}")
+            with at_layer(number):
+                stream.forward(number, layer)
+                if journal is not None:
+                    journal.mark(f"forward {number}")
     with model.outside():
         nats = stream.loss(with_gradient=True)
         effects = ablations.finish(nats)
@@ -212,8 +214,9 @@ def _backward(
         if journal is not None:
             fields = {**found.summary(), "tokens": all_blocks * stream.ids.shape[1]}
             tensors = {**layer_tensors(number, found), **sample_tensors(number, found)}
-            journal.save(f"layer-{number}", fields, tensors)
-            journal.mark(f"backward {number}")
+            with at_layer(number):
+                journal.save(f"layer-{number}", fields, tensors)
+                journal.mark(f"backward {number}")
             distributed.wait()  # or a process ahead would overwrite gradients that the others may need again
     return [layer for layer in layers if layer is not None]
 

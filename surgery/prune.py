@@ -13,6 +13,7 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.destination import complete_folder, replace_text
 from surgery.families import check_prunable, family_of, text_config
+from surgery.faults import at_layer
 from surgery.gate import GATE_TOKENS, cpu_options, last_logits, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
@@ -154,8 +155,9 @@ def _copy_and_run(
             done = cut_layer(number, layer)
             if done is not None:
                 repairs.append(done.as_json())
-                for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
-                    write(name, tensor)
+                with at_layer(number):
+                    for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
+                        write(name, tensor)
             gate.forward(number, layer)
         logits = last_logits(model, gate)
     for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds

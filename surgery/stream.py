@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CalibrationError, UnsupportedModelError
+from surgery.faults import at_layer
 from surgery.ffn import Ffn
 from surgery.skeleton import Assembly, Skeleton
 
@@ -136,7 +137,8 @@ class StreamedModel:
             )
             for position, number in enumerate(queue):
                 assert ahead is not None
-                tensors = self._arrived(ahead.result())
+                with at_layer(number):
+                    tensors = self._arrived(ahead.result())
                 following = queue[position + 1 : position + 2]
                 ahead = pool.submit(self._fetch, self.skeleton.inside[following[0]]) if following else None
                 self.skeleton.fill(tensors)

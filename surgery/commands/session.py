@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.errors import SurgeonError, UsageError
+from surgery.errors import StorageError, SurgeonError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,8 +155,8 @@ def make_index(
             keep_sample=keep_sample,
             journal=journal,
         )
-    except SurgeonError:  # the same run would end the same way again
-        if journal is not None:
+    except SurgeonError as error:
+        if journal is not None and not isinstance(error, StorageError):  # it would end the same way again
             journal.finish()
         raise
 
