@@ -20,6 +20,7 @@ from surgery.divergence import measure
 from surgery.families import text_config
 from surgery.index import ChannelIndex, Track, untracked
 from surgery.indexing import RunOptions
+from surgery.journal import Journal
 from surgery.mending import dense_stream, mender
 from surgery.plan import ResizePlan
 from surgery.plots import save_comparison
@@ -65,11 +66,24 @@ class Comparison:
         self.options = options
         self.rows: list[Row] = []
 
-    def add(self, plans: list[ResizePlan], track: Track[Any] = untracked) -> list[Row]:
-        """Measure the model as it is, and with each plan carried out in memory; as many in one walk as memory allows."""
+    def add(
+        self, plans: list[ResizePlan], track: Track[Any] = untracked, journal: Journal | None = None
+    ) -> list[Row]:
+        """Measure the model as it is, and with each plan carried out in memory; as many in one walk as memory allows.
+
+        With `journal`, walks that are done are not done again.
+        """
         together = self._together()
         for start in range(0, max(1, len(plans)), together):
+            step = f"walk {start}"
+            if journal is not None and step in journal:
+                self.rows += [Row(**row) for row in journal.load(f"walk-{start}")[0]["rows"]]
+                continue
+            before = len(self.rows)
             self._walk(plans[start : start + together], with_dense=start == 0, track=track)
+            if journal is not None:
+                journal.save(f"walk-{start}", {"rows": [asdict(row) for row in self.rows[before:]]})
+                journal.mark(step)
         return self.rows
 
     def _together(self) -> int:

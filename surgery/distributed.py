@@ -6,12 +6,17 @@ between GPUs; torchrun's rendezvous and its environment say who is who.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
+
+from surgery.errors import DistributedError
 
 TIMEOUT = timedelta(hours=2)  # a slow disk at one end must not end the run
 
@@ -29,7 +34,43 @@ def rank() -> int:
 def join(device: torch.device) -> None:
     """Meet the other processes, once; alone there is nobody to meet."""
     if world_size() > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        with _together():
+            distributed.init_process_group(backend, timeout=TIMEOUT)
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface through which `host` is reached, None where none can be told.
+
+    gloo would take the one this machine's own name resolves to, which often is the loopback.
+    """
+    import psutil
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            mine = probe.getsockname()[0]
+    except OSError:
+        return None
+    names = [name for name, known in psutil.net_if_addrs().items() for one in known if one.address == mine]
+    return names[0] if names else None
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Say in one line that the others are gone, where torch would tell of sockets. Raises DistributedError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            "the processes of this job lost each other",
+            where=f"rank {rank()} of {world_size()}",
+            found=str(error).splitlines()[0][:200],
+            next_step="look for the first rank that failed; the same command goes on where the job stopped",
+        ) from error
 
 
 def leave() -> None:
@@ -48,21 +89,24 @@ def shard(blocks: int) -> slice:
 def total(values: torch.Tensor) -> torch.Tensor:
     """Sum over processes, in place."""
     if world_size() > 1:
-        distributed.all_reduce(values)
+        with _together():
+            distributed.all_reduce(values)
     return values
 
 
 def largest(values: torch.Tensor) -> torch.Tensor:
     """Maximum over processes, in place."""
     if world_size() > 1:
-        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        with _together():
+            distributed.all_reduce(values, distributed.ReduceOp.MAX)
     return values
 
 
 def least(values: torch.Tensor) -> torch.Tensor:
     """Minimum over processes, in place."""
     if world_size() > 1:
-        distributed.all_reduce(values, distributed.ReduceOp.MIN)
+        with _together():
+            distributed.all_reduce(values, distributed.ReduceOp.MIN)
     return values
 
 
@@ -71,11 +115,13 @@ def rows(values: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return values
     found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, values.cpu())
+    with _together():
+        distributed.all_gather_object(found, values.cpu())
     return torch.cat(found).to(values.device)
 
 
 def wait() -> None:
     """Until all are here."""
     if world_size() > 1:
-        distributed.barrier()
+        with _together():
+            distributed.barrier()

@@ -73,6 +73,10 @@ class StorageError(SurgeonError):
     """A disk that is full or fails under a run."""
 
 
+class DistributedError(SurgeonError):
+    """Processes of one job that can't reach each other, or one that is gone."""
+
+
 class NumericsError(SurgeonError):
     """NaN or infinity where numbers were expected."""
 

@@ -61,6 +61,10 @@ class HiddenStore:
         """A copy of blocks [n, T, D] of a slot on `device`."""
         return self._data[slot, blocks].to(device, non_blocking=True, copy=True)
 
+    def take(self, other: HiddenStore) -> None:
+        """Become a copy of a store of the same shape."""
+        self._data.copy_(other._data)
+
     def put(self, slot: int, blocks: slice, hidden: torch.Tensor) -> None:
         """Store blocks [n, T, D] into a slot."""
         self._data[slot, blocks].copy_(hidden, non_blocking=self.pinned)

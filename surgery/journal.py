@@ -22,10 +22,15 @@ FINGERPRINT, STEPS = "fingerprint.json", "steps.jsonl"
 
 
 class Journal:
-    """Steps done so far of the run that `fingerprint` describes, in a hidden folder beside `destination`."""
+    """Steps done so far of the run that `fingerprint` describes, in a hidden folder beside `destination`.
 
-    def __init__(self, destination: Path, fingerprint: dict[str, Any], *, resume: bool = True) -> None:
-        self.folder = journal_folder(destination)
+    `kind` tells apart the runs that one destination takes, as an index and the cut made from it.
+    """
+
+    def __init__(
+        self, destination: Path, fingerprint: dict[str, Any], *, resume: bool = True, kind: str = ""
+    ) -> None:
+        self.folder = journal_folder(destination, kind)
         text = json.dumps(fingerprint, sort_keys=True)
         known = self.folder / FINGERPRINT
         self.resumed = resume and known.exists() and known.read_text(encoding="utf-8") == text
@@ -47,8 +52,9 @@ class Journal:
 
     def mark(self, step: str) -> None:
         """Note that a step is done, once all files of the journal are on the disk."""
-        for file in self.folder.iterdir():
-            flush(file)
+        for file in self.folder.rglob("*"):
+            if file.is_file():
+                flush(file)
         with (self.folder / STEPS).open("a", encoding="utf-8") as handle:
             handle.write(f"{step}.\n")
             handle.flush()
@@ -84,7 +90,7 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def journal_folder(destination: Path) -> Path:
-    """The folder a destination's journal is in."""
-    which = f"-{rank()}" if world_size() > 1 else ""
+def journal_folder(destination: Path, kind: str = "") -> Path:
+    """The folder a destination's journal of a kind is in."""
+    which = (f"-{kind}" if kind else "") + (f"-{rank()}" if world_size() > 1 else "")
     return destination.absolute().with_name(f".{destination.name}.surgeon-journal{which}")

@@ -9,7 +9,6 @@ up for what those before it left (block Gauss-Seidel).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,7 @@ from surgery.repair import (
 )
 from surgery.resize import mask_channels
 from surgery.stream import StreamedModel
-from surgery.tokens import check_finite
+from surgery.tokens import TokenStream, check_finite
 
 if TYPE_CHECKING:
     from surgery.indexing import RunOptions
@@ -270,31 +269,33 @@ def repair_bytes(plan: ResizePlan, outputs: int, budget: int) -> dict[str, int]:
     return {"repair_bytes": most, "repair_parts": passes}
 
 
-def layer_cutter(
-    model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, options: RunOptions
-) -> Callable[[int, nn.Module], MendedLayer | None]:
+class LayerCutter:
     """What makes a resident layer compute what it will as written; to be called with each layer, in order.
 
     Removed channels are masked and, where the plan repairs, what stays is mended on calibration blocks `ids` [N, T].
-    Returns what was mended, None where nothing was to be.
+    `streams` are the tokens on their way, all there is to know to go on after any layer.
     """
-    if plan.repair == "none":
-        mask = mask_channels(plan, model.skeleton.ffns)
 
-        def cut(number: int, layer: nn.Module) -> None:
-            mask(number, layer)
+    def __init__(
+        self, model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, options: RunOptions
+    ) -> None:
+        self.mask = mask_channels(plan, model.skeleton.ffns)
+        self.streams: list[TokenStream] = []
+        self.mender: Mender | None = None
+        if plan.repair != "none":
+            dense = dense_stream(model, ids, options)
+            self.mender = mender(dense, plan, options)
+            self.streams = [dense.stream, *([self.mender.pruned] if self.mender.accumulate else [])]
 
-        return cut
-    dense = dense_stream(model, ids, options)
-    mend = mender(dense, plan, options)
-
-    def step(number: int, layer: nn.Module) -> MendedLayer:
-        dense.run(number, layer)
-        done = mend.layer(number, layer)
-        dense.step()
+    def __call__(self, number: int, layer: nn.Module) -> MendedLayer | None:
+        """Cut a layer; returns what was mended, None where nothing was to be."""
+        if self.mender is None:
+            self.mask(number, layer)
+            return None
+        self.mender.dense.run(number, layer)
+        done = self.mender.layer(number, layer)
+        self.mender.dense.step()
         return done
-
-    return step
 
 
 def dense_stream(model: StreamedModel, ids: torch.Tensor, options: RunOptions) -> DenseStream:

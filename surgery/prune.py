@@ -8,26 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from surgery.checkpoint import Checkpoint
+from surgery.cutting import CuttingWalk
 from surgery.destination import complete_folder, replace_text
 from surgery.families import check_prunable, family_of, text_config
-from surgery.faults import at_layer
-from surgery.gate import GATE_TOKENS, cpu_options, last_logits, pass_gate
+from surgery.gate import GATE_TOKENS, cpu_options, pass_gate
 from surgery.index import ChannelIndex, Track, source_json, untracked
 from surgery.indexing import RunOptions, versions
-from surgery.mended import layer_tensors, mended_tensors
-from surgery.mending import layer_cutter
+from surgery.journal import Journal
 from surgery.plan import ResizePlan
 from surgery.plots import CONCENTRATION, CUT, save_figures
-from surgery.resize import TensorCut, cut_tensor, resized_shape, tensor_cuts
+from surgery.resize import TensorCut, resized_shape, tensor_cuts
 from surgery.skeleton import auto_class
 from surgery.stream import StreamedModel
-from surgery.tokens import TokenStream
-from surgery.writer import ShardWriter, TensorSpec
+from surgery.writer import TensorSpec
 
-COPY_BYTES = 64 << 20
 MANIFEST = "surgeon.json"
 SCHEMA_VERSION = 1
 MODELING = "modeling_per_layer"
@@ -72,6 +67,7 @@ def write_pruned(
     command: str | None = None,
     repo: str | None = None,
     card_template: str | None = None,
+    journal: Journal | None = None,
     track: Track[Any] = untracked,
 ) -> dict[str, Any]:
     """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
@@ -79,7 +75,7 @@ def write_pruned(
     Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
     given, makes the same of the written checkpoint; `command` is recorded as the way to make it again, `repo` as where it
-    will be published; `card_template` replaces the shipped card. The folder appears under its name only when the gate is
+    will be published; `card_template` replaces the shipped card. With `journal`, no layer that is done is done again. The folder appears under its name only when the gate is
     passed; whatever happens, a folder already there is as it was. Raises CheckpointError when the gate fails.
     """
     index.check_source(checkpoint)
@@ -90,9 +86,8 @@ def write_pruned(
     skeleton, cuts = model.skeleton, tensor_cuts(model.skeleton)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
-        with ShardWriter(folder, specs) as writer:
-            calibration = index.input_ids.long()
-            expected, repairs = _copy_and_run(model, plan, cuts, writer, ids, calibration, options, track)
+        walk = CuttingWalk(model, plan, specs, cuts, options, journal)
+        expected, repairs = walk.run(folder, ids, index.input_ids.long(), track)
         _carry_files(checkpoint, plan, folder)
         if plan.per_layer_widths:
             code = modeling_code(skeleton.model, skeleton.layers_path)
@@ -112,63 +107,6 @@ def write_pruned(
         save_figures(folder, manifest)
         write_card(folder, manifest, checkpoint, card_template)
     return manifest
-
-
-def _copy_and_run(
-    model: StreamedModel,
-    plan: ResizePlan,
-    cuts: dict[str, TensorCut],
-    writer: ShardWriter,
-    ids: torch.Tensor,
-    calibration: torch.Tensor,
-    options: RunOptions,
-    track: Track[Any],
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Write every tensor, cut where the plan says so, and repaired; returns what the gate and the manifest need.
-
-    Logits [T, V] are those of the source with removed channels masked and repaired weights in place.
-    """
-    checkpoint = model.checkpoint
-    mendable = layer_tensors(model.skeleton) if plan.repair != "none" else set()
-    written: set[str] = set()
-    late: dict[str, torch.Tensor] = {}
-
-    def write(name: str, tensor: torch.Tensor) -> None:
-        cut = cuts.get(name)
-        writer.write(name, tensor if cut is None else cut_tensor(tensor, cut, plan))
-
-    def save(name: str, tensor: torch.Tensor) -> None:
-        if name not in written:
-            written.add(name)
-            if name in mendable:
-                late[name] = tensor
-            else:
-                write(name, tensor)
-
-    model.on_read = save
-    count = len(model.layers)
-    repairs: list[dict[str, Any]] = []
-    with model.outside():  # held throughout: from the Hub, each read is a download
-        gate = TokenStream(model, ids, micro_batch=1)
-        cut_layer = layer_cutter(model, plan, calibration, options)
-        for number, layer in track(model.walk(range(count)), "layers", count):
-            done = cut_layer(number, layer)
-            if done is not None:
-                repairs.append(done.as_json())
-                with at_layer(number):
-                    for name, tensor in mended_tensors(model.skeleton, number, done, late).items():
-                        write(name, tensor)
-            gate.forward(number, layer)
-        logits = last_logits(model, gate)
-    for entry in checkpoint.tensors.values():  # stored, but not part of the model transformers builds
-        if entry.name in written:
-            continue
-        for start in range(entry.start, entry.stop, COPY_BYTES):
-            stop = min(start + COPY_BYTES, entry.stop)
-            writer.write_bytes(
-                entry.name, checkpoint.source.read(entry.file, start, stop), start - entry.start
-            )
-    return logits, repairs
 
 
 def _carry_files(checkpoint: Checkpoint, plan: ResizePlan, folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
+from surgery.cutting import COPY_BYTES
 from surgery.dense import run_observed
 from surgery.destination import complete_folder
 from surgery.devices import micro_batch
@@ -32,7 +33,7 @@ from surgery.packing import (
     packed_tensors,
     quantization_config,
 )
-from surgery.prune import COPY_BYTES, MANIFEST
+from surgery.prune import MANIFEST
 from surgery.rounding import Scheme, choose_clip, held_out
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel

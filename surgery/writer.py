@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,11 +52,20 @@ class ShardWriter:
     """Writes the tensors named in `specs` into shards below `folder`; use as a context manager.
 
     On a clean exit every tensor must have been written, and the weight map is written last, when there are several
-    shards. On an exception nothing more is written: the folder is the caller's to throw away.
+    shards. On an exception nothing more is written: the folder is the caller's to throw away. With `resume` the shards
+    of an earlier writer of the same `specs` are gone on with; `complete` says which tensors it has written.
     """
 
-    def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        specs: dict[str, TensorSpec],
+        max_bytes: int = MAX_SHARD_BYTES,
+        *,
+        resume: bool = False,
+    ) -> None:
         self.folder = folder
+        self.flags = os.O_WRONLY | os.O_CREAT | (0 if resume else os.O_TRUNC)
         self.specs = specs
         self.shards = plan_shards(specs, max_bytes)
         self.offsets: dict[str, int] = {}
@@ -83,7 +93,7 @@ class ShardWriter:
             position += spec.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        handle = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        handle = os.open(self.folder / file, self.flags, 0o644)
         self.handles[file] = handle
         os.ftruncate(handle, 8 + len(text) + position)
         _write_at(handle, len(text).to_bytes(8, "little") + text, 0)
@@ -96,6 +106,11 @@ class ShardWriter:
         assert tensor.dtype == spec.dtype and tuple(tensor.shape) == spec.shape, name
         if spec.nbytes:
             self.write_bytes(name, tensor.contiguous().view(-1).view(torch.uint8).numpy().data, 0)
+
+    def complete(self, names: Iterable[str]) -> None:
+        """Account for tensors that an earlier writer has written whole."""
+        for name in names:
+            self.written[name] = self.specs[name].nbytes
 
     def write_bytes(self, name: str, data: bytes | bytearray | memoryview | mmap.mmap, offset: int) -> None:
         """Write a piece of a tensor's bytes, `offset` bytes from its start."""

@@ -148,7 +148,7 @@ def test_nobody_waits_inside_the_loops(
         monkeypatch.setattr(hidden, "room", lambda _: 0)
     device = torch.device("cuda")
     waits = []
-    for blocks in (4, 16):
+    for blocks in (4, 4, 16):  # the first time, libraries are still being started
         ids = torch.randint(0, 256, (blocks, 24), generator=torch.Generator().manual_seed(1))
         model = StreamedModel(Checkpoint.open(folder), device, torch.float32)
         stream = TokenStream(model, ids, micro_batch=2, keep_inputs=True)
@@ -166,4 +166,4 @@ def test_nobody_waits_inside_the_loops(
                     torch.cuda.set_sync_debug_mode("default")
                 seen += [str(w.message) for w in caught if "synchroniz" in str(w.message)]
         waits.append(len(seen))
-    assert waits[0] == waits[1] <= 2, waits  # once a layer, to see whether its output is finite
+    assert waits[1] == waits[2] <= 2, waits  # once a layer, to see whether its output is finite

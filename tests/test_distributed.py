@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CALIBRATION
+from conftest import CALIBRATION, ROOT
 from test_resume import KILL
 
 from surgery import distributed
+from surgery.errors import DistributedError
 from surgery.index import SECOND_ORDER, STATISTICS, ChannelIndex
 
 RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -68,8 +70,9 @@ def test_two_processes_make_the_index_of_one(
 def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(save_tiny: Callable[..., Path]) -> None:
     where = save_tiny("llama").parent
     torchrun(where, "-m", "surgery", *INDEX, "--out", "whole")
-    (where / "kill.py").write_text(KILL.replace('"surgeon-journal/" + name', '"surgeon-journal-1/" + name'))
-    environment = {**os.environ, "KILL_AT": "layer-3.json:1", "OMP_NUM_THREADS": "1"}
+    (where / "kill.py").write_text(KILL)
+    moment = {"KILL_AT": "layer-3.json:1", "KILL_IN": "surgeon-journal-1/"}
+    environment = {**os.environ, **moment, "OMP_NUM_THREADS": "1"}
     command = [*RUN, "kill.py", *INDEX, "--out", "index"]
     killed = subprocess.run(
         command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -98,3 +101,93 @@ def test_other_commands_say_that_they_run_alone(save_tiny: Callable[..., Path]) 
     where = save_tiny("llama").parent
     refused = torchrun(where, "-m", "surgery", "prune", "tiny", "--out", "cut", check=False)
     assert refused.returncode != 0 and "one process" in refused.stderr and not (where / "cut").exists()
+
+
+def namespaces() -> str:
+    """Why two network namespaces can't be made here; empty where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "making network namespaces takes Linux and root"
+    if shutil.which("ip") is None:
+        return "no `ip` command"
+    tried = subprocess.run(["ip", "netns", "add", "surgeon-try"], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", "surgeon-try"], capture_output=True, check=False)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces that reach each other by one cable and nothing else."""
+    reason = namespaces()
+    if reason:
+        pytest.skip(reason)
+    names = [f"surgeon-{os.getpid()}-{place}" for place in range(2)]
+    cables = [f"sg{os.getpid() % 10000}{place}" for place in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for place, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.213.7.{place + 1}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_make_the_index_of_one_machine(
+    save_tiny: Callable[..., Path], two_hosts: list[str]
+) -> None:
+    where = save_tiny("llama").parent
+    (where / "text.txt").write_text((ROOT / "LICENSE").read_text())
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "here")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for place, host in enumerate(two_hosts):
+        rendezvous = ["--nnodes", "2", "--node-rank", str(place), "--nproc-per-node", "1"]
+        rendezvous += ["--master-addr", "10.213.7.1", "--master-port", "29517"]
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            "-m",
+            "surgery",
+            *INDEX,
+            "--out",
+            "apart",
+        ]
+        command = ["ip", "netns", "exec", host, *run]
+        processes.append(
+            subprocess.Popen(command, cwd=where, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in processes:
+        talk = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, talk[:6000]
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "apart" / file).read_bytes() == (where / "here" / file).read_bytes()
+
+
+def test_lost_processes_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer [10.0.0.1]:1234\nmore")
+
+    monkeypatch.setattr(distributed.distributed, "all_reduce", gone)
+    with pytest.raises(DistributedError, match="rank 1 of 2; found Connection closed") as told:
+        distributed.total(torch.zeros(1))
+    assert "goes on" in told.value.next_step and told.value.exit_code == 1
+
+
+def test_the_interface_is_the_one_the_others_are_reached_by() -> None:
+    assert distributed.interface_towards("127.0.0.1") in ("lo", "lo0")
+    assert distributed.interface_towards("no.such.host.invalid") is None

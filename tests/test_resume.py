@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,11 @@ KILL = """
 import os, signal, sys
 sys.argv[0] = "surgeon"
 name, left = os.environ["KILL_AT"].split(":")
+folder = os.environ.get("KILL_IN", "surgeon-journal/")
 left = int(left)
 def watch(event, arguments):
     global left
-    if event == "open" and str(arguments[0]).endswith("surgeon-journal/" + name):
+    if event == "open" and str(arguments[0]).endswith(folder + name):
         left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -46,8 +49,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kill(moment: str, where: Path, *arguments: str) -> None:
-    environment = {**os.environ, "KILL_AT": moment}
+def kill(moment: str, where: Path, *arguments: str, kind: str = "") -> None:
+    environment = {**os.environ, "KILL_AT": moment, "KILL_IN": f"surgeon-journal{kind}/"}
     command = [sys.executable, "-c", KILL, *arguments]
     killed = subprocess.run(command, cwd=where, env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -110,6 +113,53 @@ def test_prune_keeps_the_index_it_made_on_the_fly(
     kill("layer-0.json:1", where, *prune)
     assert "Going on" in surgeon(*prune).stderr
     assert contents(where / "cut") == expected and not journal_folder(where / "cut").exists()
+
+
+@pytest.mark.parametrize(
+    ("variant", "how", "moments"),
+    [
+        (
+            "llama",
+            [],
+            ["stream-1-1:1", "cut-0.json:1", "stream-2-0:3", "cut-5.json:1", "shards/model.safetensors:1"],
+        ),
+        ("mixtral", [], ["cut-3.json:1", "steps.jsonl:7"]),
+        ("qwen2", ["--repair", "lstsq"], ["stream-1-0:2"]),
+    ],
+)
+def test_a_killed_cut_goes_on(
+    variant: str,
+    how: list[str],
+    moments: list[str],
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+) -> None:
+    where = save_tiny(variant).parent
+    surgeon(*INDEX)
+    prune = ["prune", "tiny", "--index", "index", "--multiple-of", "8", "--out", "cut", *how]
+    surgeon(*prune)
+    expected = contents(where / "cut")
+    shutil.rmtree(where / "cut")
+    for moment in moments:
+        kill(moment, where, *prune, kind="-cut")
+        assert not (where / "cut").exists()
+    assert "Going on" in surgeon(*prune).stderr
+    assert contents(where / "cut") == expected and not journal_folder(where / "cut", "cut").exists()
+
+
+def test_a_killed_comparison_goes_on(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    where = save_tiny("llama").parent
+    surgeon(*INDEX)
+    cuts = ["--cut", "scar-prot:none:global", "--cut", "wanda", "--cut", "scar-prot:lstsq"]
+    compare = ["compare", "tiny", "--index", "index", "--multiple-of", "8", "--sparsity", "0.5", *cuts]
+    compare += ["--text", "text.txt", "--text-blocks", "1", "--memory", "200KiB"]  # one cut a walk
+    surgeon(*compare, "--out", "plain")
+    for moment in ("steps.jsonl:1", "walk-1.json:1", "walk-2.json:1"):
+        kill(moment, where, *compare, "--out", "table", kind="-compare")
+    assert "Going on" in surgeon(*compare, "--out", "table").stderr
+    plain, table = (json.loads((where / n / "compare.json").read_text())["rows"] for n in ("plain", "table"))
+    assert [{**row, "seconds": 0} for row in plain] == [{**row, "seconds": 0} for row in table]
+    assert not journal_folder(where / "table", "compare").exists()
 
 
 def test_what_makes_no_sense_twice_leaves_no_journal(

@@ -34,6 +34,7 @@ from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.compare import Comparison
+    from surgery.journal import Journal
     from surgery.plan import ResizePlan
 
 
@@ -152,9 +153,12 @@ def compare(
         checkpoint, index_folder, {method for *_, method in variants}, folder, options, quiet
     )
     comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
-    plans = planned(comparison, combinations, options, quiet)
+    journal = comparison_journal(folder, comparison, combinations, options)
+    if journal.done:
+        say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
+    plans = planned(comparison, combinations, options, quiet, journal)
     say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
-    comparison.add(plans, bars(quiet))
+    comparison.add(plans, bars(quiet), journal)
     with complete_folder(folder) as partial:
         save_rows(comparison.rows, partial)
         fields = {
@@ -164,6 +168,7 @@ def compare(
         }
         (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     journal_done(folder)
+    journal.finish()
     if as_json:
         click.echo(json.dumps(fields))
     else:
@@ -171,13 +176,35 @@ def compare(
     say(f"Table and plot written to {folder}", quiet)
 
 
+def comparison_journal(
+    folder: Path,
+    comparison: Comparison,
+    combinations: list[tuple[float, str, str, str]],
+    options: dict[str, Any],
+) -> Journal:
+    """The journal of a comparison: of these cuts of these weights on these texts, by this index."""
+    from surgery.cutting import index_fingerprint
+    from surgery.journal import Journal
+
+    checkpoint, run = comparison.checkpoint, comparison.options
+    fingerprint = {
+        **index_fingerprint(checkpoint, comparison.index, run),
+        "cuts": combinations,
+        "multiple_of": options["multiple_of"],
+        "seed": options["seed"],
+        "texts": [[blocks.name, blocks.digest] for blocks in comparison.texts],
+    }
+    return Journal(folder, fingerprint, resume=options["resume"], kind="compare")
+
+
 def planned(
     comparison: Comparison,
     combinations: list[tuple[float, str, str, str]],
     options: dict[str, Any],
     quiet: bool,
+    journal: Journal,
 ) -> list[ResizePlan]:
-    """A plan for every (sparsity, allocation, repair, method); curves are measured once a method."""
+    """A plan for every (sparsity, allocation, repair, method); curves are measured once a method, and put by."""
     from surgery.plan import make_plan
 
     curves: dict[str, Any] = {}
@@ -185,7 +212,13 @@ def planned(
     for sparsity, allocation, repair, method in combinations:
         if allocation == "global" and method not in curves:
             how = {**options, "method": method, "protect": None}
-            curves[method] = curves_for(comparison.checkpoint, comparison.index, how, quiet)
+            if f"curves {method}" in journal:
+                tensors = journal.load(f"curves-{method}")[1]
+                curves[method] = [tensors[str(number)] for number in range(len(tensors))]
+            else:
+                curves[method] = curves_for(comparison.checkpoint, comparison.index, how, quiet)
+                journal.save(f"curves-{method}", {}, {str(n): c for n, c in enumerate(curves[method])})
+                journal.mark(f"curves {method}")
         plans.append(
             make_plan(
                 comparison.index,

@@ -32,7 +32,7 @@ from surgery.commands.session import (
     run_options,
     say,
 )
-from surgery.errors import UsageError
+from surgery.errors import StorageError, SurgeonError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -177,25 +177,41 @@ def carry_out(
     quiet: bool,
 ) -> dict[str, Any]:
     """Write the cut and return its manifest; with `text` (what to measure on, blocks), measured before and after."""
+    from surgery.cutting import cut_fingerprint
+    from surgery.journal import Journal
     from surgery.prune import write_pruned
 
     def measure(which: Checkpoint) -> dict[str, Any]:
         assert text is not None
         return evaluate(which, *text, None, options, quiet)
 
-    return write_pruned(
-        checkpoint,
-        channels,
-        plan,
-        destination,
-        options=run_options(checkpoint, options),
-        dense=measure(checkpoint) if text else None,
-        measure=measure if text else None,
-        command=canonical_command(checkpoint, channels, plan, options),
-        repo=target.repo if target else None,
-        card_template=template,
-        track=bars(quiet),
+    run = run_options(checkpoint, options)
+    journal = Journal(
+        destination, cut_fingerprint(checkpoint, channels, plan, run), resume=options["resume"], kind="cut"
     )
+    if journal.done:
+        say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
+    try:
+        manifest = write_pruned(
+            checkpoint,
+            channels,
+            plan,
+            destination,
+            options=run,
+            journal=journal,
+            dense=measure(checkpoint) if text else None,
+            measure=measure if text else None,
+            command=canonical_command(checkpoint, channels, plan, options),
+            repo=target.repo if target else None,
+            card_template=template,
+            track=bars(quiet),
+        )
+    except SurgeonError as error:
+        if not isinstance(error, StorageError):  # it would end the same way again
+            journal.finish()
+        raise
+    journal.finish()
+    return manifest
 
 
 def check_size_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,177 @@
+"""From 1 to 7 billion parameters under one memory limit: peak memory, time, and how fast a cut is beside a file copy.
+
+    python tests/benchmarks/scale.py [--layers 4 32] [--memory 4GiB] [--limit 6GiB] [--hidden 4096] [--width 11008]
+
+A random Llama-shaped bfloat16 checkpoint of each depth is written, indexed on 8 blocks of 128 tokens and cut to half its
+channels without repair, every command in a process of its own and, where a memory cgroup can be made (Linux, root), under a
+hard limit on it; elsewhere under one on private memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two
+copies. `--in-memory` also lets `from_pretrained` and `loss.backward()` try the same under the same limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import ROOT
+from streamed import SHAPE, random_checkpoint
+
+from surgery.checkpoint import Checkpoint
+from surgery.devices import parse_bytes
+
+CGROUP = Path("/sys/fs/cgroup/memory/surgeon-benchmark")
+COPY_BYTES = 64 << 20
+CHILD = """
+import json, os, resource, subprocess, sys, time
+group, limit = sys.argv[1], int(sys.argv[2])
+def enter():
+    if group:
+        open(group + "/cgroup.procs", "w").write(str(os.getpid()))
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+started = time.perf_counter()
+done = subprocess.run(sys.argv[3:], preexec_fn=enter, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+seconds = time.perf_counter() - started
+print(json.dumps([done.returncode, peak, seconds, done.stderr.decode()[-400:]]))
+"""
+IN_MEMORY = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+ids = torch.randint(0, 256, (1, 128))
+model(ids, labels=ids).loss.backward()
+"""
+
+
+def limited(limit: int, command: list[str]) -> tuple[int, int, float, str]:
+    """Exit status, peak resident bytes, seconds and the end of stderr of a command under a hard limit."""
+    group = ""
+    try:
+        CGROUP.mkdir(exist_ok=True)
+        (CGROUP / "memory.limit_in_bytes").write_text(str(limit))
+        group = str(CGROUP)
+    except OSError:
+        pass
+    child = [sys.executable, "-c", CHILD, group, str(limit), *command]
+    code, peak, seconds, talk = json.loads(subprocess.run(child, check=True, capture_output=True).stdout)
+    return code, peak, seconds, talk
+
+
+def copy_seconds(files: list[Path], target: Path) -> float:
+    """Seconds to read files and write them again, flushed to the disk, as a cut does."""
+    started = time.perf_counter()
+    with target.open("wb") as out:
+        for file in files:
+            with file.open("rb", buffering=0) as source:
+                while piece := source.read(COPY_BYTES):
+                    out.write(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+def measure(layers: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """One depth: write, index, cut, copy."""
+    folder, limit = scratch / "model", parse_bytes(options.limit)
+    shape = {
+        **SHAPE,
+        "num_hidden_layers": layers,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.width,
+    }
+    random_checkpoint(folder, {**shape, "num_key_value_heads": 32})
+    text = scratch / "text.txt"
+    text.write_text((ROOT / "LICENSE").read_text())
+    checkpoint = Checkpoint.open(folder)
+    surgeon = [sys.executable, "-m", "surgery"]
+    index = [
+        *surgeon,
+        "index",
+        str(folder),
+        "--calibration",
+        str(text),
+        "--blocks",
+        "8",
+        "--block-size",
+        "128",
+    ]
+    index += ["--memory", options.memory, "--out", f"{scratch}/index", "--quiet", "--overwrite"]
+    prune = [
+        *surgeon,
+        "prune",
+        str(folder),
+        "--index",
+        f"{scratch}/index",
+        "--sparsity",
+        "0.5",
+        "--repair",
+        "none",
+    ]
+    prune += ["--memory", options.memory, "--out", f"{scratch}/cut", "--quiet", "--overwrite"]
+    told = json.loads(subprocess.run([*index, "--dry-run", "--json"], check=True, capture_output=True).stdout)
+    found: dict[str, Any] = {
+        "layers": layers,
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.nbytes,
+    }
+    for name, command in (("index", index), ("prune", prune)):
+        code, peak, seconds, talk = limited(limit, command)
+        found[name] = {"exit": code, "peak": peak, "seconds": seconds}
+        if code:
+            raise SystemExit(f"{name} failed under {options.limit}: {talk}")
+    found["foretold"] = {"peak": told["costs"]["host_bytes"], **told["seconds"]}
+    moved = checkpoint.nbytes + Checkpoint.open(scratch / "cut").nbytes
+    seconds = copy_seconds(sorted(folder.glob("*.safetensors")), scratch / "copy")
+    found["copy"] = {"seconds": seconds, "bytes": 2 * checkpoint.nbytes}
+    found["prune"]["of_copy_speed"] = (moved / found["prune"]["seconds"]) / (2 * checkpoint.nbytes / seconds)
+    if options.in_memory:
+        code, peak, seconds, _ = limited(limit, [sys.executable, "-c", IN_MEMORY, str(folder)])
+        found["in_memory"] = {"exit": code, "peak": peak, "seconds": seconds}
+    for name in ("model", "index", "cut"):
+        shutil.rmtree(scratch / name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 32])
+    parser.add_argument("--memory", default="4GiB")
+    parser.add_argument("--limit", default="6GiB")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=11008)
+    parser.add_argument("--in-memory", action="store_true")
+    options = parser.parse_args()
+    gib = 1 << 30
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as name:
+            found = measure(layers, options, Path(name))
+        print(json.dumps(found))
+        print(
+            f"{found['parameters'] / 1e9:.2f} B parameters, {found['bytes'] / gib:.1f} GiB, limit {options.limit}, "
+            f"--memory {options.memory}\n"
+            f"  index  peak {found['index']['peak'] / gib:.2f} GiB (foretold {found['foretold']['peak'] / gib:.2f} above the "
+            f"libraries), {found['index']['seconds']:.0f} s (foretold {found['foretold']['compute']:.0f} s of arithmetic)\n"
+            f"  prune  peak {found['prune']['peak'] / gib:.2f} GiB, {found['prune']['seconds']:.0f} s: "
+            f"{found['prune']['of_copy_speed']:.2f} of a file copy's bytes a second"
+        )
+        if "in_memory" in found:
+            code = found["in_memory"]["exit"]
+            print(f"  in memory: exit {code} {'(killed)' if code < 0 else ''}")
+
+
+if __name__ == "__main__":
+    main()
