@@ -19,6 +19,7 @@ from surgery.commands.merge import merge_index
 from surgery.commands.prune import prune
 from surgery.commands.publish import card, push
 from surgery.commands.quantize import quantize
+from surgery.commands.report import report
 from surgery.errors import SurgeonError, UsageError
 
 
@@ -69,5 +70,5 @@ def main() -> None:
         )
 
 
-for command in (index, show, merge_index, prune, compare, eval_command, ablate, quantize, push, card):
+for command in (index, show, merge_index, report, prune, compare, eval_command, ablate, quantize, push, card):
     main.add_command(command)

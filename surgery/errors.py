@@ -73,6 +73,10 @@ class StorageError(SurgeonError):
     """A disk that is full or fails under a run."""
 
 
+class ReportError(SurgeonError):
+    """Folders that a report can't be made from, or not together."""
+
+
 class NumericsError(SurgeonError):
     """NaN or infinity where numbers were expected."""
 
