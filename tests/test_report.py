@@ -399,3 +399,43 @@ def test_a_browser_draws_every_chart(tmp_path: Path, surgeon: Callable[..., Any]
     ]
     assert drawn and int(drawn[1]) == len(charts)
     assert "CONSOLE" not in result.stderr, result.stderr
+
+
+POINT = """
+const canvas = document.getElementById("chart-lp-concentration");
+const place = canvas.getBoundingClientRect();
+const chart = Chart.getChart(canvas);
+const { x, y } = chart.getDatasetMeta(1).data[2];
+canvas.dispatchEvent(new MouseEvent("mousemove", { clientX: place.left + x, clientY: place.top + y, bubbles: true }));
+requestAnimationFrame(() => setTimeout(() => {
+  const shown = document.querySelector("#figure-lp-curve output").textContent;
+  const curve = Chart.getChart("chart-lp-curve").data.datasets[0].data[0].y;
+  const slider = document.getElementById("layer-lp-against-weight-norm");
+  slider.value = "1";
+  slider.dispatchEvent(new Event("input"));
+  const moved = [...document.querySelectorAll(".layer-control output")].map((output) => output.textContent).join();
+  document.querySelector("details").open = true;
+  document.title = JSON.stringify({ shown, curve, moved, spoken: slider.getAttribute("aria-valuetext") });
+}, 200));
+"""
+
+
+def test_layers_are_chosen_by_pointing_and_by_keys(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
+    chromium = browser()
+    save_index(synthetic_index(4, 200), tmp_path / "index")
+    surgeon("report", "index", "--out", "page.html")
+    text = (tmp_path / "page.html").read_text()
+    text = re.sub(
+        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text
+    )  # to let the test's script in
+    (tmp_path / "driven.html").write_text(text.replace("</body>", f"<script>{POINT}</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [chromium, *options, profile, (tmp_path / "driven.html").as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "dumped.html").write_text(dumped)
+    found = json.loads(re.findall(r"<title>(.*?)</title>", dumped)[0])
+    frames = figure(Page(tmp_path / "page.html").data, "lp-curve")["frames"]
+    assert found["shown"] == "2" and found["curve"] == frames["2"][0]["points"][0][1]
+    assert set(found["moved"].split(",")) == {"1"} and found["spoken"] == "layer 1"
+    assert Page(tmp_path / "dumped.html").text.count("top 1% (supernodes)") >= 4

@@ -18,7 +18,7 @@ from surgery.report.pool import DIGITS, SEED, Pool, drawn_note, others, point_se
 
 CONTROLS = 256  # random channels the halo is held against, as in the paper
 CURVE_POINTS = 96  # ranks of a sorted LP curve
-LP_UNIT = "loss proxy ½·mean (u·s)² (nats²)"
+LP_UNIT = "loss proxy (nats², log)"
 
 
 def index_facts(index: ChannelIndex) -> list[Fact]:
@@ -91,7 +91,7 @@ def _concentration(
                 "lp-curve",
                 "Loss proxy held by a layer's best channels, added up from the largest",
                 "lines",
-                Axis("share of the layer's channels, largest first (%, log scale)", log=True, percent=True),
+                Axis("share of channels, largest first (%, log)", log=True, percent=True),
                 Axis("share of the layer's loss proxy (%)", percent=True),
                 frames={
                     number: [Series("cumulative LP", points=mass_curve(p.statistics["loss_proxy"]))]
@@ -156,13 +156,13 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
             scatter(
                 "activation_power",
                 "Loss proxy against activation power, channel by channel",
-                "activation power mean u² (log scale)",
+                "activation power mean u² (log)",
                 "outliers by activation, not supernodes",
             ),
             scatter(
                 "weight_norm",
                 "Loss proxy against weight norm, channel by channel",
-                "weight norm (sum of three L2 norms, log scale)",
+                "weight norm: sum of three L2 norms (log)",
                 "top by weight norm, not supernodes",
             ),
         ],
@@ -224,8 +224,8 @@ def _halo(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: int) -
                 "connectivity-redundancy",
                 "Connectivity against redundancy, channel by channel",
                 "scatter",
-                Axis("connectivity: share of |down column| on the core's dims (%)", percent=True),
-                Axis("redundancy with the core (nats, log scale)", log=True),
+                Axis("connectivity to the core (%)", percent=True),
+                Axis("redundancy (nats, log)", log=True),
                 frames=frames,
                 focus=focus,
                 reduction=drawn_note(),

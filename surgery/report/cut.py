@@ -160,7 +160,7 @@ def _repair(manifest: dict[str, Any]) -> Figure | None:
         "Error of each FFN on held-out blocks, before and after repair",
         "lines",
         LAYER_AXIS,
-        Axis("unexplained share of the target (%, log scale)", log=True, percent=True),
+        Axis("unexplained share (%, log)", log=True, percent=True),
         series=[
             layer_line("before repair", [part.get("held_out_before") or None for part in own], "control"),
             layer_line("after repair", [part.get("held_out_after") or None for part in own], "core"),

@@ -16,7 +16,7 @@ def comparison_section(rows: list[dict[str, Any]]) -> Section:
             f"Perplexity against size on {text}",
             "lines",
             Axis("parameters (millions)"),
-            Axis("perplexity (log scale)", log=True),
+            Axis("perplexity (log)", log=True),
             series=_ways([row for row in rows if row["text"] == text]),
             text="Lower and further left is better. Every line starts at the dense model.",
         )

@@ -58,7 +58,7 @@ def _maxima(index: ChannelIndex) -> Figure | None:
         "Largest activation into and out of down_proj, layer by layer",
         "lines",
         LAYER_AXIS,
-        Axis("largest |activation| (log scale)", log=True),
+        Axis("largest |activation| (log)", log=True),
         series=series,
         text=f"Of one prompt. Where both spike, one weight may join them.{named}",
     )

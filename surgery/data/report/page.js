@@ -190,8 +190,8 @@
     };
   }
 
-  function pick(_, found) {
-    if (found.length) setLayer(Math.round(found[0].element.$context.parsed.x));
+  function pick(_, found, chart) {
+    if (found.length) setLayer(chart.data.datasets[found[0].datasetIndex].data[found[0].index].x);
   }
 
   function draw(figure) {
