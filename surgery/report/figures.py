@@ -40,13 +40,15 @@ def draw(figure: Figure) -> Any:
     axes = canvas.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     painters[figure.kind](axes, figure)
-    title = f"{figure.title} (layer {figure.focus})" if figure.frames else figure.title
+    others = ", others in grey" if figure.kind == "lines" else ""
+    title = f"{figure.title} (layer {figure.focus}{others})" if figure.frames else figure.title
     axes.set_title(title, loc="left", wrap=True)
     if figure.mark is not None:
         axes.axvline(figure.mark, color=ROLES["control"], linestyle=":", linewidth=1)
-    handles, _ = axes.get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.16))
+        columns = 3 if max(map(len, labels)) < 45 else 2
+        canvas.legend(handles, labels, frameon=False, fontsize=7.5, ncols=columns, loc="outside lower left")
     return canvas
 
 
@@ -114,6 +116,7 @@ def _spans(axes: Any, figure: Figure) -> None:
             label=series.name,
         )
     _rows(axes, figure)
+    axes.set_xlim(left=-0.5)
 
 
 def _rows(axes: Any, figure: Figure) -> None:
@@ -147,15 +150,23 @@ painters: dict[str, Callable[[Any, Figure], None]] = {
 
 
 def _scales(axes: Any, figure: Figure) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     for axis, way in ((figure.x, "x"), (figure.y, "y")):
         part: Axis = axis
         getattr(axes, f"set_{way}label")(part.label)
         if part.log:
             getattr(axes, f"set_{way}scale")("log")
+        ticks = getattr(axes, f"{way}axis")
+        low, high = getattr(axes, f"get_{way}lim")()
         if part.percent:
-            getattr(axes, f"{way}axis").set_major_formatter(PercentFormatter(1.0))
+            ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+        if part.log and high < 30 * low:  # too few powers of ten to go by
+            unit, scale = ("%", 100) if part.percent else ("", 1)
+            plain = FuncFormatter(lambda value, _, unit=unit, scale=scale: f"{scale * value:g}{unit}")
+            ticks.set_major_formatter(plain)
+            ticks.set_minor_formatter(plain)
+            ticks.set_minor_locator(LogLocator(subs=[2, 3, 5]))
         if part.percent and not part.log and figure.kind != "scatter":
             getattr(axes, f"set_{way}lim")(0, 1.03)
     if figure.x.label.startswith("decoder layer"):
