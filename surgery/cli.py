@@ -14,6 +14,7 @@ from surgery import __version__
 from surgery.commands.ablate import ablate
 from surgery.commands.compare import compare
 from surgery.commands.evaluate import eval_command
+from surgery.commands.help import GroupedCommands
 from surgery.commands.index import index, show
 from surgery.commands.merge import merge_index
 from surgery.commands.prune import prune
@@ -23,7 +24,7 @@ from surgery.commands.report import report
 from surgery.errors import SurgeonError, UsageError
 
 
-class SurgeonGroup(click.Group):
+class SurgeonGroup(GroupedCommands):
     """Prints a SurgeonError as one line and its next step, and exits with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options, resume_option
 from surgery.commands.session import data_console, journal_done, local_path, make_index, open_model, say
 from surgery.destination import check_destination, complete_folder
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from surgery.index import ChannelIndex
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option(
     "--second-order",
@@ -97,7 +98,7 @@ def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:
         show_comparison(indexes, data_console())
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print index.json; of several, the comparison.")
 def show(folders: tuple[Path, ...], as_json: bool) -> None:

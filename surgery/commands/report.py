@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.session import say
 from surgery.errors import UsageError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from surgery.report.document import Section
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--index",
