@@ -173,3 +173,14 @@ METHODS: dict[str, Method] = {
     "activation": Method(activation),
     "random": Method(random_score),
 }
+
+
+def register_method(name: str, score: Score, *, protects: bool = True, loss: bool = False) -> None:
+    """Make a score of your own a method that `make_plan` knows by name, in this process.
+
+    `score` takes an FfnIndex and a torch.Generator and returns one finite number per channel, [F]; the lowest go.
+    `protects` and `loss` as in Method. Raises PlanError for a name that is taken.
+    """
+    if name in METHODS:
+        raise PlanError("a method of this name exists", found=name, next_step="choose another name")
+    METHODS[name] = Method(score, protects=protects, loss=loss)
