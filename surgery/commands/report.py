@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.commands.help import GroupedCommand
-from surgery.commands.session import say
+from surgery.commands.session import data_console, say
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,6 +100,17 @@ def report(
     if as_json:
         click.echo(text)
     say(f"Report written to {page} ({len(html.encode()) / 1e6:.2f} MB), its numbers to {data}", quiet)
+
+
+def present_cut(folder: Path, as_json: bool) -> None:
+    """Print what a pruned folder's surgeon.json says; as JSON, the file itself."""
+    from surgery.report.build import Extras, cut_report
+    from surgery.show_document import show_document
+
+    if as_json:
+        click.echo((folder / "surgeon.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        show_document(cut_report(folder, Extras()), data_console())
 
 
 def written_samples(
