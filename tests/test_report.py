@@ -337,6 +337,17 @@ def test_experts_are_pooled(
     assert '"channels"' not in (tmp_path / "alone.json").read_text()
 
 
+def test_layers_without_an_ffn_are_left_out(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
+    index = synthetic_index(4, 200)
+    index.layers[2] = LayerIndex({})
+    save_index(index, tmp_path / "index")
+    surgeon("report", "index", "--out", "page.html", "--figures", "drawn")
+    fields = Page(tmp_path / "page.html").data
+    (line,) = [s for s in figure(fields, "lp-concentration")["series"] if s["style"] == "core"]
+    assert [x for x, _ in line["points"]] == [0, 1, 3]
+    assert set(figure(fields, "lp-curve")["frames"]) == {"0", "1", "3"}
+
+
 def test_figures_for_papers(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
     save_index(synthetic_index(4, 200), tmp_path / "index")
     surgeon("report", "index", "--out", "page.html", "--figures", "drawn")
@@ -369,6 +380,13 @@ def test_refusals_leave_everything_as_it_was(
     surgeon(*("prune", source, "--sparsity", "0.5", "--multiple-of", "8", "--out", "cut", *CALIBRATION))
     other = surgeon("report", "cut", "--index", "index", code=1)
     assert "different models" in other.stderr and "org/large" in other.stderr
+    (tmp_path / "table").mkdir()
+    comparison = {"source": {"name": "org/other", "shape_digest": "1" * 64}, "rows": []}
+    (tmp_path / "table" / "compare.json").write_text(json.dumps(comparison))
+    assert "org/other" in surgeon("report", "index", "--compare", "table", code=1).stderr
+    (tmp_path / "rounded").mkdir()
+    (tmp_path / "rounded" / "surgeon.json").write_text('{"quantization": {}}')
+    assert "a quantised one" in surgeon("report", "rounded", code=1).stderr
     assert not list(tmp_path.glob("*-report.*"))
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from surgery import __version__
 from surgery.errors import ReportError
 from surgery.index import JSON_FILE, ChannelIndex
+from surgery.prune import MANIFEST
 from surgery.report.channels import channel_sections, index_facts
 from surgery.report.cut import cut_sections, provenance_section
 from surgery.report.document import Document, Section
 from surgery.report.revisions import revision_sections
 from surgery.report.sizes import comparison_section
 from surgery.report.spikes import spike_sections
-
-MANIFEST = "surgeon.json"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from surgery.index import ChannelIndex
 from surgery.report.document import LAYER_AXIS, Axis, Figure, Section, Series, Table, Unit, layer_line
-from surgery.super_weights import MIN_PERSISTENCE, SuperWeight
+from surgery.super_weights import MIN_PERSISTENCE, PROMPT, SuperWeight
 
 NOTE = (
     "Explained: share of the output spike that this one product makes. Persists: share of the layers above through which the "
@@ -60,7 +60,7 @@ def _maxima(index: ChannelIndex) -> Figure | None:
         LAYER_AXIS,
         Axis("largest |activation| (log)", log=True),
         series=series,
-        text=f"Of one prompt. Where both spike, one weight may join them.{named}",
+        text=f"Of the prompt “{PROMPT}” Where both spike, one weight may join them.{named}",
     )
 
 
