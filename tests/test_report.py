@@ -1,138 +1,21 @@
-"""Report pages: their numbers against what other commands print, what is in the file, and what must not be."""
+"""Reports: their numbers against what other commands print, and what is refused."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CALIBRATION
+from report_page import WEIGHT, Page, figure, heights, save_index, synthetic_index, table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from surgery.halo import supernodes
-from surgery.index import STATISTICS, ChannelIndex, FfnIndex, LayerIndex
+from surgery.index import ChannelIndex, LayerIndex
 from surgery.report.page import shown
-from surgery.super_weights import SuperWeight
-
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u2028&amp;{{ 7 * 7 }}"
-WEIGHT = SuperWeight(
-    layer=1,
-    row=3,
-    column=7,
-    value=-0.6055,
-    input=-443.5,
-    output=300.5,
-    explained=0.8936,
-    ratio=5000.0,
-    rank=1,
-    token=0,
-    persistence=0.75,
-    published="Some-8B: a paper",
-    catalogue="match",
-    ablation={"perplexity": 6.5, "perplexity_without": 1234.5, "factor": 190.0, "tokens": 4096},
-)
-
-
-class Page(HTMLParser):
-    """Elements of a page with their attributes, and the text of its scripts and styles."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.inline: list[tuple[str, dict[str, str | None], str]] = []
-        self.words: list[str] = []
-        self.inside = False
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.inside = tag in ("script", "style")
-        if self.inside:
-            self.inline.append((tag, dict(attrs), ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            tag, attributes, text = self.inline[-1]
-            self.inline[-1] = (tag, attributes, text + data)
-        else:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        """What a reader sees."""
-        return " ".join(" ".join(self.words).split())
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What the charts are drawn from."""
-        texts = [text for tag, attributes, text in self.inline if attributes.get("id") == "report-data"]
-        found: dict[str, Any] = json.loads("".join(texts))
-        return found
-
-
-def synthetic_index(layers: int, width: int, name: str = "org/large") -> ChannelIndex:
-    """An index of random statistics, heavy-tailed as real ones are, with one super weight."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for _ in range(layers):
-        values = {s: torch.randn(width, generator=generator).mul(2).exp() for s in STATISTICS}
-        values["halo_connectivity"] = torch.rand(width, generator=generator)
-        core = supernodes(values["loss_proxy"])
-        made.append(LayerIndex({"dense": FfnIndex(values, core, 64)}, {"input": 12.5, "output": 345.0}))
-    digest = "0" * 64
-    return ChannelIndex(
-        source={
-            "name": name,
-            "revision": None,
-            "model_type": "llama",
-            "config_digest": digest,
-            "shape_digest": digest,
-            "parameters": 8_030_261_248,
-            "bytes": 16_060_522_496,
-        },
-        calibration={"name": "t", "blocks": 2, "block_size": 32, "tokens": 64, "sha256": digest, "seed": 1},
-        run={"device": "cpu", "dtype": "float32", "versions": {"surgeon": "0"}},
-        loss={"nats": 62.0, "tokens": 62, "perplexity": 2.718},
-        layers=made,
-        super_weights=[WEIGHT],
-        echoes=[],
-        input_ids=torch.zeros(2, 32, dtype=torch.int32),
-    )
-
-
-def save_index(index: ChannelIndex, folder: Path) -> None:
-    folder.mkdir()
-    index.save(folder)
-
-
-def figure(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [f for s in fields["sections"] for f in s["figures"] if f["id"] == name]
-    return dict(found)
-
-
-def table(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [t for s in fields["sections"] for t in s["tables"] if t["id"] == name]
-    return dict(found)
-
-
-def heights(fields: dict[str, Any], name: str, series: str) -> list[float]:
-    """The y values of one line of a figure, by layer."""
-    (line,) = [s for s in figure(fields, name)["series"] if s["name"] == series]
-    assert [x for x, _ in line["points"]] == list(range(len(line["points"])))
-    return [y for _, y in line["points"]]
 
 
 def test_numbers_of_an_index_are_those_show_prints(
@@ -187,54 +70,6 @@ def test_curves_and_points_are_the_statistics(tmp_path: Path, surgeon: Callable[
         for point, place in zip(sorted(core["points"]), sorted(expected), strict=True):
             assert tuple(point) == pytest.approx(place, rel=1e-3)
         assert sum(group["of"] for group in groups) == 400
-
-
-def test_a_large_model_fits_in_three_megabytes(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
-    save_index(synthetic_index(32, 14_336), tmp_path / "index")
-    surgeon("report", "index", "--out", "page.html")
-    assert (tmp_path / "page.html").stat().st_size < 3_000_000
-    page = Page(tmp_path / "page.html")
-    assert set(figure(page.data, "lp-curve")["frames"]) == {str(layer) for layer in range(32)}
-    assert "at most 150 channels a layer are drawn" in page.text
-    rest = figure(page.data, "lp-against-weight-norm")["frames"]["0"][0]
-    assert len(rest["points"]) == 150 and rest["of"] > 14_000
-
-
-def test_a_page_needs_nothing_but_itself(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
-    save_index(synthetic_index(3, 100), tmp_path / "index")
-    surgeon("report", "index", "--out", "page.html")
-    page = Page(tmp_path / "page.html")
-    for tag, attributes in page.elements:
-        assert "src" not in attributes and "style" not in attributes, tag
-        assert not any(name.startswith("on") for name in attributes), tag
-        if tag not in ("a", "link"):
-            assert "href" not in attributes
-        if tag == "link":
-            assert (attributes["href"] or "").startswith("data:")
-    (policy,) = [a["content"] or "" for t, a in page.elements if a.get("http-equiv")]
-    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
-    for kind, attributes, text in page.inline:
-        if attributes.get("type") == "application/json":
-            continue
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"'sha256-{digest}'" in policy, kind
-        assert not re.search(r"@import|url\(|sourceMappingURL|XMLHttpRequest|fetch\(", text)
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    controls = [attributes for tag, attributes in page.elements if tag in ("input", "canvas", "details")]
-    labelled = {attributes["for"] for tag, attributes in page.elements if tag == "label"}
-    for attributes in controls:
-        assert attributes.get("aria-label") or attributes.get("id") in labelled or "data-figure" in attributes
-
-
-def test_names_from_a_model_stay_text(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
-    save_index(synthetic_index(3, 100, name=HOSTILE), tmp_path / "index")
-    surgeon("report", "index", "--out", "page.html")
-    page = Page(tmp_path / "page.html")
-    assert page.data["title"] == HOSTILE
-    assert not [tag for tag, _ in page.elements if tag == "img"]
-    assert len([tag for tag, _ in page.elements if tag == "script"]) == 3
-    assert "<img src=x" in page.text and "{{ 7 * 7 }}" in page.text
 
 
 def test_several_indexes(save_tiny: Callable[..., Path], surgeon: Callable[..., Any], tmp_path: Path) -> None:
@@ -314,6 +149,8 @@ def test_both_models_write(
         for _ in range(4):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert quote["texts"][0] == ["dense", tokenizer.decode(ids[0, start:], skip_special_tokens=True)]
+    refused = surgeon("report", "cut", "--generate", "nowhere", "--out", "other.html", code=1)
+    assert "can't be loaded" in refused.stderr
     assert quote["texts"][1][0] == "shrunk" and "Once <b>upon" in page.text
 
 
@@ -388,72 +225,3 @@ def test_refusals_leave_everything_as_it_was(
     (tmp_path / "rounded" / "surgeon.json").write_text('{"quantization": {}}')
     assert "a quantised one" in surgeon("report", "rounded", code=1).stderr
     assert not list(tmp_path.glob("*-report.*"))
-
-
-def browser() -> str:
-    """A Chromium that can run headless, or skip."""
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        found = shutil.which(name)
-        if found:
-            return found
-    pytest.skip("no Chromium here to open the page with")
-
-
-def test_a_browser_draws_every_chart(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
-    chromium = browser()
-    save_index(synthetic_index(4, 200, name=HOSTILE), tmp_path / "index")
-    surgeon("report", "index", "--out", "page.html")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    address = (tmp_path / "page.html").as_uri()
-    command = [chromium, *options, profile, "--virtual-time-budget=5000", "--dump-dom", address]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    drawn = re.search(r'data-drawn="(\d+)"', result.stdout)
-    charts = [
-        f
-        for s in Page(tmp_path / "page.html").data["sections"]
-        for f in s["figures"]
-        if f["kind"] != "matrix"
-    ]
-    assert drawn and int(drawn[1]) == len(charts)
-    assert "CONSOLE" not in result.stderr, result.stderr
-
-
-POINT = """
-const canvas = document.getElementById("chart-lp-concentration");
-const place = canvas.getBoundingClientRect();
-const chart = Chart.getChart(canvas);
-const { x, y } = chart.getDatasetMeta(1).data[2];
-canvas.dispatchEvent(new MouseEvent("mousemove", { clientX: place.left + x, clientY: place.top + y, bubbles: true }));
-requestAnimationFrame(() => setTimeout(() => {
-  const shown = document.querySelector("#figure-lp-curve output").textContent;
-  const curve = Chart.getChart("chart-lp-curve").data.datasets[0].data[0].y;
-  const slider = document.getElementById("layer-lp-against-weight-norm");
-  slider.value = "1";
-  slider.dispatchEvent(new Event("input"));
-  const moved = [...document.querySelectorAll(".layer-control output")].map((output) => output.textContent).join();
-  document.querySelector("details").open = true;
-  document.title = JSON.stringify({ shown, curve, moved, spoken: slider.getAttribute("aria-valuetext") });
-}, 200));
-"""
-
-
-def test_layers_are_chosen_by_pointing_and_by_keys(tmp_path: Path, surgeon: Callable[..., Any]) -> None:
-    chromium = browser()
-    save_index(synthetic_index(4, 200), tmp_path / "index")
-    surgeon("report", "index", "--out", "page.html")
-    text = (tmp_path / "page.html").read_text()
-    text = re.sub(
-        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text
-    )  # to let the test's script in
-    (tmp_path / "driven.html").write_text(text.replace("</body>", f"<script>{POINT}</script></body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [chromium, *options, profile, (tmp_path / "driven.html").as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (tmp_path / "dumped.html").write_text(dumped)
-    found = json.loads(re.findall(r"<title>(.*?)</title>", dumped)[0])
-    frames = figure(Page(tmp_path / "page.html").data, "lp-curve")["frames"]
-    assert found["shown"] == "2" and found["curve"] == frames["2"][0]["points"][0][1]
-    assert set(found["moved"].split(",")) == {"1"} and found["spoken"] == "layer 1"
-    assert Page(tmp_path / "dumped.html").text.count("top 1% (supernodes)") >= 4

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import CALIBRATION
+from report_page import synthetic_index
 from rich.console import Console
-from test_report import synthetic_index
 
 from surgery.report.build import Extras, index_report
 from surgery.show import show_comparison, show_index

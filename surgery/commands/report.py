@@ -123,10 +123,13 @@ def written_samples(
                 "--prompt goes with --generate", next_step="name the dense model with --generate"
             )
         return None
-    from surgery.report.build import is_cut
+    from surgery.prune import MANIFEST
+    from surgery.report.build import is_cut, read_json
     from surgery.report.samples import PROMPTS, sample_section
 
     if len(paths) > 1 or not is_cut(paths[0]):
         raise UsageError("--generate goes with a folder that `surgeon prune` wrote", where=paths[0].name)
     say("Letting both models write", quiet)
-    return sample_section(dense, paths[0], list(prompts or PROMPTS), tokens)
+    source = read_json(paths[0] / MANIFEST)["source"]
+    revision = source["revision"] if source["name"] == dense else None
+    return sample_section(dense, revision, paths[0], list(prompts or PROMPTS), tokens)

@@ -30,7 +30,7 @@ def _sizes(manifest: dict[str, Any]) -> Section:
         widest = ", widest layer" if "per_layer" in change else ""
         lines.append((f"{key}{widest}", "count", change["before"], change["after"]))
     measured = manifest["measurements"]
-    note = "Its loss was not measured when it was written (`surgeon prune --eval`)."
+    note = "Its loss was not measured when it was written; surgeon prune --eval does that."
     if "dense" in measured:
         for key, name in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
             lines.append((name, "number", measured["dense"][key], measured["shrunk"][key]))

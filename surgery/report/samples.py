@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from surgery.errors import ReportError
 from surgery.report.document import Fact, Section
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time,")
 
 
-def sample_section(dense: str, folder: Path, prompts: list[str], tokens: int) -> Section:
-    """Greedy continuations of prompts by a model (folder or Hub id) and by what was cut from it."""
+def sample_section(
+    dense: str, revision: str | None, folder: Path, prompts: list[str], tokens: int
+) -> Section:
+    """Greedy continuations of prompts by a model (folder, or Hub id at a revision) and by what was cut from it."""
     texts = [
-        (name, continuations(model, prompts, tokens))
-        for name, model in (("dense", dense), ("shrunk", str(folder)))
+        ("dense", continuations(dense, revision, prompts, tokens)),
+        ("shrunk", continuations(str(folder), None, prompts, tokens)),
     ]
     quotes: list[dict[str, Any]] = [
         {"prompt": prompt, "texts": [[name, own[place]] for name, own in texts]}
@@ -29,17 +32,29 @@ def sample_section(dense: str, folder: Path, prompts: list[str], tokens: int) ->
     )
 
 
-def continuations(model: str, prompts: list[str], tokens: int) -> list[str]:
-    """What a checkpoint adds to each prompt, at most `tokens` tokens of greedy decoding; loaded whole into memory."""
+def continuations(model: str, revision: str | None, prompts: list[str], tokens: int) -> list[str]:
+    """What a checkpoint adds to each prompt, at most `tokens` tokens of greedy decoding; loaded whole into memory.
+
+    Raises ReportError when there is no such model.
+    """
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     import surgery.loading  # noqa: F401  # so that layers of different width load too
     from surgery.skeleton import auto_class, quiet_transformers
 
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = auto_class(AutoConfig.from_pretrained(model)).from_pretrained(model, dtype="auto").eval()
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+            kind = auto_class(AutoConfig.from_pretrained(model, revision=revision))
+            loaded = kind.from_pretrained(model, revision=revision, dtype="auto").eval()
+    except OSError as error:
+        raise ReportError(
+            "the model can't be loaded",
+            where=model,
+            found=str(error).splitlines()[0],
+            next_step="name a model folder or a Hub id",
+        ) from error
     written = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -148,13 +148,13 @@
       };
     }
     if (figure.kind === "bars" || figure.kind === "spans") {
-      const reach = layers ? { min: 0, max: report_layers(figure) } : fixed(figure.x);
+      const reach = layers ? { min: 0, max: lastLayer(figure) } : fixed(figure.x);
       return {
         x: axisOptions(figure.x, colours, reach),
         y: { ...category, ticks: names, title: title(figure.y), grid: { color: colours.grid } },
       };
     }
-    const whole = layers ? { min: 0, max: report_layers(figure) } : {};
+    const whole = layers ? { min: 0, max: lastLayer(figure) } : {};
     const x = axisOptions(figure.x, colours, { ...whole, ...fixed(figure.x) });
     if (figure.categories.length) x.ticks.callback = (value) => figure.categories[value] ?? null;
     if (figure.categories.length || layers) x.ticks.precision = 0;
@@ -162,7 +162,7 @@
     return { x, y: axisOptions(figure.y, colours, { ...floor, ...fixed(figure.y) }) };
   }
 
-  function report_layers(figure) {
+  function lastLayer(figure) {
     const places = figure.series.flatMap((s) => [...s.points.map(([x]) => x), ...s.values.filter(Boolean).flat()]);
     return Math.max(...places, ...figures.flatMap((f) => Object.keys(f.frames).map(Number)));
   }
