@@ -35,7 +35,7 @@
       if (!axis.log) return axis.percent ? share(value) : Number(value.toPrecision(6)).toLocaleString("en");
       const decades = Math.log10(this.max / this.min);
       const lead = Number(String(value.toExponential()).split("e")[0]);
-      const wanted = decades > 3 ? [1] : decades > 1.5 ? [1, 3] : [1, 2, 3, 5];
+      const wanted = decades > 3 ? [1] : decades > 1.5 ? [1, 3] : decades > 0.8 ? [1, 2, 3, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
       if (!wanted.includes(Math.round(lead * 100) / 100)) return null;
       if (axis.percent) return share(value);
       if (value >= 1000) return value.toLocaleString("en", { notation: "compact" });
