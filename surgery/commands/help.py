@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("revision", "no_cache", "index_folder"),
+    "Model": ("model", "revision", "no_cache", "index_folder"),
     "Cut": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
@@ -19,14 +19,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
         *("tasks", "fewshot", "limit", "include_path", "record"),
     ),
-    "Calibration": ("calibration", "blocks", "block_size", "seed", "prompt", "second_order"),
+    "Calibration": ("calibration", "blocks", "block_size", "seed", "prompt", "second_order", "keep_sample"),
     "Page": ("comparison", "generate", "prompts", "tokens", "figures"),
     "Card and publishing": ("card_template", "stdout", "push_to", "private", "push_revision", "create_pr"),
     "Run": ("device", "dtype", "memory", "resume"),
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Look": ("index", "show", "report"),
+    "Look": ("index", "merge-index", "show", "report"),
     "Cut and round": ("prune", "compare", "quantize"),
     "Measure": ("eval", "ablate"),
     "Publish": ("card", "push"),
