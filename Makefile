@@ -23,6 +23,7 @@ test: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m surgery.commands.reference > surgery/data/cli.md
 
 bench: .venv/ready
 	$(BIN)/python examples/assets.py .cache

@@ -51,6 +51,7 @@ def main() -> None:
         run(f"surgeon eval {folder} --text wikipedia-held-out.txt --blocks 8")
     for folder in (model.name, "smollm2-25"):
         generate(folder)
+    run("surgeon report smollm2-25 --index smollm2-index --out smollm2-25.html --overwrite")
     print(f"\nDone in {time.monotonic() - started:.0f} s; everything is in demo/")
 
 

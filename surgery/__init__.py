@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.checkpoint import Checkpoint as Checkpoint
     from surgery.errors import SurgeonError as SurgeonError
+    from surgery.importance import register_method as register_method
     from surgery.index import ChannelIndex as ChannelIndex
     from surgery.indexing import RunOptions as RunOptions
     from surgery.indexing import build_index as build_index
@@ -27,6 +28,7 @@ _HOMES = {
     "build_index": "surgery.indexing",
     "make_plan": "surgery.plan",
     "measure_perplexity": "surgery.perplexity",
+    "register_method": "surgery.importance",
     "write_pruned": "surgery.prune",
 }
 __all__ = sorted(_HOMES)

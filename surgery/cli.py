@@ -14,15 +14,17 @@ from surgery import __version__
 from surgery.commands.ablate import ablate
 from surgery.commands.compare import compare
 from surgery.commands.evaluate import eval_command
+from surgery.commands.help import GroupedCommands
 from surgery.commands.index import index, show
 from surgery.commands.merge import merge_index
 from surgery.commands.prune import prune
 from surgery.commands.publish import card, push
 from surgery.commands.quantize import quantize
+from surgery.commands.report import report
 from surgery.errors import SurgeonError, UsageError
 
 
-class SurgeonGroup(click.Group):
+class SurgeonGroup(GroupedCommands):
     """Prints a SurgeonError as one line and its next step, and exits with its code."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -69,5 +71,5 @@ def main() -> None:
         )
 
 
-for command in (index, show, merge_index, prune, compare, eval_command, ablate, quantize, push, card):
+for command in (index, show, merge_index, report, prune, compare, eval_command, ablate, quantize, push, card):
     main.add_command(command)

@@ -52,6 +52,23 @@ def check_destination(
         )
 
 
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Raise DestinationError when a file can't be written to `path`: it exists, or its folder may not be written."""
+    if path.is_dir():
+        raise DestinationError("the destination is a folder", where=str(path), expected="a file")
+    if path.exists() and not overwrite:
+        raise DestinationError(
+            "the destination exists",
+            where=str(path),
+            next_step="name another with --out, or give --overwrite",
+        )
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise DestinationError("no permission to write", where=str(parent))
+
+
 @contextlib.contextmanager
 def complete_folder(path: Path) -> Iterator[Path]:
     """Give a hidden folder beside `path` to write into, and rename it to `path` when the block ends well.

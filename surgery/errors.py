@@ -77,6 +77,10 @@ class DistributedError(SurgeonError):
     """Processes of one job that can't reach each other, or one that is gone."""
 
 
+class ReportError(SurgeonError):
+    """Folders that a report can't be made from, or not together."""
+
+
 class NumericsError(SurgeonError):
     """NaN or infinity where numbers were expected."""
 

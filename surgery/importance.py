@@ -140,30 +140,47 @@ Score = Callable[[FfnIndex, torch.Generator], torch.Tensor]
 @dataclass(frozen=True)
 class Method:
     """How channels are ranked. `protects`: unless told otherwise supernodes and super-weight columns may not go;
-    `loss`: scores are losses, which compare across layers as they are; `second_order`: what `--second-order` adds is needed.
+    `loss`: scores are losses, which compare across layers as they are; `second_order`: what `--second-order` adds is needed;
+    `needs`: a statistic that not every index holds.
     """
 
     score: Score
     protects: bool = False
     loss: bool = False
     second_order: bool = False
+    needs: str = ""
 
 
 METHODS: dict[str, Method] = {
     "scar-lp": Method(scar_lp, protects=True, loss=True),
     "scar-prot": Method(scar_prot, protects=True, loss=True),
-    "scar-prot-published": Method(scar_prot_published, protects=True, loss=True),
+    "scar-prot-published": Method(
+        scar_prot_published, protects=True, loss=True, needs="halo_redundancy_published"
+    ),
     "scar-conn": Method(scar_conn, protects=True, loss=True),
-    "lp-conditional": Method(lp_conditional, protects=True, loss=True, second_order=True),
-    "obs-loss": Method(obs_loss, protects=True, loss=True, second_order=True),
-    "obs": Method(obs, second_order=True),
+    "lp-conditional": Method(
+        lp_conditional, protects=True, loss=True, second_order=True, needs="unexplained"
+    ),
+    "obs-loss": Method(obs_loss, protects=True, loss=True, second_order=True, needs="obs_loss"),
+    "obs": Method(obs, second_order=True, needs="obs"),
     "flap": Method(flap),
     "wanda": Method(wanda),
-    "wanda-channel": Method(wanda_channel, second_order=True),
+    "wanda-channel": Method(wanda_channel, second_order=True, needs="read_norm"),
     "taylor": Method(taylor),
-    "llm-pruner": Method(llm_pruner, second_order=True),
-    "optipfair": Method(optipfair),
+    "llm-pruner": Method(llm_pruner, second_order=True, needs="taylor_weight"),
+    "optipfair": Method(optipfair, needs="weight_range"),
     "magnitude": Method(magnitude),
     "activation": Method(activation),
     "random": Method(random_score),
 }
+
+
+def register_method(name: str, score: Score, *, protects: bool = True, loss: bool = False) -> None:
+    """Make a score of your own a method that `make_plan` knows by name, in this process.
+
+    `score` takes an FfnIndex and a torch.Generator and returns one finite number per channel, [F]; the lowest go.
+    `protects` and `loss` as in Method. Raises PlanError for a name that is taken.
+    """
+    if name in METHODS:
+        raise PlanError("a method of this name exists", found=name, next_step="choose another name")
+    METHODS[name] = Method(score, protects=protects, loss=loss)

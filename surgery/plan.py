@@ -171,7 +171,7 @@ def make_plan(
     protect = METHODS[method].protects if protect is None else protect
     generator = torch.Generator().manual_seed(seed)
     drafts = [
-        {name: _draft(index, number, name, method, generator, protect) for name in layer.ffns}
+        {name: draft_of(index, number, name, method, generator, protect) for name in layer.ffns}
         for number, layer in enumerate(index.layers)
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
@@ -190,7 +190,7 @@ def make_plan(
             assert width is not None
             count = width * (ffn.width // change.before)
             stored = change.after * (ffn.width // change.before)
-            ffns[name] = _plan_ffn(ffn, drafts[number][name], count, stored, f"layer {number}, {name}")
+            ffns[name] = plan_ffn(ffn, drafts[number][name], count, stored, f"layer {number}, {name}")
         layers.append(LayerPlan(ffns))
     before = sum(ffn.width for layer in index.layers for ffn in layer.ffns.values())
     kept = sum(len(ffn.kept) for layer in layers for ffn in layer.ffns.values())
@@ -210,7 +210,7 @@ def make_plan(
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """What one FFN's channels are worth, [F] float64, and which may not go, before it is known how many stay."""
 
     score: torch.Tensor
@@ -218,14 +218,15 @@ class _Draft:
     ranked_by: str
 
 
-def _draft(
+def draft_of(
     index: ChannelIndex, layer: int, name: str, method: str, generator: torch.Generator, protect: bool
-) -> _Draft:
+) -> Draft:
+    """The draft of one FFN; drafts of one plan are made layer by layer, since "random" draws from `generator`."""
     ffn = index.layers[layer].ffns[name]
     columns = [w.column for w in index.super_weights if (w.layer, w.ffn) == (layer, name)]
     held = torch.tensor(columns, dtype=torch.long)
     ranked_by = method if ffn.tokens or method == "random" else "magnitude"
-    return _Draft(
+    return Draft(
         score=METHODS[ranked_by].score(ffn, generator).double(),
         protected=torch.unique(torch.cat([ffn.supernodes, held])) if protect else held[:0],
         ranked_by=ranked_by,
@@ -235,7 +236,7 @@ def _draft(
 def _spread(
     index: ChannelIndex,
     change: WidthChange,
-    drafts: list[dict[str, _Draft]],
+    drafts: list[dict[str, Draft]],
     multiple: int,
     method: str,
     curves: list[torch.Tensor] | None,
@@ -282,12 +283,12 @@ def keep_orders(
         if not layer.ffns:
             orders.append(torch.empty(0, dtype=torch.long))
             continue
-        draft = _draft(index, number, next(iter(layer.ffns)), method, generator, protect)
+        draft = draft_of(index, number, next(iter(layer.ffns)), method, generator, protect)
         orders.append(ranking(draft.score, draft.protected))
     return orders
 
 
-def _plan_ffn(ffn: FfnIndex, draft: _Draft, count: int, stored: int, where: str) -> FfnPlan:
+def plan_ffn(ffn: FfnIndex, draft: Draft, count: int, stored: int, where: str) -> FfnPlan:
     """Which `count` channels of one FFN stay; a padded plan writes `stored`."""
     if len(draft.protected) > count:
         raise PlanError(

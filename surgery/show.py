@@ -13,26 +13,10 @@ from surgery.errors import IndexMismatchError
 from surgery.index import ChannelIndex
 from surgery.plan import ResizePlan
 from surgery.skeleton import Skeleton
+from surgery.terminal import BAR_WIDTH, ROOMY, WIDE, bar, bare_table, short_number, show_weights
 
 if TYPE_CHECKING:
     from surgery.compare import Row
-
-BAR_WIDTH = 20
-
-
-def bar(share: float) -> str:
-    """A bar of up to 20 cells for a share in [0, 1]."""
-    eighths = round(share * BAR_WIDTH * 8)
-    full, rest = divmod(eighths, 8)
-    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
-
-
-def bare_table(headings: tuple[str, ...], left: tuple[str, ...] = ()) -> Table:
-    """An empty table without lines; columns are flush right but for those in `left`."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right")
-    return table
 
 
 def show_index(index: ChannelIndex, console: Console) -> None:
@@ -53,24 +37,36 @@ def show_index(index: ChannelIndex, console: Console) -> None:
         f"\nShare of a layer's loss proxy held by its top 1% of channels (supernodes): median "
         f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
     )
-    table = bare_table(
-        ("layer", "top 1% holds", "", "of them also top by activation", "by weight norm"), left=("",)
-    )
-    for number, layer in enumerate(fields["layers"]):
+    console.print(_layers(fields["layers"], console.width))
+    show_weights("Super weights", fields["super_weights"], console)
+    show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+
+
+def _layers(layers: list[dict[str, Any]], width: int) -> Table:
+    """One row a layer, of as many columns as `width` has room for."""
+    headings = ["layer", "top 1% holds", "", "of them also top by activation", "by weight norm"]
+    if width < ROOMY:
+        headings = ["layer", "top 1%", "", "also by u²", "by norm"]
+    elif width >= WIDE:
+        headings += ["top 0.1%", "top 5%", "max |in|", "max |out|"]
+    table = bare_table(tuple(headings), left=("",))
+    cells = max(4, min(BAR_WIDTH, width - 32))
+    for number, layer in enumerate(layers):
         if not layer["width"]:
             table.add_row(str(number), "no FFN")
             continue
-        share, overlap = layer["lp_share"]["0.01"], layer["overlap"]
-        table.add_row(
+        share, overlap, maxima = layer["lp_share"], layer["overlap"], layer.get("prompt_max") or {}
+        row = [
             str(number),
-            f"{100 * share:.1f}%",
-            bar(share),
+            f"{100 * share['0.01']:.1f}%",
+            bar(share["0.01"], cells),
             f"{100 * overlap['activation_power']:.0f}%",
             f"{100 * overlap['weight_norm']:.0f}%",
-        )
-    console.print(table)
-    _show_weights("Super weights", fields["super_weights"], console)
-    _show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+            *(f"{100 * share[key]:.1f}%" for key in ("0.001", "0.05")),
+            *(f"{maxima[way]:,.1f}" if way in maxima else "" for way in ("input", "output")),
+        ]
+        table.add_row(*row[: len(headings)])
+    return table
 
 
 def describe_widths(index: ChannelIndex) -> str:
@@ -147,75 +143,30 @@ def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -
     console.print(
         f"[bold]{fields['model']}[/bold], the share of a layer's loss proxy held by its top 1% of channels"
     )
-    table = bare_table(
-        (
-            "index",
-            "perplexity",
-            "median",
-            "min",
-            "max",
-            "supernodes shared with the last",
-            "super weights",
-        ),
-        left=("index", "super weights"),
+    headings = (
+        "index",
+        "perplexity",
+        "median",
+        "min",
+        "max",
+        "supernodes shared with the last",
+        "super weights",
     )
+    table = bare_table(headings, left=("index", "super weights"))
     for row in fields["indexes"]:
-        table.add_row(
+        cells = [
             row["name"],
             short_number(row["perplexity"]),
             *(f"{100 * row[key]:.1f}%" for key in ("lp_share_median", "lp_share_min", "lp_share_max")),
             f"{100 * row['supernodes_shared']:.0f}%",
             ", ".join(f"{layer} \\[{r}, {c}]" for layer, r, c in row["super_weights"]) or "none",
-        )
-    console.print(table)
-
-
-def _show_weights(title: str, entries: list[dict[str, Any]], console: Console) -> None:
-    if not entries:
-        console.print(f"\n{title}: none found")
-        return
-    console.print(f"\n{title}:")
-    table = bare_table(
-        (
-            "layer",
-            "row",
-            "column",
-            "value",
-            "input",
-            "output",
-            "explained",
-            "persists",
-            "perplexity without",
-        ),
-    )
-    for entry in entries:
-        effect = entry["ablation"]
-        without = (
-            f"{effect['perplexity']:.1f} → {short_number(effect['perplexity_without'])} (x{short_number(effect['factor'])})"
-            if effect
-            else "not measured"
-        )
-        table.add_row(
-            str(entry["layer"]) + ("" if entry["ffn"] == "dense" else f" {entry['ffn']}"),
-            str(entry["row"]),
-            str(entry["column"]),
-            f"{entry['value']:.3f}",
-            f"{entry['input']:,.1f}",
-            f"{entry['output']:,.0f}",
-            f"{100 * entry['explained']:.0f}%",
-            f"{100 * entry['persistence']:.0f}%",
-            without,
-        )
-    console.print(table)
-    for entry in entries:
-        if entry["published"]:
-            console.print(
-                f"Layer {entry['layer']} [{entry['row']}, {entry['column']}] agrees with {entry['published']}"
-            )
-
-
-def short_number(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e5 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+        ]
+        if console.width < ROOMY:
+            named = zip(headings[1:], cells[1:], strict=True)
+            console.print(f"{cells[0]}: " + ", ".join(f"{heading} {cell}" for heading, cell in named))
+        table.add_row(*cells)
+    if console.width >= ROOMY:
+        console.print(table)
 
 
 def show_rows(rows: list[Row], console: Console) -> None:

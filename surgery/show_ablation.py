@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from surgery.show import bare_table, short_number
+from surgery.terminal import bare_table, short_number
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -85,6 +85,8 @@ def test_wheel_alone_runs_help_and_renders_a_card(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("ffn_surgeon-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"cards/model_card.md", "surgery/data/index.schema.json", "surgery/py.typed"} <= set(names)
+    kept = {f"surgery/data/report/{path.name}" for path in (ROOT / "surgery" / "data" / "report").iterdir()}
+    assert kept | {"surgery/report/page.py"} <= set(names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     manifest = {
         "source": {"name": "me/model", "revision": None, "parameters": 10, "bytes": 20},

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options, resume_option
 from surgery.commands.prune import index_for
 from surgery.commands.session import (
@@ -52,7 +53,7 @@ def sweep(_: click.Context, __: click.Parameter, value: str | None) -> list[floa
     return [start + i * step for i in range(int((stop - start) / step + 1e-9) + 1)]
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import (
     ALLOCATION_NAMES,
     METHOD_NAMES,
@@ -69,7 +70,7 @@ def words(allowed: tuple[str, ...]) -> Any:
     return split
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @click.option(

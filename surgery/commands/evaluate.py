@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import common_options
 from surgery.commands.session import (
     bars,
@@ -28,7 +29,7 @@ SMOOTHING_BLOCKS = 8
 DEFAULT_TEXT = "wikitext-test"
 
 
-@click.command("eval")
+@click.command("eval", cls=GroupedCommand)
 @click.argument("model")
 @click.option(
     "--text",
@@ -36,8 +37,20 @@ DEFAULT_TEXT = "wikitext-test"
     metavar="FILE|DATASET",
     help=f"Text to measure perplexity on. [default: {DEFAULT_TEXT}; with --tasks, none]",
 )
-@click.option("--blocks", type=int, help="Use only the first so many blocks. [default: all]")
-@click.option("--block-size", type=int, help="Tokens in a block. [default: 2048 or the context length]")
+@click.option(
+    "--text-blocks",
+    "--blocks",
+    "text_blocks",
+    type=int,
+    help="Use only the first so many blocks. [default: all]",
+)
+@click.option(
+    "--text-block-size",
+    "--block-size",
+    "text_block_size",
+    type=int,
+    help="Tokens in a block. [default: 2048 or the context length]",
+)
 @click.option(
     "--activations",
     type=click.Choice(("w8a8", "w8a8-sa", "smoothquant")),
@@ -68,8 +81,8 @@ DEFAULT_TEXT = "wikitext-test"
 def eval_command(
     model: str,
     text: str | None,
-    blocks: int | None,
-    block_size: int | None,
+    text_blocks: int | None,
+    text_block_size: int | None,
     activations: str | None,
     calibration: str,
     tasks: str | None,
@@ -96,7 +109,8 @@ def eval_command(
         edit = None
         if activations is not None:
             edit = activation_edit(checkpoint, activations, calibration, options, quiet)
-        result = evaluate(checkpoint, text or DEFAULT_TEXT, blocks, block_size, options, quiet, edit)
+        size = (text_blocks, text_block_size)
+        result = evaluate(checkpoint, text or DEFAULT_TEXT, *size, options, quiet, edit)
         result |= {"activations": activations} if activations else {}
     if tasks is not None:
         if Path(model).suffix == ".gguf":

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options, resume_option
+from surgery.commands.report import present_cut
 from surgery.commands.session import data_console, journal_done, local_path, make_index, open_model, say
 from surgery.destination import check_destination, complete_folder
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.index import ChannelIndex
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option(
     "--second-order",
@@ -97,17 +99,24 @@ def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:
         show_comparison(indexes, data_console())
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print index.json; of several, the comparison.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print index.json or surgeon.json; of several, the comparison."
+)
 def show(folders: tuple[Path, ...], as_json: bool) -> None:
     """Read an index: LP concentration, overlaps, super weights. Several, or a folder of them, are compared.
+
+    Of a folder that `surgeon prune` wrote: what was cut, and what that cost.
 
     \b
     surgeon show name-index
     """
     from surgery.index import JSON_FILE, ChannelIndex
 
+    if len(folders) == 1 and (folders[0] / "surgeon.json").exists():
+        present_cut(folders[0], as_json)
+        return
     found: list[Path] = []
     for folder in folders:
         # Sub-folders keep the order they were made in: that of training, when revisions were named so.

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.index import present
 from surgery.commands.options import common_options, output_options
 from surgery.commands.session import bars, local_path, open_model, say
 from surgery.destination import check_destination, complete_folder
 
 
-@click.command("merge-index")
+@click.command("merge-index", cls=GroupedCommand)
 @click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The model they are of, whose weights the halo is found from.")
 @output_options

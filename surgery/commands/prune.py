@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import (
     ALLOCATION_NAMES,
     METHOD_NAMES,
@@ -46,12 +47,19 @@ if TYPE_CHECKING:
 PUSH_EVAL_BLOCKS = 16
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @click.option("--sparsity", type=float, help="Fraction of FFN channels to remove, 0 to 1. [default: 0.5]")
 @click.option("--intermediate-size", type=int, help="Exact width to keep, in place of --sparsity.")
-@click.option("--method", type=click.Choice(METHOD_NAMES), default="scar-prot", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default="scar-prot",
+    show_default=True,
+    metavar="NAME",
+    help=f"How channels are ranked: {', '.join(METHOD_NAMES)}.",
+)
 @click.option(
     "--allocation",
     type=click.Choice(ALLOCATION_NAMES),

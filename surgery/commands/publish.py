@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import push_options
 from surgery.commands.session import read_template, say
 from surgery.errors import CheckpointError
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("repo")
 @push_options
@@ -66,7 +67,7 @@ def push(
         click.echo(report.url)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--card-template", type=click.Path(path_type=Path), help="jinja2 text to use instead.")
 @click.option("--stdout", is_flag=True, help="Print the card; write nothing.")

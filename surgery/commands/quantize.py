@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options
 from surgery.commands.session import (
     bars,
@@ -34,7 +35,7 @@ POWER_BLOCKS = 8  # calibration blocks that inputs are measured on
 HANDLING_NAMES = ("restore", "module", "none")
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True)
 @click.option(

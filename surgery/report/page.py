@@ -1,0 +1,85 @@
+"""A document as one HTML file that needs nothing else: style, data, charts and their library are inside it.
+
+Its Content-Security-Policy forbids every request and every script but the two whose hashes it names, so that a page
+passed on by others can be opened without a thought.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from importlib import resources
+from typing import Any
+
+from surgery.report.document import Document, Unit
+
+
+def render_page(document: Document, json_name: str) -> str:
+    """The HTML of a document; `json_name` is the file beside it that holds the same numbers."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = shown
+    style, script = _read("page.css"), _read("page.js")
+    library = re.sub(r"//# sourceMappingURL=\S+\s*$", "", _read("chart.umd.min.js"))
+    fields = document.as_json()
+    return environment.from_string(_read("page.html")).render(
+        report=fields,
+        json_name=json_name,
+        style=Markup(style),
+        script=Markup(script),
+        library=Markup(library),
+        data=Markup(embedded(fields)),
+        style_hash=Markup(_source_hash(style)),
+        script_hashes=Markup(f"{_source_hash(library)} {_source_hash(script)}"),
+    )
+
+
+def embedded(fields: dict[str, Any]) -> str:
+    """JSON that can stand inside a script element whatever its strings say."""
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def shown(value: Any, unit: Unit) -> str:
+    """A value as a reader wants it."""
+    if value is None:
+        return ""
+    match unit:
+        case "percent":
+            return f"{100 * value:.1f}%"
+        case "count":
+            return f"{value:,}"
+        case "bytes":
+            return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+        case "millions":
+            return f"{value / 1e6:,.1f} M"
+        case "number":
+            return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:,.{_decimals(value)}f}"
+        case _:
+            return str(value)
+
+
+def _decimals(value: float) -> int:
+    """Places after the point, so that four digits or more are shown."""
+    size = abs(value)
+    if size < 0.1:
+        return 6 if size else 0
+    return next(places for places, least in enumerate((1000, 100, 10, 1, 0.1)) if size >= least)
+
+
+def _source_hash(text: str) -> str:
+    """A CSP source that allows exactly this inline text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _read(name: str) -> str:
+    return resources.files("surgery").joinpath(f"data/report/{name}").read_text(encoding="utf-8")

@@ -1,0 +1,98 @@
+"""The channels of one layer, pooled, and the few of them that a figure draws.
+
+Shapes: F channels of a layer's main FFN, or of all its routed experts together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from surgery.index import FfnIndex, LayerIndex
+from surgery.report.document import Series
+
+DRAWN = 150  # points of one kind in one layer's scatter
+SEED = 12345
+DIGITS = 4  # of a drawn point
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All channels of a layer's main FFN, or of its routed experts, behind one another.
+
+    `statistics` by name [F]; `core`, `halo` and `top` (by name, the len(core) largest of a statistic) are indices.
+    """
+
+    statistics: dict[str, torch.Tensor]
+    core: torch.Tensor
+    halo: torch.Tensor
+    top: dict[str, torch.Tensor]
+
+
+def pool(layer: LayerIndex) -> Pool:
+    """Join the channels of a layer's experts; of a dense layer, its only FFN as it is."""
+    parts = layer.experts or list(layer.ffns.values())[:1]
+    names = ("loss_proxy", "activation_power", "weight_norm", "halo_connectivity", "halo_redundancy")
+    values: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    core: list[torch.Tensor] = []
+    halo: list[torch.Tensor] = []
+    top: dict[str, list[torch.Tensor]] = {"activation_power": [], "weight_norm": []}
+    start = 0
+    for part in parts:
+        own = {**part.statistics, "weight_norm": weight_norm(part)}
+        for name in names:
+            values[name].append(own[name].float())
+        core.append(part.supernodes + start)
+        halo.append(part.halo + start)
+        for name, found in top.items():
+            found.append(torch.topk(own[name], len(part.supernodes)).indices + start)
+        start += part.width
+    return Pool(
+        {name: torch.cat(value) for name, value in values.items()},
+        torch.cat(core),
+        torch.cat(halo),
+        {name: torch.cat(found) for name, found in top.items()},
+    )
+
+
+def weight_norm(ffn: FfnIndex) -> torch.Tensor:
+    """L2 norm of the gate row plus the up row plus the down column, [F]."""
+    return sum((ffn.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")), torch.zeros(ffn.width))
+
+
+def drawn_note() -> str:
+    """What every scatter leaves out."""
+    return (
+        f"Of each kind at most {DRAWN} channels a layer are drawn, chosen at random (seed {SEED}); the legend counts them. "
+        f"Coordinates are rounded to {DIGITS} digits, and zeros have no place on a log scale."
+    )
+
+
+def rounded(value: float) -> float:
+    """A coordinate with as many digits as are drawn."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def others(count: int, *members: torch.Tensor) -> torch.Tensor:
+    """Indices below `count` that are in none of the groups."""
+    outside = torch.ones(count, dtype=torch.bool)
+    for group in members:
+        outside[group] = False
+    return outside.nonzero().flatten()
+
+
+def sample(members: torch.Tensor, count: int, number: int) -> torch.Tensor:
+    """At most `count` of some indices, at random, the same for the same layer number."""
+    generator = torch.Generator().manual_seed(SEED + number)
+    return members[torch.randperm(len(members), generator=generator)[:count]]
+
+
+def point_series(
+    name: str, x: torch.Tensor, y: torch.Tensor, members: torch.Tensor, number: int, style: str
+) -> Series:
+    """The places of some channels, none at zero or below."""
+    chosen = sample(members, DRAWN, number)
+    pairs = zip(x[chosen].tolist(), y[chosen].tolist(), strict=True)
+    points = [(rounded(a), rounded(b)) for a, b in pairs if a > 0 and b > 0]
+    return Series(name, points=points, of=len(members), style=style)
