@@ -111,7 +111,7 @@ def _table(id: str, title: str, weights: list[SuperWeight], note: str = "") -> T
     columns += [("weight", "number"), ("input", "number"), ("output", "number")]
     columns += [("explained", "percent"), ("persists", "percent")]
     columns += [("perplexity", "number"), ("without it", "number"), ("prompts", "text")]
-    columns.append(("published coordinates", "text"))
+    columns.append(("published", "text"))
     if named:
         columns.append(("FFN", "text"))
     rows: list[list[Any]] = [
