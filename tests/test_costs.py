@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from surgery import costs as costs_module
 from surgery.checkpoint import Checkpoint
 from surgery.costs import Sizes, index_costs
 from surgery.errors import MemoryBudgetError
@@ -96,3 +97,27 @@ def test_a_budget_changes_nothing_but_where_things_are(
     assert all(torch.equal(plenty[name], little[name]) for name in plenty)
     refused = surgeon("index", str(source), "--out", "none", *CALIBRATION, "--memory", "1MiB", code=1)
     assert "--memory" in refused.stderr and "at least" in refused.stderr
+
+
+def test_a_gpu_holds_what_fits_there_and_the_host_the_rest(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = Skeleton(Checkpoint.open(save_tiny("llama", **WIDE)), torch.float32)
+    gpu = RunOptions(torch.device("cuda"), torch.float32, PLENTY)
+    free = 0
+    monkeypatch.setattr(costs_module, "room", lambda _: free)
+    free = PLENTY
+    roomy = index_costs(skeleton, 64, 64, gpu)
+    assert roomy.hidden_on == "device" and roomy.graph_layers == 6
+    assert roomy.device_bytes > roomy.hidden_bytes > roomy.host_bytes
+    free = roomy.device_bytes - roomy.hidden_bytes - 6 * roomy.hidden_bytes // 7
+    tight = index_costs(skeleton, 64, 64, gpu)
+    assert tight.device_bytes <= free and tight.flops >= roomy.flops
+    free = index_costs(skeleton, 64, 64, options(PLENTY)).smallest_bytes
+    least = index_costs(skeleton, 64, 64, gpu)
+    assert least.hidden_on == "memory" and least.host_bytes > least.hidden_bytes and least.graph_layers == 0
+    little = RunOptions(torch.device("cuda"), torch.float32, least.hidden_bytes - 1)
+    assert index_costs(skeleton, 64, 64, little).hidden_on == "disk"
+    free -= 1
+    with pytest.raises(MemoryBudgetError, match="cuda memory"):
+        index_costs(skeleton, 64, 64, gpu)

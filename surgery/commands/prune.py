@@ -197,6 +197,7 @@ def carry_out(
     journal = Journal(
         destination, cut_fingerprint(checkpoint, channels, plan, run), resume=options["resume"], kind="cut"
     )
+    say(f"Cutting {checkpoint.name}, repair {plan.repair}", quiet)
     if journal.done:
         say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
     try:
