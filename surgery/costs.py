@@ -91,52 +91,51 @@ def index_costs(
     on_device = options.device.type == "cuda"
     budget = room(options.device) if on_device else options.memory
     smallest = fixed + sizes.step(1)
-    if smallest > budget:
-        raise MemoryBudgetError(
-            "one layer and one block of tokens outgrow the memory budget",
-            where=f"{options.device.type} memory",
-            expected=f"at least {smallest / 2**30:.2f} GiB",
-            found=f"{budget / 2**30:.2f} GiB",
-            next_step="use a smaller --block-size, or a machine with more memory"
-            if on_device
-            else f"give --memory {-(-smallest // (1 << 20))}MiB or more, or a smaller --block-size",
-        )
+    _check_budget(smallest, budget, options.device.type)
     step = max(1, TOKENS_PER_STEP[options.device.type] // block_size)
     while step > 1 and fixed + sizes.step(step) > budget:
-        step = step // 2
-    left = budget - fixed - sizes.step(step)
+        step //= 2
+    used = fixed + sizes.step(step)
     hidden = (sizes.layers + 1) * tokens * sizes.hidden * options.dtype.itemsize
-    on, host, device = "disk", 0, 0
     if on_device:
-        on = "device" if 2 * hidden <= left else "memory" if hidden <= options.memory else "disk"
-        device = fixed + sizes.step(step) + (hidden if on == "device" else 0)
-        host = 2 * sizes.layer + (hidden if on == "memory" else 0)
+        fits_host = hidden <= options.memory
+        place = "device" if 2 * hidden <= budget - used else "memory" if fits_host else "disk"
     else:
-        on = "memory" if hidden <= left else "disk"
-        host = fixed + sizes.step(step) + (hidden if on == "memory" else 0)
-    if on == "device" or (on == "memory" and not on_device):
-        left -= hidden
-    graphs = 0 if second_order else max(0, left // 2 if on_device else left)
+        place = "memory" if hidden <= budget - used else "disk"
+    used += hidden * (place == ("device" if on_device else "memory"))
+    graphs = 0 if second_order else (budget - used) // (2 if on_device else 1)
     per_layer = sizes.saved_token * tokens + sizes.layer
     kept = min(sizes.layers, graphs // per_layer)
-    if on_device:
-        device += kept * per_layer
-    else:
-        host += kept * per_layer
+    used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
-    again = forward * (1 - kept / max(1, sizes.layers))
+    pinned = 2 * sizes.layer + hidden * (place == "memory")
     return IndexCosts(
         micro_batch=step,
         hidden_bytes=hidden,
-        hidden_on=on,
+        hidden_on=place,
         graph_bytes=graphs,
         graph_layers=kept,
-        host_bytes=host,
-        device_bytes=device,
-        smallest_bytes=smallest if not on_device else 2 * sizes.layer,
+        host_bytes=pinned if on_device else used,
+        device_bytes=used if on_device else 0,
+        smallest_bytes=2 * sizes.layer if on_device else smallest,
         read_bytes=2 * sizes.inside + 2 * sizes.outside,
-        write_bytes=hidden if on == "disk" else 0,
-        flops=2 * forward + again + 4.0 * tokens * sizes.head,
+        write_bytes=hidden if place == "disk" else 0,
+        flops=forward * (3 - kept / max(1, sizes.layers)) + 4.0 * tokens * sizes.head,
+    )
+
+
+def _check_budget(smallest: int, budget: int, device: str) -> None:
+    """Raise MemoryBudgetError when not even the smallest way fits."""
+    if smallest <= budget:
+        return
+    raise MemoryBudgetError(
+        "one layer and one block of tokens outgrow the memory budget",
+        where=f"{device} memory",
+        expected=f"at least {smallest / 2**30:.2f} GiB",
+        found=f"{budget / 2**30:.2f} GiB",
+        next_step="use a smaller --block-size, or a machine with more memory"
+        if device == "cuda"
+        else f"give --memory {-(-smallest // (1 << 20))}MiB or more, or a smaller --block-size",
     )
 
 
