@@ -65,6 +65,20 @@ def test_compare_methods(indexed: Path, surgeon: Callable[..., Any]) -> None:
     assert all(float(values[-1]) > 0 for name, values in found.items() if name != "dense")
 
 
+def test_merge_indexes(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], license_text: str
+) -> None:
+    where = save_tiny("llama").parent
+    for place in range(2):
+        (where / f"{place}.txt").write_text(license_text[place * 5000 : (place + 1) * 5000])
+        calibration = ["--calibration", f"{place}.txt", *CALIBRATION[2:]]
+        surgeon("index", "tiny", "--out", f"part-{place}", *calibration, "--keep-sample")
+    lines = run(where, "merge_indexes.py", "tiny", "merged", "part-0", "part-1")
+    assert lines[0] == "merged: 8 blocks of 0.txt + 1.txt"
+    assert [line.split(" ")[-2] for line in lines[1:]] == ["6", "6"]
+    assert ChannelIndex.load(where / "merged").loss["tokens"] == 8 * 31
+
+
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(PlanError, match="a method of this name exists"):
         register_method("wanda", lambda ffn, _: ffn.statistics["max_abs"])
