@@ -141,7 +141,7 @@ class ResizePlan:
 def make_plan(
     index: ChannelIndex,
     *,
-    method: str = "scar-prot",
+    method: str = "lp-hybrid",
     sparsity: float | None = None,
     width: int | None = None,
     multiple_of: int | None = None,

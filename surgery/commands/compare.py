@@ -84,7 +84,7 @@ def words(allowed: tuple[str, ...]) -> Any:
 @click.option("--text-blocks", type=int, help="Blocks of each text. [default: all]")
 @click.option("--sparsity", "sparsities", multiple=True, type=float, default=(0.25, 0.5), show_default=True)
 @click.option(
-    "--methods", callback=words(METHOD_NAMES), default="scar-prot,wanda,magnitude", show_default=True
+    "--methods", callback=words(METHOD_NAMES), default="lp-hybrid,scar-prot,wanda", show_default=True
 )
 @click.option("--repairs", callback=words(REPAIR_NAMES), default="none,lstsq-acc", show_default=True)
 @click.option("--allocations", callback=words(ALLOCATION_NAMES), default="uniform", show_default=True)

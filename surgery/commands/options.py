@@ -17,6 +17,7 @@ METHOD_NAMES = (
         "scar-prot",
         "scar-prot-published",
         "scar-conn",
+        "lp-hybrid",
         "lp-conditional",
         "obs-loss",
         "obs",

@@ -55,7 +55,7 @@ PUSH_EVAL_BLOCKS = 16
 @click.option(
     "--method",
     type=click.Choice(METHOD_NAMES),
-    default="scar-prot",
+    default="lp-hybrid",
     show_default=True,
     metavar="NAME",
     help=f"How channels are ranked: {', '.join(METHOD_NAMES)}.",
