@@ -10,6 +10,7 @@ TAGS = ["pruned", "structured-pruning", "surgeon"]
 METHOD_NAMES = {
     "scar-lp": "SCAR-LP",
     "scar-prot": "SCAR-Prot",
+    "lp-hybrid": "LP-hybrid",
     "scar-conn": "SCAR-Conn",
     "scar-prot-published": "SCAR-Prot (redundancy as in the papers' code)",
     "lp-conditional": "LP × unexplained variance",

@@ -105,13 +105,17 @@ def lp_hybrid(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
     LP from tens of thousands of tokens fits the text they come from: once least squares repairs what stays, optipfair's
     hybrid keeps channels that do better on other text, and the two together do better than either (README, results).
     """
-    return torch.exp(_standardised(scar_lp(ffn, _)) + 2 * _standardised(optipfair(ffn, _))).float()
+    loss_proxy, hybrid = ffn.statistics["loss_proxy"].double(), optipfair(ffn, _).double()
+    live = (loss_proxy > 0) & (hybrid > 0)  # a channel without either does nothing: it goes first
+    score = torch.zeros(ffn.width)
+    if live.any():
+        score[live] = torch.exp(_standardised(loss_proxy[live]) + 2 * _standardised(hybrid[live])).float()
+    return score
 
 
 def _standardised(score: torch.Tensor) -> torch.Tensor:
-    """Logarithms of a score [F], less their mean, over their standard deviation; float64."""
-    wide = score.double()
-    logs = wide.clamp_min(float(wide.max()) * 1e-12).clamp_min(torch.finfo(torch.float32).tiny).log()
+    """Logarithms of positive scores [F], less their mean, over their standard deviation."""
+    logs = score.log()
     return (logs - logs.mean()) / logs.std(correction=0).clamp_min(1e-12)
 
 

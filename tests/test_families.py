@@ -360,7 +360,7 @@ def test_an_expert_no_token_reaches_is_reported_and_not_ranked_by_nothing(
     assert "ranked by weight magnitude" in printed
     plan = json.loads((source.parent / "cut" / "surgeon.json").read_text())["plan"]
     assert plan["layers"][2]["ffns"][f"expert.{silent}"]["ranked_by"] == "magnitude"
-    assert plan["layers"][0]["ffns"]["expert.0"]["ranked_by"] == "scar-prot"
+    assert plan["layers"][0]["ffns"]["expert.0"]["ranked_by"] == "lp-hybrid"
 
 
 def test_removing_an_experts_silent_channels_changes_nothing(

@@ -205,7 +205,7 @@ def test_changed_file_is_refused(world: World) -> None:
 def test_branches_and_pull_requests(world: World) -> None:
     (world.folder / "card.txt").write_text("# {{ method }} of {{ manifest.source.name }}")
     world.surgeon(*PRUNE, "--out", "own-card", "--card-template", "card.txt")
-    assert (world.folder / "own-card" / "README.md").read_text() == "# SCAR-Prot of org/tiny"
+    assert (world.folder / "own-card" / "README.md").read_text() == "# LP-hybrid of org/tiny"
     unmeasured = world.surgeon(
         *(a for a in PRUNE if a not in ("--eval", "none")), "--push", "me/cut", "--out", "x", code=1
     )

@@ -136,14 +136,14 @@ def test_prune_measures_before_and_after(save_tiny: Callable[..., Path], surgeon
 def test_gate_refuses_a_wrong_cut(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery import prune
+    from surgery import cutting
 
     def shuffled(tensor: torch.Tensor, cut: TensorCut, plan: ResizePlan) -> torch.Tensor:
         right = cut_tensor(tensor, cut, plan)
         return right.flip(1).contiguous() if cut.axis == 1 else right
 
     source = save_tiny("llama")
-    monkeypatch.setattr(prune, "cut_tensor", shuffled)
+    monkeypatch.setattr(cutting, "cut_tensor", shuffled)
     options = ["--sparsity", "0.5", "--multiple-of", "8", "--out", "cut"]
     result = surgeon("prune", str(source), *options, *CALIBRATION, code=1)
     assert "does not compute what the masked source does" in result.stderr
