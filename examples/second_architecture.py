@@ -89,7 +89,18 @@ def main(folder: Path) -> None:
     for percent in (25, 50):
         cut = folder / f"byte-mixtral-{percent}"
         size = ["--sparsity", str(percent / 100), "--multiple-of", "8"]
-        surgeon("prune", str(model), "--index", str(index), *size, "--method", "scar-prot", "--out", str(cut), "--overwrite")
+        surgeon(
+            "prune",
+            str(model),
+            "--index",
+            str(index),
+            *size,
+            "--method",
+            "scar-prot",
+            "--out",
+            str(cut),
+            "--overwrite",
+        )
         surgeon("eval", str(cut), *measure)
 
 
