@@ -45,24 +45,27 @@ def started(command: list[str], where: Path) -> tuple[subprocess.Popen[str], flo
 
 
 def torture(command: list[str], where: Path, result: Path, kills: int, chance: random.Random) -> None:
-    """Kill and run again, `kills` times; print how it went."""
+    """Kill and run again, until `kills` have come before the end; print how it went."""
     process, begun = started(command, where)
     process.communicate()
     work, expected = time.perf_counter() - begun, digest(result)
     arrived = resumed = early = 0
-    for _ in range(kills):
+    while early < kills:
         shutil.rmtree(result)
         process, begun = started(command, where)
         time.sleep(max(0.0, begun + chance.uniform(0, work) - time.perf_counter()))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        early += not result.exists()
+        if result.exists():  # too late: it had been complete
+            assert digest(result) == expected
+            continue
+        early += 1
         again = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
         resumed += "Going on" in again.stderr
         arrived += again.returncode == 0 and digest(result) == expected
     left = [path.name for path in where.iterdir() if path.name.startswith(".")]
     print(
-        f"{command[3]}: {arrived} of {kills} reruns made the same bytes ({early} had been killed before the end, "
+        f"{command[3]}: {arrived} of {kills} reruns made the same bytes ("
         f"{resumed} went on from a journal); left behind: {left or 'nothing'}"
     )
 
