@@ -31,8 +31,7 @@ def merge_indexes(folders: list[Path], checkpoint: Checkpoint, track: Track[Any]
     this checkpoint, were computed in another way, share blocks, or were made without --keep-sample; UsageError for fewer
     than two.
     """
-    check_mergeable(folders, checkpoint)
-    indexes = [ChannelIndex.load(folder) for folder in folders]
+    indexes = mergeable(folders, checkpoint)
     first = indexes[0]
     ids = torch.cat([index.input_ids for index in indexes])
     blocks = TokenBlocks(ids, _name(indexes), first.calibration["seed"], 0)
@@ -67,8 +66,8 @@ def merge_indexes(folders: list[Path], checkpoint: Checkpoint, track: Track[Any]
     )
 
 
-def check_mergeable(folders: list[Path], checkpoint: Checkpoint) -> int:
-    """Raise unless the indexes can be merged, as `merge_indexes` says; returns how many blocks they have together."""
+def mergeable(folders: list[Path], checkpoint: Checkpoint) -> list[ChannelIndex]:
+    """The indexes, loaded. Raises unless they can be merged, as `merge_indexes` says."""
     if len(folders) < 2:
         raise UsageError("merging takes two indexes or more", found=str(len(folders)))
     indexes = [ChannelIndex.load(folder) for folder in folders]
@@ -100,7 +99,7 @@ def check_mergeable(folders: list[Path], checkpoint: Checkpoint) -> int:
                 next_step="draw them from other text",
             )
         seen |= mine
-    return len(seen)
+    return indexes
 
 
 def _equal(found: str, expected: str, what: str, folder: Path) -> None:

@@ -36,12 +36,12 @@ def merge_index(
     \b
     surgeon merge-index part-1 part-2 --model org/name --out name-index
     """
-    from surgery.merge import check_mergeable, merge_indexes
+    from surgery.merge import merge_indexes, mergeable
 
     destination = out or Path(f"{Path(model).name}-index")
     checkpoint = open_model(model, options)
     if dry_run:
-        blocks = check_mergeable(list(folders), checkpoint)
+        blocks = sum(len(index.input_ids) for index in mergeable(list(folders), checkpoint))
         click.echo(f"{len(folders)} indexes of {checkpoint.name}, {blocks} blocks together")
         return
     check_destination(destination, overwrite=overwrite, source=local_path(model))
