@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.destination import flush
 from surgery.distributed import rank, world_size
+from surgery.errors import DistributedError, StorageError, SurgeonError
 
 FINGERPRINT, STEPS = "fingerprint.json", "steps.jsonl"
 
@@ -84,6 +85,11 @@ class Journal:
         """Remove files that no step to come needs."""
         for name in names:
             self.path(name).unlink(missing_ok=True)
+
+    def fail(self, error: SurgeonError) -> None:
+        """Throw the journal away, unless the same run may end otherwise another time: with room made, or all hosts up."""
+        if not isinstance(error, StorageError | DistributedError):
+            self.finish()
 
     def finish(self) -> None:
         """Throw the journal away: its run is complete."""

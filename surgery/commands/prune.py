@@ -33,7 +33,7 @@ from surgery.commands.session import (
     run_options,
     say,
 )
-from surgery.errors import StorageError, SurgeonError, UsageError
+from surgery.errors import SurgeonError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -216,8 +216,7 @@ def carry_out(
             track=bars(quiet),
         )
     except SurgeonError as error:
-        if not isinstance(error, StorageError):  # it would end the same way again
-            journal.finish()
+        journal.fail(error)
         raise
     journal.finish()
     return manifest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.errors import DistributedError, StorageError, SurgeonError, UsageError
+from surgery.errors import SurgeonError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,10 +156,8 @@ def make_index(
             journal=journal,
         )
     except SurgeonError as error:
-        if journal is not None and not isinstance(
-            error, StorageError | DistributedError
-        ):  # it would end the same way again
-            journal.finish()
+        if journal is not None:
+            journal.fail(error)
         raise
 
 
