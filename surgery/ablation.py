@@ -155,7 +155,7 @@ def run_ablations(
     track: Track[Any] = untracked,
 ) -> list[Outcome]:
     """Measure the original and every condition on `blocks`, in one walk over the layers."""
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     share = options.memory // (2 * (len(conditions) + 1))
     step = micro_batch(blocks.ids.shape[1], options.device)
     dense = TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=share)

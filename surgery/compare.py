@@ -93,7 +93,9 @@ class Comparison:
         return max(1, self.options.memory // (2 * tokens * width * self.options.dtype.itemsize))
 
     def _walk(self, plans: list[ResizePlan], with_dense: bool, track: Track[Any]) -> None:
-        model = StreamedModel(self.checkpoint, self.options.device, self.options.dtype)
+        model = StreamedModel(
+            self.checkpoint, self.options.device, self.options.dtype, memory=self.options.memory
+        )
         share = self.options.memory // (2 * (len(plans) + 1) * len(self.texts))
         with model.outside():
             dense = self._streams(model, share)

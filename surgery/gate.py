@@ -53,7 +53,7 @@ def pass_gate(
     the plan keeps must be at its new column.
     """
     check_loads(written.source.path)
-    model = StreamedModel(written, options.device, options.dtype)
+    model = StreamedModel(written, options.device, options.dtype, memory=options.memory)
     logits = run_to_logits(model, ids)
     check_super_weights(written, model.skeleton, plan.super_weights, plan.repair != "none")
     difference = float((logits - expected).norm() / expected.norm())
@@ -117,7 +117,7 @@ def check_folder(folder: Path) -> None:
         None
     ]
     options = cpu_options(written)
-    logits = run_to_logits(StreamedModel(written, options.device, options.dtype), ids)
+    logits = run_to_logits(StreamedModel(written, options.device, options.dtype, memory=options.memory), ids)
     if not logits.isfinite().all():
         raise CheckpointError("the model's logits are not finite", where=folder.name)
 

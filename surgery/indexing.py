@@ -87,7 +87,7 @@ def build_index(
     `keep_sample` also what merging needs. With `journal`, every layer done is kept there and not done again; the result is
     the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     distributed.join(options.device)
     mine = blocks.ids[distributed.shard(len(blocks.ids))].long()
     if len(blocks.ids) < distributed.world_size():

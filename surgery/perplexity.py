@@ -70,7 +70,7 @@ def measure_perplexity(
 
     `edit` may change each layer's weights as they come in (masking, ablation). Raises NumericsError on NaN.
     """
-    model = StreamedModel(checkpoint, options.device, options.dtype, edit)
+    model = StreamedModel(checkpoint, options.device, options.dtype, edit, memory=options.memory)
     step = micro_batch(blocks.ids.shape[1], options.device)
     stream = TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=options.memory)
     count = len(model.layers)

@@ -82,7 +82,7 @@ def write_pruned(
     check_prunable(checkpoint.config, checkpoint.name)
     options = options or cpu_options(checkpoint)
     ids = index.input_ids[:1, :GATE_TOKENS].long()
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     skeleton, cuts = model.skeleton, tensor_cuts(model.skeleton)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:

@@ -145,7 +145,7 @@ def input_power(
     Tokens count as they are: the one that bears a super activation meets the same few columns with thousands, and a
     clip that moves what it gets there destroys the model, however little all other tokens mind. With `largest`, the largest |input| instead. One forward pass, one layer resident.
     """
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     step = micro_batch(blocks.ids.shape[1], options.device)
     stream = TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=options.memory // 2)
     found: dict[str, torch.Tensor] = {}

@@ -64,7 +64,7 @@ def stop_words(
     options: RunOptions,
 ) -> StopWords:
     """Run prompts whole and with `removed` taken out; each prompt is run at its own length, nothing is padded."""
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     groups: dict[int, list[list[int]]] = {}
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]

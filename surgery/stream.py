@@ -11,8 +11,6 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,9 +21,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from surgery.checkpoint import Checkpoint
+from surgery.devices import default_memory
 from surgery.errors import CalibrationError, UnsupportedModelError
 from surgery.faults import at_layer
 from surgery.ffn import Ffn
+from surgery.heap import Heap
 from surgery.skeleton import Assembly, Skeleton
 
 LayerEdit = Callable[[int, nn.Module], None]
@@ -52,7 +52,8 @@ class StreamedModel:
     `device` and `dtype` are what it computes on and in; tensors are cast after they reach the device. `edit`, when
     given, is called with (layer index, layer) each time a layer's weights have been put in: the place to mask
     channels or to set single weights without touching the checkpoint. `on_read` gets (stored name, tensor as stored)
-    from the reader thread, each time one is read: a way to copy a checkpoint in the pass that runs it.
+    from the reader thread, each time one is read: a way to copy a checkpoint in the pass that runs it. `memory` is the
+    budget in bytes (half of the machine's where not given), for what the C library may keep between layers.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class StreamedModel:
         dtype: torch.dtype,
         edit: LayerEdit | None = None,
         on_read: Callable[[str, torch.Tensor], None] | None = None,
+        memory: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.heap = Heap(default_memory() if memory is None else memory)
         self.device = device
         self.dtype = dtype
         self.edit = edit
@@ -150,7 +153,7 @@ class StreamedModel:
                     yield number, layer
                 finally:
                     self.skeleton.drop(self.skeleton.inside[number])
-                    _trim_heap()
+                    self.heap.settle()
 
     # -- what the model does around its layers --------------------------------------------------------------------
 
@@ -259,17 +262,6 @@ class StreamedModel:
         output = layer(hidden, *call.args, **call.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
-
-
-def _trim_heap() -> None:
-    """Give freed pages back to the system, where the C library can (glibc).
-
-    Its heap otherwise keeps what activations of one layer left between allocations of the next; once a layer costs
-    little, while asking for fresh pages at every allocation (a low mmap threshold) made the whole run a fifth slower.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _set_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:

@@ -278,7 +278,7 @@ def find_super_weights(
     checkpoint: Checkpoint, prompts: list[torch.Tensor], options: RunOptions
 ) -> list[SuperWeight]:
     """Super weights of a checkpoint, in one forward walk of prompts (ids [T])."""
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     with model.outside():
         detector = SuperWeightDetector(model, prompts)
     for number, layer in model.walk(range(len(model.layers))):

@@ -42,7 +42,7 @@ def trace(
     options: RunOptions,
 ) -> list[TracePoint]:
     """Points for every prompt (ids [P]) and layer; `weight` is followed, `removed` says what goes (`experiments.scaled`)."""
-    model = StreamedModel(checkpoint, options.device, options.dtype)
+    model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
     pairs = []
     for ids in prompts:
         dense = TokenStream(model, ids[None].long(), micro_batch=1)

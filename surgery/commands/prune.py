@@ -360,7 +360,7 @@ def curves_for(
     run = run_options(checkpoint, options)
     say("Measuring what each layer loses at a few widths", quiet)
     return measure_curves(
-        StreamedModel(checkpoint, run.device, run.dtype),
+        StreamedModel(checkpoint, run.device, run.dtype, memory=run.memory),
         channels.input_ids.long(),
         keep_orders(channels, options["method"], options["seed"], options["protect"]),
         micro_batch(channels.input_ids.shape[1], run.device),

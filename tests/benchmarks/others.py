@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import ROOT
-from streamed import SHAPE, random_checkpoint
+from streamed import SHAPE, SURGEON, index_command, random_checkpoint
 
 OTHERS = ("mergekit==0.1.5", "optipfair==0.4.2", "torch-pruning==1.6.1", "peft>=0.18", "immutables>=0.21")
 MERGE = """slices:
@@ -105,24 +105,12 @@ def main() -> None:
         random_checkpoint(model, {**SHAPE, "num_hidden_layers": options.layers})
         text.write_text((ROOT / "LICENSE").read_text())
         (scratch / "merge.yml").write_text(MERGE.format(model=model, layers=options.layers))
-        surgeon = [sys.executable, "-m", "surgery"]
-        index = [
-            *surgeon,
-            "index",
-            str(model),
-            "--calibration",
-            str(text),
-            "--blocks",
-            "8",
-            "--block-size",
-            "128",
-        ]
-        timed([*index, "--out", str(scratch / "index"), "--quiet"])
+        timed(index_command(model, text, scratch / "index"))
         cut = ["--index", str(scratch / "index"), "--sparsity", "0.5", "--repair", "none", "--out", str(out)]
         fair = ["prune", "--model-path", str(model), "--pruning-percentage", "50", "--output-path", str(out)]
         jobs = {
             "cut": {
-                "surgeon prune --repair none": [*surgeon, "prune", str(model), *cut, "--quiet"],
+                "surgeon prune --repair none": [*SURGEON, "prune", str(model), *cut, "--quiet"],
                 "mergekit passthrough (cuts nothing)": [
                     *(other, "-m", "mergekit.scripts.run_yaml", str(scratch / "merge.yml"), str(out)),
                 ],
@@ -135,7 +123,7 @@ def main() -> None:
             "perplexity": {
                 "surgeon eval": [
                     *(
-                        *surgeon,
+                        *SURGEON,
                         "eval",
                         str(model),
                         "--text",

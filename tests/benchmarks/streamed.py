@@ -2,10 +2,10 @@
 
     python tests/benchmarks/streamed.py [--time] [--memory]
 
-Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune` on a random 24-layer Llama-shaped checkpoint of
+Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune`, with and without repair, on a random 24-layer Llama-shaped checkpoint of
 at least 2 GiB in bfloat16, each in its own process; the peak resident size is compared with the checkpoint's.
 Time: streamed LP on SmolLM2 against an ordinary in-memory `loss.backward()` with parameter gradients, same tokens,
-same dtype, in turn.
+same dtype, in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ from surgery.tokens import TokenStream
 from surgery.writer import ShardWriter, TensorSpec
 
 MIB = 1 << 20
+SURGEON = [sys.executable, "-m", "surgery"]
 PLENTY = 1 << 40
+SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+STREAMED = {"every layer computed again": 0, "activations kept": PLENTY}  # bytes for what the backward needs
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -73,6 +76,12 @@ def random_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
             writer.write(name, (tensor if scale else torch.ones(spec.shape)).to(torch.bfloat16))
 
 
+def index_command(model: Path, text: Path, out: Path) -> list[str]:
+    """`surgeon index` on 8 blocks of 128 tokens."""
+    calibration = ["--calibration", str(text), "--blocks", "8", "--block-size", "128"]
+    return [*SURGEON, "index", str(model), *calibration, "--out", str(out), "--overwrite", "--quiet"]
+
+
 def peak(command: list[str]) -> int:
     """Peak resident bytes of a command run in a process of its own."""
     code = (
@@ -94,34 +103,27 @@ def memory() -> None:
         folder = Path(scratch) / "random"
         random_checkpoint(folder, SHAPE)
         size = Checkpoint.open(folder).nbytes
-        text = str(ROOT / "LICENSE")
-        index = [python, "-m", "surgery", "index", str(folder), "--calibration", text, "--blocks", "8"]
-        index += ["--block-size", "128", "--memory", "600MiB", "--out", f"{scratch}/index", "--quiet"]
-        prune = [
-            python,
-            "-m",
-            "surgery",
-            "prune",
-            str(folder),
-            "--index",
-            f"{scratch}/index",
-            "--sparsity",
-            "0.5",
-        ]
-        prune += ["--out", f"{scratch}/cut", "--quiet"]
-        text_copy = Path(scratch) / "text.txt"
-        text_copy.write_text(Path(text).read_text())
-        index[index.index(text)] = str(text_copy)
+        text = Path(scratch) / "text.txt"
+        text.write_text((ROOT / "LICENSE").read_text())
+        index = [*index_command(folder, text, Path(scratch) / "index"), "--memory", "600MiB"]
+        prune = [*SURGEON, "prune", str(folder), "--index", f"{scratch}/index", "--sparsity", "0.5"]
+        prune += ["--out", f"{scratch}/cut", "--overwrite", "--quiet", "--memory"]
         print(f"checkpoint                      {size / MIB:8.0f} MiB")
         print(
             f"interpreter                     {bare / MIB:8.0f} MiB, with the libraries imported {imports / MIB:.0f}"
         )
-        for name, command, limit in (("index", index, 1 / 3), ("prune", prune, 1 / 4)):
+        commands = {
+            "index": (index, 1 / 3),
+            "prune --repair none": ([*prune, "600MiB", "--repair", "none"], 1 / 4),
+            "prune, repaired in parts": ([*prune, "600MiB"], None),
+            "prune, repaired": ([*prune, "4GiB"], None),
+        }
+        for name, (command, limit) in commands.items():
             used = peak(command)
+            bound = f" (bound {limit:.3f})" if limit else ""
             print(
-                f"{name} peak                      {used / MIB:8.0f} MiB; above the interpreter "
-                f"{(used - bare) / size:.3f} of the checkpoint, above the imports {(used - imports) / size:.3f} "
-                f"(bound {limit:.3f})"
+                f"{name + ' peak':<31} {used / MIB:8.0f} MiB; above the interpreter "
+                f"{(used - bare) / size:.3f} of the checkpoint, above the imports {(used - imports) / size:.3f}{bound}"
             )
 
 
@@ -172,48 +174,70 @@ def in_memory_lp(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> list[to
     return [total / 2 / ids.numel() for total in sums]
 
 
-def timing(rounds: int = 3) -> None:
+def calibration_ids() -> torch.Tensor:
+    """8 blocks of 512 tokens of Wikipedia, [8, 512]."""
+    text = (ROOT / ".cache" / "wikipedia.txt").read_text()[:40000]
+    return torch.tensor(AutoTokenizer.from_pretrained(SMOLLM2)(text)["input_ids"][: 8 * 512]).view(8, 512)
+
+
+def measure(kind: str, dtype: torch.dtype, result: str) -> None:
+    """Score SmolLM2 in one way, in this process; write seconds and scores to `result`."""
+    ids, checkpoint = calibration_ids(), Checkpoint.open(SMOLLM2)
+    gc.collect()
+    start = time.perf_counter()
+    if kind == "in memory":
+        scores = in_memory_lp(SMOLLM2, ids, dtype)
+    else:
+        scores = streamed_lp(checkpoint, ids, dtype, STREAMED[kind])
+    torch.save([time.perf_counter() - start, scores], result)
+
+
+def timing(rounds: int = 5) -> None:
     """Print ratios of scoring time on SmolLM2, 8 blocks of 512 tokens, both dtypes: to in-memory and to the floor.
 
-    The floor is the operations that are needed once each, over the rate of this machine's matrix products.
+    Each way runs in a process of its own, in turn, its imports not counted. The floor is the operations that are needed
+    once each, over the rate of this machine's matrix products, measured in each round.
     """
-    folder = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-    text = (ROOT / ".cache" / "wikipedia.txt").read_text()[:40000]
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: 8 * 512]).view(8, 512)
+    checkpoint, ids = Checkpoint.open(SMOLLM2), calibration_ids()
     for dtype in (torch.bfloat16, torch.float32):
-        kinds = {"every layer computed again": 0, "activations kept": PLENTY}
-        ratios: dict[str, list[float]] = {kind: [] for kind in (*kinds, "activations kept, over the floor")}
-        worst = 0.0
-        checkpoint = Checkpoint.open(folder)
+        name = str(dtype).removeprefix("torch.")
         options = RunOptions(torch.device("cpu"), dtype, PLENTY)
         skeleton = Skeleton(checkpoint, dtype)
         needed = index_costs(skeleton, *ids.shape, options).flops
-        for _ in range(rounds):
-            gc.collect()
-            start = time.perf_counter()
-            theirs = in_memory_lp(folder, ids, dtype)
-            usual = time.perf_counter() - start
-            for kind, graph_bytes in kinds.items():
-                gc.collect()
-                start = time.perf_counter()
-                ours = streamed_lp(checkpoint, ids, dtype, graph_bytes)
-                seconds = time.perf_counter() - start
-                ratios[kind].append(seconds / usual)
-                worst = max(
-                    worst, *(float((a - b).abs().max() / b.max()) for a, b in zip(ours, theirs, strict=True))
-                )
-            floor = needed / measure_machine(checkpoint, skeleton, options).flops
-            ratios["activations kept, over the floor"].append(seconds / floor)
+        ratios: dict[str, list[float]] = {f"{kind}, over in-memory backward": [] for kind in STREAMED}
+        ratios["activations kept, over the floor"] = []
+        worst = 0.0
+        with tempfile.NamedTemporaryFile() as result:
+
+            def alone(
+                kind: str, name: str = name, result: str = result.name
+            ) -> tuple[float, list[torch.Tensor]]:
+                subprocess.run([sys.executable, __file__, "--measure", kind, name, result], check=True)
+                seconds, scores = torch.load(result)
+                return seconds, scores
+
+            for _ in range(rounds):
+                usual, theirs = alone("in memory")
+                for kind in STREAMED:
+                    seconds, ours = alone(kind)
+                    ratios[f"{kind}, over in-memory backward"].append(seconds / usual)
+                    pairs = zip(ours, theirs, strict=True)
+                    worst = max(worst, *(float((a - b).abs().max() / b.max()) for a, b in pairs))
+                floor = needed / measure_machine(checkpoint, skeleton, options).flops
+                ratios["activations kept, over the floor"].append(seconds / floor)
         for kind, found in ratios.items():
-            over = kind if "over" in kind else f"{kind}, over in-memory backward"
             print(
-                f"streamed LP, {str(dtype)[6:]:8}, {over}: median {statistics.median(found):.2f} "
+                f"streamed LP, {name:8}, {kind}: median {statistics.median(found):.2f} "
                 f"(min {min(found):.2f}, max {max(found):.2f})"
             )
         print(f"largest relative difference {worst:.1e}")
 
 
 if __name__ == "__main__":
+    if "--measure" in sys.argv:
+        kind, name, result = sys.argv[2:]
+        measure(kind, getattr(torch, name), result)
+        raise SystemExit
     if "--time" not in sys.argv or "--memory" in sys.argv:
         memory()
     if "--memory" not in sys.argv or "--time" in sys.argv:

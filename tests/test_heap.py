@@ -1,0 +1,37 @@
+"""What the C library keeps of freed memory, seen from outside in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from surgery.heap import _glibc
+
+HELD = """
+import os, sys
+import psutil
+import torch
+from surgery.heap import Heap
+
+heap = Heap(int(sys.argv[1]))
+kept = [torch.ones(48 << 20, dtype=torch.uint8) for _ in range(8)]
+last = torch.ones(1 << 20, dtype=torch.uint8)
+full = psutil.Process().memory_info().rss
+del kept
+heap.settle()
+print(full - psutil.Process().memory_info().rss)
+"""
+
+
+def given_back(budget: int) -> int:
+    """MiB of 384 freed ones that the system has back after a layer."""
+    run = subprocess.run([sys.executable, "-c", HELD, str(budget)], check=True, capture_output=True)
+    return int(run.stdout) >> 20
+
+
+@pytest.mark.skipif(_glibc() is None, reason="the C library is not glibc")
+def test_freed_pages_stay_until_half_of_the_budget_is_held() -> None:
+    assert given_back(1 << 40) < 40
+    assert given_back(1 << 28) > 340
