@@ -30,6 +30,8 @@ SAVED_HIDDEN = 6  # and for a hidden dimension: norms and sums
 SAVED_ROWS = (
     2  # and for a row of any other matrix of the layer: queries, keys, values and what is made of them
 )
+KEPT_CHANNELS = 3  # values kept of a channel and token for the backward pass: gate, up, their product
+KEPT_HIDDEN = 4  # and of a hidden dimension: what enters, attention, what the FFN puts out, what leaves
 ROUTING = 256  # bytes for a token and an expert: scores, which are float32, and indices
 HEAD_COPIES = 4  # logits, in float32, their gradient, softmax
 DENSE_MATRICES = 16  # F x F in double precision at the peak of second-order scores
@@ -104,7 +106,7 @@ def index_costs(
         place = "memory" if hidden <= budget - used else "disk"
     used += hidden * (place == ("device" if on_device else "memory"))
     graphs = 0 if second_order else (budget - used) // (2 if on_device else 1)
-    per_layer = sizes.saved_token * tokens + sizes.layer
+    per_layer = sizes.kept_token * tokens
     kept = min(sizes.layers, graphs // per_layer)
     used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
@@ -153,6 +155,7 @@ class Sizes:
     active: float  # weights of all layers that a token meets
     attention: float  # multiplications of queries with keys and of these with values, for a token
     saved_token: int  # what autograd keeps for a token, in the largest layer
+    kept_token: int  # what of it is kept from the forward pass to the backward pass
     widest: int  # channels of the largest FFN
     channels: int  # of all FFNs of the largest layer
     matrix: int  # weights of the largest matrix
@@ -181,6 +184,7 @@ class Sizes:
         saved = SAVED_CHANNELS * max(through) + SAVED_HIDDEN * hidden + SAVED_ROWS * rows
         experts = max(sum(len(ffn.units) for ffn in ffns if ffn.stacked) for ffns in skeleton.ffns)
         saved += 3 * heads * block_size * eager
+        kept = KEPT_CHANNELS * max(through) + KEPT_HIDDEN * hidden + rows + heads * block_size * eager
         return cls(
             layers=len(stored),
             hidden=hidden,
@@ -192,6 +196,7 @@ class Sizes:
             active=sum(numbers) - sum(unused),
             attention=len(stored) * block_size * hidden / 2,
             saved_token=saved * dtype.itemsize + ROUTING * experts,
+            kept_token=kept * dtype.itemsize + ROUTING * experts + 4 * heads,
             widest=max((ffn.width for ffns in skeleton.ffns for ffn in ffns), default=0),
             channels=max(sum(ffn.width * len(ffn.units) for ffn in ffns) for ffns in skeleton.ffns),
             matrix=max((e.numel for layer in stored for e in layer), default=0),

@@ -1,18 +1,30 @@
-"""What autograd saves of a layer's forward pass, kept for its backward pass while a budget lasts.
+"""What a layer's forward pass computed dearly, kept for its backward pass while a budget lasts.
 
-The backward pass visits the last layers first, so theirs are kept; all others are run again when their turn comes.
+The backward pass visits the last layers first, so theirs are kept; all others are run again when their turn comes. Of a layer
+that is kept, results of matrix products and attention are, which take about half of what autograd saves in
+bfloat16; the rest is made again from them, by PyTorch's selective activation checkpointing.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Seen = tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]
+
+DEAR = (
+    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable"),
+)
+KEPT = {getattr(torch.ops.aten, name).default for name in DEAR if hasattr(torch.ops.aten, name)}
 
 
 @dataclass
@@ -23,32 +35,37 @@ class Graph:
     output: torch.Tensor
     seen: list[Seen]
 
-
-class SavedBytes:
-    """Counts the bytes autograd saves besides the parameters of one layer, each storage once."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-        self.weights = sum(p.nbytes for p in layer.parameters())
-        self.storages: dict[int, int] = {}
-
     @property
-    def total(self) -> int:
-        """Bytes so far, without the layer's weights."""
-        return sum(self.storages.values())
+    def nbytes(self) -> int:
+        """Bytes of what it holds besides results of matrix products."""
+        return self.hidden.nbytes + self.output.nbytes + sum(u.nbytes for _, _, u, _ in self.seen)
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """While open, what is saved is counted."""
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.parameters:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+class KeptBytes(TorchDispatchMode):
+    """Counts, while open, the bytes of results that `keeping` keeps."""
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            yield
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in KEPT:
+            self.total += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def keeping(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """`run(*args)`, of which autograd keeps dear results only and runs the rest again."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+    output: torch.Tensor = checkpoint(
+        run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return output
+
+
+def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class KeptGraphs:
@@ -65,9 +82,9 @@ class KeptGraphs:
         self.largest = 0
         self.graphs: dict[int, list[Graph | None]] = {}
 
-    def plan(self, saved: SavedBytes, micro_batches: int) -> None:
-        """Choose the first layer to keep, from what one micro-batch of any layer saves."""
-        self.largest = saved.total * micro_batches + saved.weights
+    def plan(self, nbytes: int) -> None:
+        """Choose the first layer to keep, from what any layer takes."""
+        self.largest = nbytes
         self.first = max(0, self.layers - self.left // max(1, self.largest))
 
     def wants(self, number: int) -> bool:

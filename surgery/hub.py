@@ -6,7 +6,6 @@ This module and `push` are the only ones that know the network. A revision is re
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -173,7 +172,7 @@ class HubRepo:
         """Size of `file` in bytes."""
         return self.sizes[file]
 
-    def read(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
+    def read(self, file: str, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of `file`, from the cache, a download into it, or a range request."""
         if not file.endswith(WEIGHT_ENDINGS):
             return self._small.read(file, start, stop)
@@ -197,7 +196,7 @@ class HubRepo:
                 self._downloads[file] = self._pool.submit(hf_hub_download, self.repo, file, revision=self.sha)
             return self._downloads[file]
 
-    def _range(self, file: str, start: int, stop: int) -> bytearray | mmap.mmap:
+    def _range(self, file: str, start: int, stop: int) -> memoryview:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 

@@ -5,7 +5,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from surgery.errors import NumericsError
 from surgery.ffn import observed
-from surgery.graphs import Graph, KeptGraphs, SavedBytes, Seen
+from surgery.graphs import Graph, KeptBytes, KeptGraphs, Seen, keeping
 from surgery.hidden import HiddenStore
 from surgery.stream import LayerCall, StreamedModel
 
@@ -122,15 +122,14 @@ class TokenStream:
         """Move every block through the resident layer `number`. Raises NumericsError on NaN or infinity."""
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
         if self.kept.left and self.kept.first is None:
-            saved = SavedBytes(layer)
-            self._graph(number, layer, 0, saved)
-            self.kept.plan(saved, len(self.slices))
-        keep, saved = self.kept.wants(number), SavedBytes(layer)
+            self.kept.plan(self._kept_graph(number, layer, 0)[1] * len(self.slices))
+        keep, held = self.kept.wants(number), 0
         graphs: list[Graph | None] = []
         for place, (part, calls) in enumerate(zip(self.slices, self.calls, strict=True)):
             if keep:
-                graph = self._graph(number, layer, place, saved)
+                graph, nbytes = self._kept_graph(number, layer, place)
                 graphs.append(graph)
+                held += nbytes
                 output = graph.output.detach()
             else:
                 hidden = self.store.get(self._slot(number), part, self.model.device)
@@ -138,22 +137,26 @@ class TokenStream:
             finite &= output.isfinite().all()
             self.store.put(self._slot(number + 1), part, output)
         if keep:
-            self.kept.keep(number, graphs, saved.total + saved.weights)
+            self.kept.keep(number, graphs, held)
         check_finite(finite, number)
 
-    def _graph(self, number: int, layer: nn.Module, place: int, saved: SavedBytes | None = None) -> Graph:
+    def _graph(
+        self, number: int, layer: nn.Module, place: int, run: Callable[..., torch.Tensor] | None = None
+    ) -> Graph:
         """Run micro-batch `place` through the resident layer so that gradients can be taken."""
         seen: list[Seen] = []
+        run = run or self.model.run_layer
         hidden = self.store.get(self._slot(number), self.slices[place], self.model.device)
         hidden.requires_grad_(True)
-        counting = contextlib.nullcontext() if saved is None else saved.counting()
-        with (
-            torch.enable_grad(),
-            observed(self.model.ffns(number), lambda *flow: seen.append(flow)),
-            counting,
-        ):
-            output = self.model.run_layer(layer, hidden, self.calls[place][number])
+        with torch.enable_grad(), observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
+            output = run(layer, hidden, self.calls[place][number])
         return Graph(hidden, output, seen)
+
+    def _kept_graph(self, number: int, layer: nn.Module, place: int) -> tuple[Graph, int]:
+        """The same with only dear results held until gradients are taken, and the bytes that takes."""
+        with KeptBytes() as kept:
+            graph = self._graph(number, layer, place, functools.partial(keeping, self.model.run_layer))
+        return graph, kept.total + graph.nbytes
 
     def backward(
         self,

@@ -7,7 +7,6 @@ written (tensors by dtype size, then name).
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ class ShardWriter:
         for name in names:
             self.written[name] = self.specs[name].nbytes
 
-    def write_bytes(self, name: str, data: bytes | bytearray | memoryview | mmap.mmap, offset: int) -> None:
+    def write_bytes(self, name: str, data: bytes | memoryview, offset: int) -> None:
         """Write a piece of a tensor's bytes, `offset` bytes from its start."""
         _write_at(self.handles[self.file_of[name]], data, self.offsets[name] + offset)
         self.written[name] += len(data)
@@ -136,7 +135,7 @@ class ShardWriter:
             (self.folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _write_at(handle: int, data: bytes | bytearray | memoryview | mmap.mmap, offset: int) -> None:
+def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while len(view):
         count = os.pwrite(handle, view, offset)

@@ -18,7 +18,6 @@ from surgery import costs as costs_module
 from surgery.checkpoint import Checkpoint
 from surgery.costs import Sizes, index_costs
 from surgery.errors import MemoryBudgetError
-from surgery.graphs import SavedBytes
 from surgery.indexing import RunOptions
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
@@ -35,21 +34,32 @@ def options(memory: int, dtype: torch.dtype = torch.float32) -> RunOptions:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi3", "mixtral", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_autograd_keeps_is_foretold(
+def test_what_is_saved_and_kept_is_foretold(
     dtype: torch.dtype, family: str, save_tiny: Callable[..., Path]
 ) -> None:
     folder = save_tiny(family, **({} if family in ("gpt2", "deepseek_v3") else WIDE))
     model = StreamedModel(Checkpoint.open(folder), CPU, dtype)
     ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(1))
     stream = TokenStream(model, ids, micro_batch=2, keep_inputs=True)
-    most = 0
+    saved = kept = 0
     for number, layer in model.walk(range(len(model.layers))):
-        saved = SavedBytes(layer)
-        stream._graph(number, layer, 0, saved)
-        most = max(most, saved.total)
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, into: dict[int, int] = storages) -> torch.Tensor:
+            into[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            held = stream._graph(number, layer, 0)
+        saved = max(saved, sum(n for place, n in storages.items() if place not in parameters))
+        kept = max(kept, stream._kept_graph(number, layer, 0)[1])
+        del held
         stream.forward(number, layer)
-    foretold = Sizes.of(model.skeleton, dtype, 64).saved_token * ids.numel()
-    assert most <= foretold <= 4 * most
+    sizes = Sizes.of(model.skeleton, dtype, 64)
+    assert saved <= sizes.saved_token * ids.numel() <= 4 * saved
+    assert kept <= sizes.kept_token * ids.numel() <= 2 * kept
+    assert kept < 0.7 * saved
 
 
 def test_operations_are_those_of_autograd(save_tiny: Callable[..., Path]) -> None:
