@@ -11,12 +11,15 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
 from surgery.errors import DistributedError
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
 
 TIMEOUT = timedelta(hours=2)  # a slow disk at one end must not end the run
 
@@ -108,6 +111,41 @@ def least(values: torch.Tensor) -> torch.Tensor:
         with _together():
             distributed.all_reduce(values, distributed.ReduceOp.MIN)
     return values
+
+
+def everywhere(known: list[bool], device: torch.device) -> list[bool]:
+    """Which of these hold in every process."""
+    return [bool(one) for one in least(torch.tensor(known, dtype=torch.int32, device=device)).tolist()]
+
+
+class SharedReading:
+    """Reads tensors in turn with the other processes, which get them from whoever's turn it is.
+
+    All must ask for the same tensors in the same order, in one thread at a time. The readers talk through gloo, in a group
+    of their own, so that they don't come between sums that another thread forms meanwhile.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.turn = 0
+        self.nbytes = 0  # read by this process
+        self.group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as stored, as `Checkpoint.read`."""
+        if self.group is None:
+            return self.checkpoint.read(name)
+        entry, owner = self.checkpoint.tensors[name], self.turn % world_size()
+        self.turn += 1
+        if owner == rank():
+            tensor = self.checkpoint.read(name)
+            self.nbytes += entry.nbytes
+        else:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.nbytes:
+            with _together():
+                distributed.broadcast(tensor.view(-1).view(torch.uint8), owner, group=self.group)
+        return tensor
 
 
 def rows(values: torch.Tensor) -> torch.Tensor:

@@ -79,12 +79,13 @@ def build_index(
     *,
     second_order: bool = False,
     keep_sample: bool = False,
+    share_reads: bool = False,
     journal: Journal | None = None,
 ) -> ChannelIndex:
     """Index a checkpoint on calibration blocks [N, T]; `prompts` (ids [P]) ride along to find super weights.
 
     With `second_order` also the statistics that methods like `obs` need, at the price of two F x F matrices; with
-    `keep_sample` also what merging needs. With `journal`, every layer done is kept there and not done again; the result is
+    `keep_sample` also what merging needs; with `share_reads` each tensor is read by one process and sent to the others. With `journal`, every layer done is kept there and not done again; the result is
     the same to the bit. Raises NumericsError when hidden states or gradients are not finite, naming the layer.
     """
     model = StreamedModel(checkpoint, options.device, options.dtype, memory=options.memory)
@@ -96,9 +97,12 @@ def build_index(
             expected=f"--blocks {distributed.world_size()} or more",
             found=str(len(blocks.ids)),
         )
+    if share_reads:
+        model.read = distributed.SharedReading(checkpoint).read
     costs = index_costs(model.skeleton, len(mine), mine.shape[1], options, second_order)
+    done = _done_everywhere(journal, options.device)
     stream = detector = None
-    if journal is None or "index" not in journal:
+    if not done["index"]:
         folder = journal.folder if journal is not None else None
         with model.outside():
             stream = TokenStream(
@@ -110,7 +114,7 @@ def build_index(
                 graph_bytes=costs.graph_bytes,
                 journal=folder,
             )
-            if journal is None or "forward" not in journal:
+            if not done["forward"]:
                 detector = SuperWeightDetector(model, prompts)
     ahead = _forward(model, stream, detector, journal, track)
     layers = _backward(
@@ -134,6 +138,16 @@ def build_index(
     )
 
 
+def _done_everywhere(journal: Journal | None, device: torch.device) -> dict[str, bool]:
+    """Which parts of an index the journals of all processes have; one that lost its own makes all begin again."""
+    steps = ("index", "forward")
+    known = [journal is not None and step in journal for step in steps]
+    done = dict(zip(steps, distributed.everywhere(known, device), strict=True))
+    if journal is not None and known[0] and not done["index"]:
+        journal.start_over()  # its hidden states are gone
+    return done
+
+
 @dataclass(frozen=True)
 class _Ahead:
     """What the forward walk finds: summed loss in nats, super weights, echoes, largest prompt activations per layer."""
@@ -152,13 +166,14 @@ def _forward(
     track: Track[Any],
 ) -> _Ahead:
     """Move all blocks to the loss and its gradient; layers that a journal has done are only walked by the prompts."""
-    if journal is not None and "forward" in journal:
+    if detector is None:
+        assert journal is not None
         fields, _ = journal.load("forward")
         weights, echoes = (
             [SuperWeight.from_json(w) for w in fields[key]] for key in ("super_weights", "echoes")
         )
         return _Ahead(fields["nats"], weights, echoes, fields["maxima"])
-    assert stream is not None and detector is not None
+    assert stream is not None
     ablations = _Ablations(model, stream)
     count = len(model.layers)
     for number, layer in track(model.walk(range(count)), "forward", count):
@@ -201,7 +216,7 @@ def _backward(
     count = len(model.layers)
     layers: list[LayerIndex | None] = [None] * count
     known = [journal is not None and f"backward {number}" in journal for number in range(count)]
-    everywhere = distributed.least(torch.tensor(known, dtype=torch.int32, device=model.device)).tolist()
+    everywhere = distributed.everywhere(known, model.device)
     for number in range(count):
         if journal is not None and everywhere[number]:
             fields, tensors = journal.load(f"layer-{number}")

@@ -81,6 +81,11 @@ class Journal:
         tensors = self.path(f"{name}.safetensors")
         return fields, load_file(tensors) if tensors.exists() else {}
 
+    def start_over(self) -> None:
+        """Forget all steps."""
+        self.path(STEPS).unlink(missing_ok=True)
+        self.done = set()
+
     def forget(self, *names: str) -> None:
         """Remove files that no step to come needs."""
         for name in names:

@@ -66,6 +66,7 @@ class StreamedModel:
         memory: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.read: Callable[[str], torch.Tensor] = checkpoint.read
         self.heap = Heap(default_memory() if memory is None else memory)
         self.device = device
         self.dtype = dtype
@@ -90,7 +91,7 @@ class StreamedModel:
         for assembly in assemblies:
             tensors = []
             for stored in assembly.stored:
-                tensors.append(self.checkpoint.read(stored))
+                tensors.append(self.read(stored))
                 if self.on_read is not None:
                     self.on_read(stored, tensors[-1])
             host |= self.skeleton.assemble(assembly, tensors)

@@ -67,7 +67,10 @@ def test_two_processes_make_the_index_of_one(
 
 
 @pytest.mark.usefixtures("surgeon")
-def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(save_tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
+    lost: bool, save_tiny: Callable[..., Path]
+) -> None:
     where = save_tiny("llama").parent
     torchrun(where, "-m", "surgery", *INDEX, "--out", "whole")
     (where / "kill.py").write_text(KILL)
@@ -79,9 +82,41 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(save_tiny: Callab
     )
     assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
     assert not (where / "index").exists()
+    if lost:  # a machine was replaced, and its journal went with it
+        shutil.rmtree(where / ".index.surgeon-journal-1")
     assert "Going on" in torchrun(where, "-m", "surgery", *INDEX, "--out", "index").stderr
     for file in ("index.json", "index.safetensors"):
         assert (where / "index" / file).read_bytes() == (where / "whole" / file).read_bytes()
+
+
+READ_ALL = """
+import torch
+from surgery import distributed
+from surgery.checkpoint import Checkpoint
+
+distributed.join(torch.device("cpu"))
+checkpoint = Checkpoint.open("tiny")
+reading = distributed.SharedReading(checkpoint)
+for name, entry in checkpoint.tensors.items():
+    got, stored = reading.read(name), checkpoint.read(name)
+    assert got.dtype == stored.dtype and torch.equal(got, stored), name
+print("SHARE", reading.nbytes / checkpoint.nbytes)
+distributed.leave()
+"""
+
+
+def test_weights_read_in_turn_are_the_same(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny("llama").parent
+    (where / "read.py").write_text(READ_ALL)
+    shares = [float(line.split()[1]) for line in torchrun(where, "read.py").stdout.splitlines()]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1) and max(shares) < 0.8
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "each")
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "shared", "--share-reads")
+    surgeon(*INDEX, "--out", "alone", "--share-reads")
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "each" / file).read_bytes() == (where / "shared" / file).read_bytes()
 
 
 def test_blocks_are_shared_out_evenly_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

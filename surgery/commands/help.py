@@ -22,7 +22,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Calibration": ("calibration", "blocks", "block_size", "seed", "prompt", "second_order", "keep_sample"),
     "Page": ("comparison", "generate", "prompts", "tokens", "figures"),
     "Card and publishing": ("card_template", "stdout", "push_to", "private", "push_revision", "create_pr"),
-    "Run": ("device", "dtype", "memory", "resume"),
+    "Run": ("device", "dtype", "memory", "resume", "share_reads"),
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 @click.option(
     "--keep-sample", is_flag=True, help="Also write what `surgeon merge-index` needs: 8 KiB a channel."
 )
+@click.option(
+    "--share-reads",
+    is_flag=True,
+    help="With torchrun: each tensor is read by one process and sent to the others, for slow shared disks.",
+)
 @calibration_options
 @output_options
 @resume_option
@@ -36,6 +41,7 @@ def index(
     model: str,
     second_order: bool,
     keep_sample: bool,
+    share_reads: bool,
     out: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -69,6 +75,7 @@ def index(
             quiet=quiet,
             second_order=second_order,
             keep_sample=keep_sample,
+            share_reads=share_reads,
             destination=folder,
             as_json=as_json,
         )

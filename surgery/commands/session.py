@@ -94,6 +94,7 @@ def make_index(
     quiet: bool,
     second_order: bool = False,
     keep_sample: bool = False,
+    share_reads: bool = False,
     destination: Path | None = None,
     as_json: bool = False,
 ) -> ChannelIndex | None:
@@ -153,6 +154,7 @@ def make_index(
             bars(quiet),
             second_order=second_order,
             keep_sample=keep_sample,
+            share_reads=share_reads,
             journal=journal,
         )
     except SurgeonError as error:
