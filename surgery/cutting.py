@@ -172,10 +172,10 @@ def cut_fingerprint(
 ) -> dict[str, Any]:
     """What makes two cuts the same: source and its files, index, plan, options, versions."""
     digest = hashlib.sha256(json.dumps(plan.as_json(), sort_keys=True).encode()).hexdigest()
-    return {**index_fingerprint(checkpoint, index, options), "plan": digest}
+    return {**use_fingerprint(checkpoint, index, options), "plan": digest}
 
 
-def index_fingerprint(checkpoint: Checkpoint, index: ChannelIndex, options: RunOptions) -> dict[str, Any]:
+def use_fingerprint(checkpoint: Checkpoint, index: ChannelIndex, options: RunOptions) -> dict[str, Any]:
     """What makes two uses of an index the same: source and its files, statistics, calibration tokens, options, versions."""
     digest = hashlib.sha256(json.dumps(index.as_json(), sort_keys=True).encode())
     digest.update(index.input_ids.to(torch.int32).contiguous().numpy().tobytes())

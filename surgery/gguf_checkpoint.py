@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint import Checkpoint, LocalFolder, TensorEntry
+from surgery.checkpoint import Checkpoint, TensorEntry
 from surgery.errors import CheckpointError
+from surgery.sources import LocalFolder
 
 # Processors that turn one stored tensor into one parameter; those of mixtures of experts make several of one.
 ONE_TO_ONE = {

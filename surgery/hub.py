@@ -13,8 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery.checkpoint import WEIGHT_ENDINGS, Checkpoint, LocalFolder, new_buffer
+from surgery.checkpoint import WEIGHT_ENDINGS, Checkpoint
 from surgery.errors import HubError
+from surgery.sources import LocalFolder, new_buffer
 
 Result = TypeVar("Result")
 READ_TIMEOUT = 30.0  # seconds without a byte before a request counts as failed

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import LocalFolder
 from surgery.errors import HubError
 from surgery.hub import hub_errors, patiently
+from surgery.sources import LocalFolder
 
 MANIFEST = "surgeon.json"
 

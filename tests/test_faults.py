@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from surgery import journal
-from surgery.checkpoint import LocalFolder
+from surgery.sources import LocalFolder
 
 INDEX = ("index", "tiny", "--out", "index", *CALIBRATION)
 

@@ -11,7 +11,7 @@ import click
 
 from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options, resume_option
-from surgery.commands.prune import index_for
+from surgery.commands.planning import index_for
 from surgery.commands.session import (
     bars,
     data_console,

@@ -20,7 +20,7 @@ from surgery.commands.options import (
     output_options,
     resume_option,
 )
-from surgery.commands.prune import curves_for, index_for, prunable_skeleton
+from surgery.commands.planning import curves_for, index_for, prunable_skeleton
 from surgery.commands.session import (
     bars,
     data_console,
@@ -184,12 +184,12 @@ def comparison_journal(
     options: dict[str, Any],
 ) -> Journal:
     """The journal of a comparison: of these cuts of these weights on these texts, by this index."""
-    from surgery.cutting import index_fingerprint
+    from surgery.cutting import use_fingerprint
     from surgery.journal import Journal
 
     checkpoint, run = comparison.checkpoint, comparison.options
     fingerprint = {
-        **index_fingerprint(checkpoint, comparison.index, run),
+        **use_fingerprint(checkpoint, comparison.index, run),
         "cuts": combinations,
         "multiple_of": options["multiple_of"],
         "seed": options["seed"],

@@ -14,35 +14,31 @@ from surgery.commands.options import (
     ALLOCATION_NAMES,
     METHOD_NAMES,
     REPAIR_NAMES,
-    SECOND_ORDER_METHODS,
     calibration_options,
     common_options,
     output_options,
     push_options,
     resume_option,
 )
+from surgery.commands.planning import check_size_options, check_width, index_for, plan_cut
 from surgery.commands.session import (
     bars,
     data_console,
     evaluate,
     journal_done,
     local_path,
-    make_index,
     open_model,
     read_template,
     run_options,
     say,
 )
-from surgery.errors import SurgeonError, UsageError
+from surgery.errors import SurgeonError
 
 if TYPE_CHECKING:
-    import torch
-
     from surgery.checkpoint import Checkpoint
     from surgery.index import ChannelIndex
     from surgery.plan import ResizePlan
     from surgery.push import PushTarget
-    from surgery.skeleton import Skeleton
 
 PUSH_EVAL_BLOCKS = 16
 
@@ -222,44 +218,6 @@ def carry_out(
     return manifest
 
 
-def check_size_options(options: dict[str, Any]) -> None:
-    """Raise UsageError when the cut's size is given twice; 50% when it is not given."""
-    if options["sparsity"] is not None and options["intermediate_size"] is not None:
-        raise UsageError("give --sparsity or --intermediate-size, not both")
-    if options["sparsity"] is None and options["intermediate_size"] is None:
-        options["sparsity"] = 0.5
-    if options["pad"] and options["allocation"] == "uniform":
-        raise UsageError(
-            "--pad makes layers of different width alike", next_step="use it with --allocation global"
-        )
-
-
-def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
-    """Refuse a model or a width that can't be cut before anything is computed; returns the model's skeleton."""
-    from surgery.widths import width_changes
-
-    skeleton = prunable_skeleton(checkpoint)
-    if options["allocation"] == "global":
-        from surgery.curves import check_measurable
-
-        check_measurable(skeleton)
-    width_changes(
-        skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
-    )
-    return skeleton
-
-
-def prunable_skeleton(checkpoint: Checkpoint) -> Skeleton:
-    """The skeleton of a model. Raises UnsupportedModelError for one that can't be pruned."""
-    import torch
-
-    from surgery.families import check_prunable
-    from surgery.skeleton import Skeleton
-
-    check_prunable(checkpoint.config, checkpoint.name)
-    return Skeleton(checkpoint, torch.float32)
-
-
 def default_name(checkpoint: Checkpoint, options: dict[str, Any]) -> str:
     """Folder and repo name: source, method, percent removed or width kept."""
     sparsity = options["sparsity"]
@@ -279,94 +237,6 @@ def push_target(
     target = PushTarget(repo, options["private"], options["push_revision"], options["create_pr"], overwrite)
     check_push(target)
     return target
-
-
-def index_for(
-    checkpoint: Checkpoint,
-    folder: str | None,
-    methods: set[str],
-    destination: Path | None,
-    options: dict[str, Any],
-    quiet: bool,
-) -> ChannelIndex:
-    """The index to cut by: read from `folder`, or made now, with all that `methods` need.
-
-    Made now, its journal is beside `destination`, to be thrown away once that is written; without one it keeps none.
-    """
-    from surgery.index import ChannelIndex
-
-    if folder is None:
-        made = make_index(
-            checkpoint,
-            options,
-            dry_run=False,
-            quiet=quiet,
-            second_order=bool(SECOND_ORDER_METHODS & methods),
-            destination=destination,
-        )
-        assert made is not None
-        return made
-    channels = ChannelIndex.load(folder)
-    channels.check_source(checkpoint)
-    return channels
-
-
-def plan_cut(
-    skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any], quiet: bool
-) -> tuple[ResizePlan, dict[str, int]]:
-    """The plan, and parameters and bytes before and after it."""
-    from surgery.families import text_config
-    from surgery.mending import repair_bytes
-    from surgery.plan import make_plan
-    from surgery.prune import planned_specs
-    from surgery.resize import tensor_cuts
-
-    checkpoint = skeleton.checkpoint
-    plan = make_plan(
-        channels,
-        method=options["method"],
-        sparsity=options["sparsity"],
-        width=options["intermediate_size"],
-        multiple_of=options["multiple_of"],
-        seed=options["seed"],
-        allocation=options["allocation"],
-        pad=options["pad"],
-        repair=options["repair"],
-        protect=options["protect"],
-        curves=curves_for(checkpoint, channels, options, quiet)
-        if options["allocation"] == "global"
-        else None,
-    )
-    specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
-    memory = run_options(checkpoint, options).memory
-    return plan, {
-        "parameters_before": checkpoint.parameters,
-        "parameters_after": sum(spec.numel for spec in specs.values()),
-        "bytes_before": checkpoint.nbytes,
-        "bytes_after": sum(spec.nbytes for spec in specs.values()),
-        **repair_bytes(plan, text_config(checkpoint.config).get("hidden_size") or 0, memory),
-    }
-
-
-def curves_for(
-    checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any], quiet: bool
-) -> list[torch.Tensor]:
-    """What cutting each layer costs, measured on the index's own calibration blocks."""
-    from surgery.curves import measure_curves
-    from surgery.devices import micro_batch
-    from surgery.plan import keep_orders
-    from surgery.stream import StreamedModel
-
-    run = run_options(checkpoint, options)
-    say("Measuring what each layer loses at a few widths", quiet)
-    return measure_curves(
-        StreamedModel(checkpoint, run.device, run.dtype, memory=run.memory),
-        channels.input_ids.long(),
-        keep_orders(channels, options["method"], options["seed"], options["protect"]),
-        micro_batch(channels.input_ids.shape[1], run.device),
-        bars(quiet),
-        run.memory,
-    )
 
 
 def canonical_command(

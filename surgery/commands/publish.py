@@ -36,11 +36,11 @@ def push(
     \b
     surgeon push smaller me/smaller
     """
-    from surgery.checkpoint import LocalFolder
     from surgery.gate import check_folder
     from surgery.packing import check_packed_loads
     from surgery.prune import name_repo
     from surgery.push import PushTarget, check_push, push_folder
+    from surgery.sources import LocalFolder
 
     manifest = read_manifest(folder)
     if dry_run:
