@@ -18,6 +18,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.devices import TOKENS_PER_STEP, room
 from surgery.errors import MemoryBudgetError
 from surgery.ffn import Ffn
+from surgery.heap import SHARE
 from surgery.skeleton import Skeleton
 from surgery.statistics import CORRELATION_TOKENS
 from surgery.tokens import HEAD_ELEMENTS
@@ -31,7 +32,9 @@ SAVED_ROWS = (
     2  # and for a row of any other matrix of the layer: queries, keys, values and what is made of them
 )
 KEPT_CHANNELS = 3  # values kept of a channel and token for the backward pass: gate, up, their product
-KEPT_HIDDEN = 4  # and of a hidden dimension: what enters, attention, what the FFN puts out, what leaves
+KEPT_HIDDEN = (
+    6  # and of a hidden dimension: what enters and leaves, attention, what the FFN puts out, padding
+)
 ROUTING = 256  # bytes for a token and an expert: scores, which are float32, and indices
 HEAD_COPIES = 4  # logits, in float32, their gradient, softmax
 DENSE_MATRICES = 16  # F x F in double precision at the peak of second-order scores
@@ -105,7 +108,8 @@ def index_costs(
     else:
         place = "memory" if hidden <= budget - used else "disk"
     used += hidden * (place == ("device" if on_device else "memory"))
-    graphs = 0 if second_order else (budget - used) // (2 if on_device else 1)
+    spare = budget - used if on_device else budget - used - options.memory // SHARE
+    graphs = 0 if second_order else max(0, spare) // (2 if on_device else 1)
     per_layer = sizes.kept_token * tokens
     kept = min(sizes.layers, graphs // per_layer)
     used += kept * per_layer

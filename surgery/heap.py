@@ -1,4 +1,4 @@
-"""Pages that the C library's heap holds free: kept for the next layer while the budget allows, given back beyond it.
+"""Pages that the C library's heap holds free: kept for the next layer while they are few, given back beyond that.
 
 The next layer asks for what the last one freed. Pages that went back to the system meanwhile have to be found and
 cleared again, at every large tensor: that took a third of the time of an index of a small model on a CPU, measured
@@ -14,36 +14,67 @@ from functools import cache
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
-OWN_MAP_BYTES = 1 << 30  # tensors from here on are maps of their own: long-lived ones, as hidden states
+OWN_MAP_BYTES = (
+    1 << 26
+)  # tensors from here on are maps of their own, given back at once: weights of large models
 OLD_LIMIT = 1 << 25  # the largest such threshold that older versions accept
 NEVER = 2**31 - 1
+SHARE = 8  # of a memory budget, one part in so many may be held free
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of <malloc.h>; `hblkhd` and `uordblks` are bytes in use, in maps and in the heap."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
 
 
 class Heap:
-    """The heap of this process, which may hold on to free pages until the process has `budget` / 2 bytes.
-
-    Half, because what is free between two layers may be in the wrong sizes for the next. Without glibc nothing is done.
-    """
+    """The heap of this process, which may hold free pages up to an eighth of `budget` bytes. Without glibc nothing is done."""
 
     def __init__(self, budget: int) -> None:
-        self.limit = budget // 2
+        self.limit = budget // SHARE
         self.process = psutil.Process()
         _keep_freed()
+        self.others = self._beside_use()
 
     def settle(self) -> None:
-        """Give free pages back when the process holds more than half of the budget; call it between layers."""
+        """Give free pages back when too many are held; call it between layers."""
+        library = _glibc()
+        if library is not None and self._beside_use() - self.others > self.limit:
+            library.malloc_trim(0)
+
+    def _beside_use(self) -> int:
+        """Bytes of private memory that the C library has not handed out: its free pages, and what others mapped."""
         library = _glibc()
         if library is None:
-            return
-        held = self.process.memory_info()
-        if held.rss - held.shared > self.limit:
-            library.malloc_trim(0)
+            return 0
+        info, held = library.mallinfo2(), self.process.memory_info()
+        return int(held.rss - held.shared - info.uordblks - info.hblkhd)
 
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is a glibc that counts beyond 2 GiB (2.33 and later)."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return library if hasattr(library, "gnu_get_libc_version") else None
+    if not hasattr(library, "mallinfo2"):
+        return None
+    assert library is not None
+    library.mallinfo2.restype = _MallInfo
+    return library
 
 
 @cache

@@ -18,6 +18,7 @@ from surgery import costs as costs_module
 from surgery.checkpoint import Checkpoint
 from surgery.costs import Sizes, index_costs
 from surgery.errors import MemoryBudgetError
+from surgery.heap import SHARE
 from surgery.indexing import RunOptions
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
@@ -59,7 +60,6 @@ def test_what_is_saved_and_kept_is_foretold(
     sizes = Sizes.of(model.skeleton, dtype, 64)
     assert saved <= sizes.saved_token * ids.numel() <= 4 * saved
     assert kept <= sizes.kept_token * ids.numel() <= 2 * kept
-    assert kept < 0.7 * saved
 
 
 def test_operations_are_those_of_autograd(save_tiny: Callable[..., Path]) -> None:
@@ -78,7 +78,8 @@ def test_less_memory_keeps_less_and_the_least_is_named(save_tiny: Callable[..., 
     skeleton = Skeleton(Checkpoint.open(save_tiny("llama", **WIDE)), torch.float32)
     plenty = index_costs(skeleton, 64, 64, options(PLENTY))
     smallest = plenty.smallest_bytes
-    scale = [smallest + step * (plenty.host_bytes - smallest) // 8 for step in range(9)]
+    most = plenty.host_bytes * SHARE // (SHARE - 1) + 1
+    scale = [smallest + step * (most - smallest) // 8 for step in range(9)]
     found = [index_costs(skeleton, 64, 64, options(memory)) for memory in scale]
     for memory, costs in zip(scale, found, strict=True):
         assert costs.host_bytes <= memory
