@@ -129,7 +129,10 @@ class SharedReading:
         self.checkpoint = checkpoint
         self.turn = 0
         self.nbytes = 0  # read by this process
-        self.group = distributed.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+        self.group: Any = None
+        if world_size() > 1:
+            with _together():
+                self.group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as stored, as `Checkpoint.read`."""
@@ -141,7 +144,7 @@ class SharedReading:
             tensor = self.checkpoint.read(name)
             self.nbytes += entry.nbytes
         else:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         if entry.nbytes:
             with _together():
                 distributed.broadcast(tensor.view(-1).view(torch.uint8), owner, group=self.group)

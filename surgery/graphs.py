@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Seen = tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]
+Seen = tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
 
 DEAR = (
     *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"),
@@ -38,21 +38,48 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of what it holds besides results of matrix products."""
-        return self.hidden.nbytes + self.output.nbytes + sum(u.nbytes for _, _, u, _ in self.seen)
+        seen = (one for _, tokens, u, y in self.seen for one in (tokens, u, y) if one is not None)
+        return self.hidden.nbytes + self.output.nbytes + sum(one.nbytes for one in seen)
 
 
-class KeptBytes(TorchDispatchMode):
-    """Counts, while open, the bytes of results that `keeping` keeps."""
+class KeptResults(TorchDispatchMode):
+    """Watches, while open, the results that `keeping` keeps: their bytes, and whether any is `overwritten` later.
+
+    One that is (OLMo clips its queries in place) would not be what the rest has to be made again from.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.nbytes = 0
+        self.overwritten = False
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            given = tree_leaves((args, kwargs))
+            self.overwritten |= any(_storage(one) in self.storages for one in _written(func, args, given))
         result = func(*args, **(kwargs or {}))
         if func in KEPT:
-            self.total += sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+            kept = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.nbytes += sum(tensor.nbytes for tensor in kept)
+            self.storages.update(map(_storage, kept))
         return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """What views of one memory have in common; its address would not do for the meta device."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: Any, given: list[Any]) -> list[torch.Tensor]:
+    """Tensors that a mutable operation may write: those its schema says, or all where they come by keyword."""
+    written = [
+        one
+        for one, entry in zip(args, func._schema.arguments, strict=False)
+        if entry.alias_info is not None and entry.alias_info.is_write
+    ]
+    tensors = [one for one in tree_leaves(written) if isinstance(one, torch.Tensor)]
+    return tensors or [one for one in given if isinstance(one, torch.Tensor)]
 
 
 def keeping(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
@@ -83,9 +110,9 @@ class KeptGraphs:
         self.graphs: dict[int, list[Graph | None]] = {}
 
     def plan(self, nbytes: int) -> None:
-        """Choose the first layer to keep, from what any layer takes."""
+        """Choose the first layer to keep, from what any layer takes; none where nothing can be kept."""
         self.largest = nbytes
-        self.first = max(0, self.layers - self.left // max(1, self.largest))
+        self.first = max(0, self.layers - self.left // nbytes) if nbytes else self.layers
 
     def wants(self, number: int) -> bool:
         """Whether layer `number` is to be kept."""

@@ -43,44 +43,59 @@ class _MallInfo(ctypes.Structure):
 
 
 class Heap:
-    """The heap of this process, which may hold free pages up to an eighth of `budget` bytes. Without glibc nothing is done."""
+    """The heap of this process, which may hold free pages up to an eighth of `budget` bytes.
+
+    A glibc too old to count beyond 2 GiB (before 2.33) gives all back between layers; of another C library nothing is asked.
+    """
 
     def __init__(self, budget: int) -> None:
         self.limit = budget // SHARE
-        self.process = psutil.Process()
-        _keep_freed()
-        self.others = self._beside_use()
+        if _counts():
+            _keep_freed()
+            _at_first()
 
     def settle(self) -> None:
         """Give free pages back when too many are held; call it between layers."""
         library = _glibc()
-        if library is not None and self._beside_use() - self.others > self.limit:
+        if library is not None and (not _counts() or _beside_use() - _at_first() > self.limit):
             library.malloc_trim(0)
-
-    def _beside_use(self) -> int:
-        """Bytes of private memory that the C library has not handed out: its free pages, and what others mapped."""
-        library = _glibc()
-        if library is None:
-            return 0
-        info, held = library.mallinfo2(), self.process.memory_info()
-        return int(held.rss - held.shared - info.uordblks - info.hblkhd)
 
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is a glibc that counts beyond 2 GiB (2.33 and later)."""
+    """The C library, where it is glibc."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallinfo2"):
-        return None
-    assert library is not None
+    return library if hasattr(library, "malloc_trim") else None
+
+
+@cache
+def _counts() -> bool:
+    """Whether the C library can say how much it has handed out."""
+    library = _glibc()
+    if library is None or not hasattr(library, "mallinfo2"):
+        return False
     library.mallinfo2.restype = _MallInfo
-    return library
+    return True
+
+
+def _beside_use() -> int:
+    """Bytes of private memory that the C library has not handed out: its free pages, and what others mapped."""
+    library = _glibc()
+    assert library is not None
+    info, held = library.mallinfo2(), psutil.Process().memory_info()
+    return int(held.rss - held.shared - info.uordblks - info.hblkhd)
+
+
+@cache
+def _at_first() -> int:
+    """The same before the first layer of this process."""
+    return _beside_use()
 
 
 @cache
 def _keep_freed() -> None:
     """Have freed tensors stay in the heap; once is enough for a process."""
     library = _glibc()
-    if library is not None:
-        library.mallopt(M_MMAP_THRESHOLD, OWN_MAP_BYTES) or library.mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
-        library.mallopt(M_TRIM_THRESHOLD, NEVER)
+    assert library is not None
+    library.mallopt(M_MMAP_THRESHOLD, OWN_MAP_BYTES) or library.mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
+    library.mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -143,8 +143,8 @@ def _done_everywhere(journal: Journal | None, device: torch.device) -> dict[str,
     steps = ("index", "forward")
     known = [journal is not None and step in journal for step in steps]
     done = dict(zip(steps, distributed.everywhere(known, device), strict=True))
-    if journal is not None and known[0] and not done["index"]:
-        journal.start_over()  # its hidden states are gone
+    if journal is not None and known != list(done.values()):
+        journal.start_over()  # what it has of the backward pass is of no use to the others, or its hidden states are gone
     return done
 
 

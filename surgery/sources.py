@@ -28,7 +28,7 @@ class ByteSource(Protocol):
 
 def new_buffer(size: int) -> memoryview:
     """Writable memory for `size` bytes, from PyTorch's allocator: the next layer's weights go where this one's were."""
-    return torch.empty(size, dtype=torch.uint8).numpy().data
+    return torch.empty(size, dtype=torch.uint8, device="cpu").numpy().data
 
 
 class LocalFolder:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from surgery.errors import NumericsError
 from surgery.ffn import observed
-from surgery.graphs import Graph, KeptBytes, KeptGraphs, Seen, keeping
+from surgery.graphs import Graph, KeptGraphs, KeptResults, Seen, keeping
 from surgery.hidden import HiddenStore
 from surgery.stream import LayerCall, StreamedModel
 
@@ -128,7 +128,7 @@ class TokenStream:
         for place, (part, calls) in enumerate(zip(self.slices, self.calls, strict=True)):
             if keep:
                 graph, nbytes = self._kept_graph(number, layer, place)
-                graphs.append(graph)
+                graphs.append(graph if nbytes else None)
                 held += nbytes
                 output = graph.output.detach()
             else:
@@ -153,10 +153,11 @@ class TokenStream:
         return Graph(hidden, output, seen)
 
     def _kept_graph(self, number: int, layer: nn.Module, place: int) -> tuple[Graph, int]:
-        """The same with only dear results held until gradients are taken, and the bytes that takes."""
-        with KeptBytes() as kept:
+        """The same with only dear results held until gradients are taken, and the bytes that takes; 0 if it can't be."""
+        with KeptResults() as kept:
             graph = self._graph(number, layer, place, functools.partial(keeping, self.model.run_layer))
-        return graph, kept.total + graph.nbytes
+        graph.seen = [(unit, tokens, u, None) for unit, tokens, u, _ in graph.seen]
+        return graph, 0 if kept.overwritten else kept.nbytes + graph.nbytes
 
     def backward(
         self,
@@ -179,7 +180,7 @@ class TokenStream:
                 kept[turn] = None  # its memory goes as soon as it has been used
             gradient = above.get(slot, part, self.model.device)
             seen = graph.seen
-            ys = [y for *_, y in seen] if gradients is not None else []
+            ys = [y for *_, y in seen if y is not None] if gradients is not None else []
             inputs = (graph.hidden, *(u for _, _, u, _ in seen), *ys, *parameters)
             to_input, *others = torch.autograd.grad(graph.output, inputs, gradient)
             below.put(free, part, to_input)
