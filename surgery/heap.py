@@ -17,6 +17,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 OWN_MAP_BYTES = (
     1 << 26
 )  # tensors from here on are maps of their own, given back at once: weights of large models
+TIGHT_BYTES = 1 << 30  # a budget below this has no room for freed memory
+TIGHT_MAP_BYTES = 1 << 20  # then tensors from here on are maps of their own
 OLD_LIMIT = 1 << 25  # the largest such threshold that older versions accept
 NEVER = 2**31 - 1
 SHARE = 8  # of a memory budget, one part in so many may be held free
@@ -51,7 +53,7 @@ class Heap:
     def __init__(self, budget: int) -> None:
         self.limit = budget // SHARE
         if _counts():
-            _keep_freed()
+            _own_maps_from(OWN_MAP_BYTES if budget >= TIGHT_BYTES else TIGHT_MAP_BYTES)
             _at_first()
 
     def settle(self) -> None:
@@ -92,10 +94,9 @@ def _at_first() -> int:
     return _beside_use()
 
 
-@cache
-def _keep_freed() -> None:
-    """Have freed tensors stay in the heap; once is enough for a process."""
+def _own_maps_from(size: int) -> None:
+    """Have freed tensors of fewer bytes stay in the heap, and larger ones be maps that go back at once."""
     library = _glibc()
     assert library is not None
-    library.mallopt(M_MMAP_THRESHOLD, OWN_MAP_BYTES) or library.mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
+    library.mallopt(M_MMAP_THRESHOLD, size) or library.mallopt(M_MMAP_THRESHOLD, OLD_LIMIT)
     library.mallopt(M_TRIM_THRESHOLD, NEVER)
