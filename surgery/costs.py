@@ -106,10 +106,10 @@ def index_costs(
         fits_host = hidden <= options.memory
         place = "device" if 2 * hidden <= budget - used else "memory" if fits_host else "disk"
     else:
-        place = "memory" if hidden <= budget - used - options.memory // SHARE else "disk"
+        budget -= options.memory // SHARE  # for what the C library holds free
+        place = "memory" if hidden <= budget - used else "disk"
     used += hidden * (place == ("device" if on_device else "memory"))
-    spare = budget - used if on_device else budget - used - options.memory // SHARE
-    graphs = 0 if second_order else max(0, spare) // (2 if on_device else 1)
+    graphs = 0 if second_order else max(0, budget - used) // (2 if on_device else 1)
     per_layer = sizes.kept_token * tokens
     kept = min(sizes.layers, graphs // per_layer)
     used += kept * per_layer

@@ -56,8 +56,8 @@ class KeptResults(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
-            given = tree_leaves((args, kwargs))
-            self.overwritten |= any(_storage(one) in self.storages for one in _written(func, args, given))
+            written = _written(func, args, kwargs or {})
+            self.overwritten |= any(_storage(one) in self.storages for one in written)
         result = func(*args, **(kwargs or {}))
         if func in KEPT:
             kept = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -71,15 +71,14 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _written(func: Any, args: Any, given: list[Any]) -> list[torch.Tensor]:
-    """Tensors that a mutable operation may write: those its schema says, or all where they come by keyword."""
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors that an operation writes, by its schema."""
     written = [
-        one
-        for one, entry in zip(args, func._schema.arguments, strict=False)
+        args[place] if place < len(args) else kwargs.get(entry.name)
+        for place, entry in enumerate(func._schema.arguments)
         if entry.alias_info is not None and entry.alias_info.is_write
     ]
-    tensors = [one for one in tree_leaves(written) if isinstance(one, torch.Tensor)]
-    return tensors or [one for one in given if isinstance(one, torch.Tensor)]
+    return [one for one in tree_leaves(written) if isinstance(one, torch.Tensor)]
 
 
 def keeping(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:

@@ -14,9 +14,7 @@ from functools import cache
 import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
-OWN_MAP_BYTES = (
-    1 << 26
-)  # tensors from here on are maps of their own, given back at once: weights of large models
+OWN_MAP_BYTES = 1 << 26  # tensors from here on are maps of their own, given back at once: large weights
 TIGHT_BYTES = 1 << 30  # a budget below this has no room for freed memory
 TIGHT_MAP_BYTES = 1 << 20  # then tensors from here on are maps of their own
 OLD_LIMIT = 1 << 25  # the largest such threshold that older versions accept
@@ -28,19 +26,8 @@ class _MallInfo(ctypes.Structure):
     """`struct mallinfo2` of <malloc.h>; `hblkhd` and `uordblks` are bytes in use, in maps and in the heap."""
 
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
     ]
 
 

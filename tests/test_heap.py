@@ -10,7 +10,7 @@ import pytest
 from surgery.heap import _counts
 
 HELD = """
-import os, sys
+import sys
 import psutil
 import torch
 from surgery.heap import Heap

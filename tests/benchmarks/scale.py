@@ -3,8 +3,8 @@
     python tests/benchmarks/scale.py [--layers 4 32] [--memory 4GiB] [--limit 6GiB] [--hidden 4096] [--width 11008]
 
 A random Llama-shaped bfloat16 checkpoint of each depth is written, indexed on 8 blocks of 128 tokens and cut to half its
-channels without repair, the copy and the cut twice in turn, every command in a process of its own and, where a memory cgroup can be made (Linux, root), under a
-hard limit on it; elsewhere under one on private memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two
+channels without repair, the copy and the cut twice in turn, every command in a process of its own and, where a memory
+cgroup can be made (Linux, root), under a hard limit on it; elsewhere under one on private memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two
 copies. `--in-memory` also lets `from_pretrained` and `loss.backward()` try the same under the same limit.
 """
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/streamed.py [--time] [--memory]
 
-Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune`, with and without repair, on a random 24-layer Llama-shaped checkpoint of
-at least 2 GiB in bfloat16, each in its own process; the peak resident size is compared with the checkpoint's.
+Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune`, with and without repair, on a random 24-layer
+Llama-shaped checkpoint of at least 2 GiB in bfloat16, each in its own process; the peak resident size is compared with the checkpoint's.
 Time: streamed LP on SmolLM2 against an ordinary in-memory `loss.backward()` with parameter gradients, same tokens,
 same dtype, in turn, each in a process of its own.
 """
