@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from surgery.mended import Change
-from surgery.repair import Moments, Repair, least_squares, parts, repair
+from surgery.repair import Moments, Repair, least_squares, repair
+from surgery.repair_memory import parts
 from surgery.stream import LayerCall, StreamedModel
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def mend_attention(
     device = mender.model.device
     bias = getattr(linear, "bias", None)
     repairs = []
-    for chunk in parts(weight.shape[1], mender.budget):
+    for chunk in parts(weight.shape[1], len(weight), mender.budget):
         size = weight[:, chunk].shape[1]
         train, held = (Moments.zeros(len(weight), size, device) for _ in range(2))
         for part, calls in zip(mender.pruned.slices, mender.pruned.calls, strict=True):

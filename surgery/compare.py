@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ from torch import nn
 
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
+from surgery.cut_costs import CutCosts, CutJob, cut_costs
 from surgery.dense import DenseStream
 from surgery.devices import micro_batch
 from surgery.divergence import measure
-from surgery.families import text_config
 from surgery.index import ChannelIndex, Track, untracked
 from surgery.indexing import RunOptions
 from surgery.journal import Journal
 from surgery.mending import dense_stream, mender
-from surgery.plan import ResizePlan
+from surgery.plan import REPAIRS, ResizePlan
 from surgery.plots import save_comparison
 from surgery.prune import planned_specs
 from surgery.resize import mask_channels, tensor_cuts
+from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
@@ -73,7 +74,8 @@ class Comparison:
 
         With `journal`, walks that are done are not done again.
         """
-        together = self._together()
+        skeleton = Skeleton(self.checkpoint, self.options.dtype)
+        together, self.costs = share_walks(skeleton, self.job(plans), self.options)
         for start in range(0, max(1, len(plans)), together):
             step = f"walk {start}"
             if journal is not None and step in journal:
@@ -86,25 +88,25 @@ class Comparison:
                 journal.mark(step)
         return self.rows
 
-    def _together(self) -> int:
-        """Cuts whose hidden states fit in half the budget."""
-        width = text_config(self.checkpoint.config).get("hidden_size") or 1
-        tokens = sum(blocks.ids.numel() for blocks in self.texts) + 4 * self.index.input_ids.numel()
-        return max(1, self.options.memory // (2 * tokens * width * self.options.dtype.itemsize))
+    def job(self, plans: list[ResizePlan]) -> CutJob:
+        """All that is to be done, as one walk."""
+        repairs = {plan.repair for plan in plans}
+        kept = [
+            {unit: max(len(layer.ffns[unit].kept) for layer in layers) for unit in layers[0].ffns}
+            for layers in zip(*(plan.layers for plan in plans), strict=True)
+        ]
+        return comparison_job(kept, repairs, self.index.input_ids.shape, len(plans), self.texts)
 
     def _walk(self, plans: list[ResizePlan], with_dense: bool, track: Track[Any]) -> None:
         model = StreamedModel(
             self.checkpoint, self.options.device, self.options.dtype, memory=self.options.memory
         )
-        share = self.options.memory // (2 * (len(plans) + 1) * len(self.texts))
         with model.outside():
-            dense = self._streams(model, share)
+            dense = self._streams(model)
             calibration = None
             if any(plan.repair != "none" for plan in plans):
-                calibration = dense_stream(model, self.index.input_ids.long(), self.options)
-            cuts = [
-                _Cut(model, plan, self._streams(model, share), calibration, self.options) for plan in plans
-            ]
+                calibration = dense_stream(model, self.index.input_ids.long(), self.costs)
+            cuts = [_Cut(model, plan, self._streams(model), calibration, self.costs) for plan in plans]
         shared = 0.0
         count = len(model.layers)
         for number, layer in track(model.walk(range(count)), "layers", count):
@@ -123,11 +125,13 @@ class Comparison:
                 calibration.step()
         self._measure(model, dense, cuts, with_dense, shared)
 
-    def _streams(self, model: StreamedModel, share: int) -> list[TokenStream]:
+    def _streams(self, model: StreamedModel) -> list[TokenStream]:
         found = []
         for blocks in self.texts:
             step = micro_batch(blocks.ids.shape[1], self.options.device)
-            found.append(TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=share))
+            found.append(
+                TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=self.costs.hidden_limit)
+            )
         return found
 
     def _measure(
@@ -173,7 +177,7 @@ class _Cut:
         plan: ResizePlan,
         streams: list[TokenStream],
         calibration: DenseStream | None,
-        options: RunOptions,
+        costs: CutCosts,
     ) -> None:
         self.plan = plan
         self.streams = streams
@@ -181,7 +185,7 @@ class _Cut:
         self.edit: Callable[[int, nn.Module], object] = mask_channels(plan, model.skeleton.ffns)
         if plan.repair != "none":
             assert calibration is not None
-            self.edit = mender(calibration, plan, options).layer
+            self.edit = mender(calibration, plan, costs).layer
 
     def layer(self, number: int, layer: nn.Module) -> None:
         """Cut the resident layer and move this cut's texts through it."""
@@ -190,6 +194,31 @@ class _Cut:
         self.seconds += time.monotonic() - started
         for stream in self.streams:
             stream.forward(number, layer)
+
+
+def comparison_job(
+    kept: list[dict[str, int]],
+    repairs: set[str],
+    calibration: tuple[int, ...],
+    cuts: int,
+    texts: list[TokenBlocks],
+) -> CutJob:
+    """`cuts` of at most `kept` channels, any of them repaired in any of the ways, measured on texts."""
+    repair = max(repairs, key=REPAIRS.index, default="none")
+    tokens = (cuts + 1) * sum(blocks.ids.numel() for blocks in texts)
+    blocks, block_size = calibration
+    return CutJob(kept, repair, blocks, block_size, cuts, tokens, put_back=True)
+
+
+def share_walks(skeleton: Skeleton, job: CutJob, options: RunOptions) -> tuple[int, CutCosts]:
+    """How many of a job's cuts are made in one walk, so that their hidden states stay in memory; what one walk takes."""
+    together, each = max(1, job.cuts), job.text_tokens // (job.cuts + 1)
+    while True:
+        walk = replace(job, cuts=together, text_tokens=each * (together + 1))
+        costs = cut_costs(skeleton, walk, options)
+        if costs.hidden_on != "disk" or together == 1:
+            return together, costs
+        together = (together + 1) // 2
 
 
 def save_rows(rows: list[Row], folder: Path) -> None:

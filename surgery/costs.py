@@ -6,6 +6,7 @@ s bytes of the compute dtype. The estimates err upwards; `tests/benchmarks/scale
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.devices import TOKENS_PER_STEP, room
+from surgery.devices import TOKENS_PER_STEP, room, wide_dtype
 from surgery.errors import MemoryBudgetError
 from surgery.ffn import Ffn
 from surgery.heap import SHARE
@@ -40,6 +41,7 @@ HEAD_COPIES = 4  # logits, in float32, their gradient, softmax
 DENSE_MATRICES = 16  # F x F in double precision at the peak of second-order scores
 PROBE_SECONDS = 0.5
 PROBE_BYTES = 256 << 20
+WIDE_PROBE = 1024
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class IndexCosts:
     write_bytes: int
     flops: float
 
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """Seconds for arithmetic and for reading, which overlap: the larger one bounds the run."""
+        return {"compute": self.flops / machine.flops, "read": self.read_bytes / machine.read}
+
     def as_json(self) -> dict[str, Any]:
         """The `costs` of `surgeon index --dry-run --json`."""
         return asdict(self)
@@ -72,14 +78,25 @@ class IndexCosts:
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured: floating-point operations a second of a matrix product, and bytes a second read from the checkpoint."""
+    """Measured: operations a second of a matrix product in the compute dtype, bytes a second read from the checkpoint.
+
+    The other two are operations a second in float32 and float64, where they were asked for.
+    """
 
     flops: float
     read: float
+    float32_flops: float = 0.0
+    float64_flops: float = 0.0
 
-    def seconds(self, costs: IndexCosts) -> dict[str, float]:
-        """Seconds for arithmetic and for reading, which overlap: the larger one bounds the run."""
-        return {"compute": costs.flops / self.flops, "read": costs.read_bytes / self.read}
+    def as_json(self) -> dict[str, float]:
+        """The `machine` of a dry run's JSON; rates that were not asked for are left out."""
+        rates = {
+            "flops_per_second": self.flops,
+            "read_bytes_per_second": self.read,
+            "float32_flops_per_second": self.float32_flops,
+            "float64_flops_per_second": self.float64_flops,
+        }
+        return {name: rate for name, rate in rates.items() if rate}
 
 
 def index_costs(
@@ -96,7 +113,7 @@ def index_costs(
     on_device = options.device.type == "cuda"
     budget = room(options.device) if on_device else options.memory
     smallest = fixed + sizes.step(1)
-    _check_budget(smallest, budget, options.device.type)
+    check_budget(smallest, budget, options.device.type)
     step = max(1, TOKENS_PER_STEP[options.device.type] // block_size)
     while step > 1 and fixed + sizes.step(step) > budget:
         step //= 2
@@ -130,7 +147,7 @@ def index_costs(
     )
 
 
-def _check_budget(smallest: int, budget: int, device: str) -> None:
+def check_budget(smallest: int, budget: int, device: str) -> None:
     """Raise MemoryBudgetError when not even the smallest way fits."""
     if smallest <= budget:
         return
@@ -228,15 +245,16 @@ def _other_rows(layer: nn.Module, ffns: list[Ffn]) -> int:
 
 def _channels_met(ffns: list[Ffn], config: Any) -> int:
     """FFN channels of a layer that one token goes through."""
-    return sum(ffn.width * min(_routed(ffn, config), len(ffn.units)) for ffn in ffns)
+    return sum(ffn.width * min(routed(ffn, config), len(ffn.units)) for ffn in ffns)
 
 
 def _unused(ffns: list[Ffn], config: Any, hidden: int) -> int:
     """Weights of the experts of a layer that one token does not go through, roughly."""
-    return sum(3 * hidden * ffn.width * max(0, len(ffn.units) - _routed(ffn, config)) for ffn in ffns)
+    return sum(3 * hidden * ffn.width * max(0, len(ffn.units) - routed(ffn, config)) for ffn in ffns)
 
 
-def _routed(ffn: Ffn, config: Any) -> int:
+def routed(ffn: Ffn, config: Any) -> int:
+    """Experts of an FFN that one token goes through; 1 of one that is no stack of experts."""
     if not ffn.stacked:
         return 1
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")
@@ -245,8 +263,13 @@ def _routed(ffn: Ffn, config: Any) -> int:
     )
 
 
-def measure_machine(checkpoint: Checkpoint, skeleton: Skeleton, options: RunOptions) -> Machine:
-    """Spend about a second to see how fast this machine multiplies matrices of this model and reads its weights."""
+def measure_machine(
+    checkpoint: Checkpoint, skeleton: Skeleton, options: RunOptions, wide: bool = False
+) -> Machine:
+    """Spend about a second to see how fast this machine multiplies matrices of this model and reads its weights.
+
+    With `wide` another one on float32 and float64, which repairs are computed in.
+    """
     largest = max(
         (
             entry
@@ -267,7 +290,13 @@ def measure_machine(checkpoint: Checkpoint, skeleton: Skeleton, options: RunOpti
         read += entry.nbytes
         if read >= PROBE_BYTES or time.perf_counter() - started > PROBE_SECONDS:
             break
-    return Machine(rate, read / max(1e-9, time.perf_counter() - started))
+    reading = read / max(1e-9, time.perf_counter() - started)
+    others = []
+    for dtype in (torch.float32, wide_dtype(options.device)) if wide else ():
+        square = torch.randn(WIDE_PROBE, WIDE_PROBE, device=options.device).to(dtype)
+        multiply = functools.partial(torch.matmul, square, square)
+        others.append(_rate(multiply, 2.0 * WIDE_PROBE**3, options.device))
+    return Machine(rate, reading, *others)
 
 
 def _rate(run: Callable[[], object], each: float, device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.checkpoint import Checkpoint
+from surgery.cut_costs import CutCosts
 from surgery.faults import at_layer
 from surgery.gate import last_logits
 from surgery.hidden import HiddenStore
@@ -45,14 +47,14 @@ class CuttingWalk:
         plan: ResizePlan,
         specs: dict[str, TensorSpec],
         cuts: dict[str, TensorCut],
-        options: RunOptions,
+        costs: CutCosts,
         journal: Journal | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
         self.specs = specs
         self.cuts = cuts
-        self.options = options
+        self.costs = costs
         self.journal = journal if plan.repair != "none" else None
         self.mendable = layer_tensors(model.skeleton) if plan.repair != "none" else set()
         self.written: set[str] = set()
@@ -97,9 +99,11 @@ class CuttingWalk:
         model, count = self.model, len(self.model.layers)
         model.on_read = lambda name, tensor: self._save(writer, name, tensor)
         repairs = [self.journal.load(f"cut-{number}")[0] for number in range(first) if self.journal]
-        with model.outside():  # held throughout: from the Hub, each read is a download
-            gate = TokenStream(model, ids, micro_batch=1)
-            cutter = LayerCutter(model, self.plan, calibration, self.options)
+        # from the Hub, each read is a download
+        with model.outside() if self.costs.ends_held else contextlib.nullcontext():
+            with model.outside():
+                gate = TokenStream(model, ids, micro_batch=1)
+                cutter = LayerCutter(model, self.plan, calibration, self.costs)
             streams = [gate, *cutter.streams]
             if first:
                 self._recall(streams, first)
@@ -113,7 +117,8 @@ class CuttingWalk:
                     for name, tensor in mended_tensors(model.skeleton, number, done, self.late).items():
                         self._write(writer, name, tensor)
                     self._put_by(streams, number, repairs[-1])
-            return last_logits(model, gate), repairs
+            with model.outside():
+                return last_logits(model, gate), repairs
 
     def _save(self, writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor as it is read, or keep it until its layer is mended; in the reader thread."""

@@ -14,7 +14,7 @@ from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
 
 Seen = list[tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor]]
-STORES = 4  # entering, leaving and before the FFN here, and a pruned stream beside them
+STORES = 3  # entering, leaving and before the FFN
 
 
 class DenseStream:
@@ -23,22 +23,31 @@ class DenseStream:
     Between the two, `stream` holds what enters the layer and `leaving` what leaves it. In a layer that is `additive` (it
     adds its only FFN's output, as it is, to the residual stream) `before` is the stream before the FFN, and `attention`
     names the linear whose output, added to what enters, makes it; None where none can be told. Several prunings may use
-    one dense stream.
+    one dense stream. Each of its stores that takes more than `host_bytes` is a file.
     """
 
     def __init__(
         self, model: StreamedModel, ids: torch.Tensor, micro_batch: int, host_bytes: int | None = None
     ) -> None:
         self.model = model
-        share = None if host_bytes is None else host_bytes // STORES
-        self.stream = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=share)
-        self.share = share
-        shape = (1, *ids.shape, self.stream.store.shape[-1])
-        self.leaving, self.before = (
-            HiddenStore(shape, self.stream.store.dtype, share, device=model.device) for _ in range(2)
-        )
+        self.host_bytes = host_bytes
+        self.stream = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=host_bytes)
+        width = self.stream.store.shape[-1]
+        self.leaving, self.before = self._store(width), self._store(width)
+        self._channels: HiddenStore | None = None
         self.additive = False
         self.attention: str | None = None
+
+    def _store(self, width: int) -> HiddenStore:
+        shape = (1, *self.stream.ids.shape, width)
+        return HiddenStore(shape, self.stream.store.dtype, self.host_bytes, device=self.model.device)
+
+    def channels(self, width: int) -> HiddenStore:
+        """Room for `width` FFN channels of every token, for one pruning at a time."""
+        if self._channels is None or self._channels.shape[-1] != width:
+            self._channels = None  # the old one's memory first
+            self._channels = self._store(width)
+        return self._channels
 
     @torch.no_grad()
     def run(self, number: int, layer: nn.Module) -> None:

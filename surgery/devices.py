@@ -97,6 +97,11 @@ def room(device: torch.device) -> int:
     return max(0, free - total // 10)
 
 
+def capacity(device: torch.device) -> int:
+    """Bytes of an accelerator's own memory, but for a tenth, whatever else is in it now; 0 for a CPU."""
+    return torch.cuda.mem_get_info(device)[1] * 9 // 10 if device.type == "cuda" else 0
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype sums are kept in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

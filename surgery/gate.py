@@ -29,11 +29,11 @@ def cpu_options(checkpoint: Checkpoint) -> RunOptions:
 
 
 def run_to_logits(model: StreamedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] float32, on the CPU, of one block of ids [1, T]; every weight is read once."""
+    """Logits [T, V] float32, on the CPU, of one block of ids [1, T]; those outside the layers are read twice."""
+    stream = TokenStream(model, ids, micro_batch=1)
+    for number, layer in model.walk(range(len(model.layers))):
+        stream.forward(number, layer)
     with model.outside():
-        stream = TokenStream(model, ids, micro_batch=1)
-        for number, layer in model.walk(range(len(model.layers))):
-            stream.forward(number, layer)
         return last_logits(model, stream)
 
 

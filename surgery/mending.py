@@ -10,36 +10,29 @@ up for what those before it left (block Gauss-Seidel).
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from surgery.attention import mend_attention
+from surgery.cut_costs import CutCosts
 from surgery.dense import DenseStream, Seen, run_observed
-from surgery.devices import micro_batch
 from surgery.ffn import Ffn
-from surgery.hidden import HiddenStore
 from surgery.mended import Change, MendedLayer
 from surgery.plan import ResizePlan
 from surgery.repair import (
     HELD_OUT,
     Moments,
     least_squares,
-    matrix_bytes,
     mean_shift,
-    moment_bytes,
-    parts,
     repair,
     token_weights,
 )
+from surgery.repair_memory import parts, schedule
 from surgery.resize import mask_channels
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream, check_finite
-
-if TYPE_CHECKING:
-    from surgery.indexing import RunOptions
 
 Pair = tuple[Moments, Moments]
 
@@ -67,9 +60,8 @@ class Mender:
         self.mean_only = mean_only
         self.budget = budget
         blocks = len(dense.stream.ids)
-        self.pruned = dense.stream.fork(blocks, 0, dense.share) if accumulate else dense.stream
+        self.pruned = dense.stream.fork(blocks, 0, dense.host_bytes) if accumulate else dense.stream
         self.first_held = blocks - max(1, blocks // HELD_OUT)
-        self.channels: HiddenStore | None = None
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> MendedLayer:
@@ -91,9 +83,9 @@ class Mender:
         kept = self.plan.layers[number].kept.to(self.model.device)
         weight, bias = ffn.down_weight()[:, kept], ffn.down_bias()
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
-        assert self.channels is not None
+        channels = self.dense.channels(len(kept))
         for part in self.pruned.slices:
-            u = self.channels.get(0, part, self.model.device)
+            u = channels.get(0, part, self.model.device)
             output = self.pruned.store.get(0, part, self.model.device) + functional.linear(u, weight, bias)
             finite &= output.isfinite().all()
             self.pruned.store.put(0, part, output)
@@ -106,18 +98,13 @@ class Mender:
         ffns = self.model.ffns(number)
         plans = self.plan.layers[number].ffns
         places = {unit: (ffn, place) for ffn in ffns for place, unit in enumerate(ffn.units)}
-        chunks = {unit: parts(len(plans[unit].kept), self.budget) for unit in places}
-        turns = schedule(chunks, len(ffns[0].down_weight()) if ffns else 0, self.budget)
-        if additive:
-            shape = (*self.pruned.store.shape[:3], len(plans[ffns[0].key].kept))
-            if self.channels is None or self.channels.shape != shape:
-                self.channels = HiddenStore(
-                    shape, self.pruned.store.dtype, self.dense.share, device=self.model.device
-                )
+        outputs = len(ffns[0].down_weight()) if ffns else 0
+        chunks = {unit: parts(len(plans[unit].kept), outputs, self.budget) for unit in places}
+        turns = schedule(chunks, outputs, self.budget)
         originals = {
             unit: (ffn.down_weight(place).clone(), ffn.down_bias(place))
             for unit, (ffn, place) in places.items()
-            if len(turns) > 1
+            if len(turns) > 1 and not additive
         }
         originals = {u: (w, None if b is None else b.clone()) for u, (w, b) in originals.items()}
         for turn, now in enumerate(turns):
@@ -196,9 +183,8 @@ class Mender:
                 columns = ffn.down_weight(place)[:, kept]
                 self.add(found[unit], part, u[..., kept], wanted, columns, aim, tokens, chunks[unit])
             if additive and last:  # all that is needed to go on without running the layer again
-                assert self.channels is not None
                 flow = seen[0][2][..., kept]  # some families hand their FFN flattened blocks
-                self.channels.put(0, part, flow.view(*output.shape[:2], -1))
+                self.dense.channels(len(kept)).put(0, part, flow.view(*output.shape[:2], -1))
                 self.pruned.store.put(0, part, output - seen[0][3].view_as(output))
 
         run_observed(self.pruned, number, layer, use)
@@ -231,44 +217,6 @@ class Mender:
             mine.add(u[chosen], r[chosen], weight, weights[chosen], chunk)
 
 
-def schedule(chunks: dict[str, list[slice]], outputs: int, budget: int | None) -> list[dict[str, slice]]:
-    """Which part of which FFN is done in which pass over a layer: as many together as the budget holds the sums of.
-
-    The parts of one FFN follow each other; `outputs` is D.
-    """
-    left = {unit: list(found) for unit, found in chunks.items()}
-    turns: list[dict[str, slice]] = []
-    while any(left.values()):
-        now: dict[str, slice] = {}
-        taken = 0
-        for unit, found in left.items():
-            need = moment_bytes(found[0].stop - found[0].start, outputs) if found else 0
-            if found and (not now or budget is None or taken + need <= budget):
-                now[unit] = found.pop(0)
-                taken += need
-        turns.append(now)
-    return turns
-
-
-def repair_bytes(plan: ResizePlan, outputs: int, budget: int) -> dict[str, int]:
-    """What repairing will take at its peak for matrices, in bytes, and in how many `parts` (passes over a layer).
-
-    `outputs` is D.
-    """
-    if plan.repair == "none":
-        return {"repair_bytes": 0, "repair_parts": 0}
-    most = passes = 0
-    for layer in plan.layers:
-        chunks = {unit: parts(len(ffn.kept), budget // 2) for unit, ffn in layer.ffns.items()}
-        turns = schedule(chunks, outputs, budget // 2)
-        passes = max(passes, len(turns))
-        for now in turns:
-            widths = [part.stop - part.start for part in now.values()]
-            sums = sum(moment_bytes(width, outputs) for width in widths)
-            most = max(most, sums + matrix_bytes(max(widths)))
-    return {"repair_bytes": most, "repair_parts": passes}
-
-
 class LayerCutter:
     """What makes a resident layer compute what it will as written; to be called with each layer, in order.
 
@@ -276,15 +224,13 @@ class LayerCutter:
     `streams` are the tokens on their way, all there is to know to go on after any layer.
     """
 
-    def __init__(
-        self, model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, options: RunOptions
-    ) -> None:
+    def __init__(self, model: StreamedModel, plan: ResizePlan, ids: torch.Tensor, costs: CutCosts) -> None:
         self.mask = mask_channels(plan, model.skeleton.ffns)
         self.streams: list[TokenStream] = []
         self.mender: Mender | None = None
         if plan.repair != "none":
-            dense = dense_stream(model, ids, options)
-            self.mender = mender(dense, plan, options)
+            dense = dense_stream(model, ids, costs)
+            self.mender = mender(dense, plan, costs)
             self.streams = [dense.stream, *([self.mender.pruned] if self.mender.accumulate else [])]
 
     def __call__(self, number: int, layer: nn.Module) -> MendedLayer | None:
@@ -298,12 +244,12 @@ class LayerCutter:
         return done
 
 
-def dense_stream(model: StreamedModel, ids: torch.Tensor, options: RunOptions) -> DenseStream:
-    """Calibration blocks `ids` [N, T] before the first layer; half the budget is for hidden states."""
-    return DenseStream(model, ids, micro_batch(ids.shape[1], options.device), options.memory // 2)
+def dense_stream(model: StreamedModel, ids: torch.Tensor, costs: CutCosts) -> DenseStream:
+    """Calibration blocks `ids` [N, T] before the first layer."""
+    return DenseStream(model, ids, costs.micro_batch, costs.hidden_limit)
 
 
-def mender(dense: DenseStream, plan: ResizePlan, options: RunOptions) -> Mender:
-    """What carries out a plan's repair; the other half of the budget is for matrices."""
+def mender(dense: DenseStream, plan: ResizePlan, costs: CutCosts) -> Mender:
+    """What carries out a plan's repair."""
     accumulate, mean_only = plan.repair == "lstsq-acc", plan.repair == "bias"
-    return Mender(dense, plan, accumulate, options.memory // 2, mean_only)
+    return Mender(dense, plan, accumulate, costs.matrix_bytes, mean_only)

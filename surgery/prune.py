@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
+from surgery.cut_costs import cut_costs, planned
 from surgery.cutting import CuttingWalk
 from surgery.destination import complete_folder, replace_text
 from surgery.families import check_prunable, family_of, text_config
@@ -86,7 +87,9 @@ def write_pruned(
     skeleton, cuts = model.skeleton, tensor_cuts(model.skeleton)
     specs = planned_specs(checkpoint, plan, cuts)
     with complete_folder(destination) as folder:
-        walk = CuttingWalk(model, plan, specs, cuts, options, journal)
+        size = sum(spec.nbytes for spec in specs.values())
+        costs = cut_costs(skeleton, planned(plan, index.input_ids, size), options)
+        walk = CuttingWalk(model, plan, specs, cuts, costs, journal)
         expected, repairs = walk.run(folder, ids, index.input_ids.long(), track)
         _carry_files(checkpoint, plan, folder)
         if plan.per_layer_widths:

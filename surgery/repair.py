@@ -29,7 +29,6 @@ RIDGES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 HELD_OUT = 8  # one calibration block in so many is held out to choose the ridge
 ADDITIVE_ERROR = 0.05  # of what a module adds to the stream may go unexplained; rounding stays far below
 ADDITIVE_SCALE = 0.02  # by which it may be scaled on the way there
-MATRICES = 7  # K x K in double precision that are alive at once while a ridge is solved for, rounded up
 
 
 def token_weights(stream: torch.Tensor) -> torch.Tensor:
@@ -134,25 +133,6 @@ def mean_shift(moments: Moments, ridge: float, has_bias: bool) -> torch.Tensor:
     part = Moments(moments.gram[:-1, :-1], one, moments.left, moments.power)
     change[:, :-1] = torch.outer(mean, least_squares(part, ridge)[0])
     return change
-
-
-def matrix_bytes(width: int) -> int:
-    """Bytes that solving for `width` channels takes at its peak."""
-    return MATRICES * 8 * width**2
-
-
-def moment_bytes(width: int, outputs: int) -> int:
-    """Bytes of the sums for `width` channels and `outputs` dimensions, training and held-out blocks apart."""
-    return 2 * 8 * width * (width + outputs)
-
-
-def parts(width: int, budget: int | None) -> list[slice]:
-    """Channels solved for together: all of them, or where that takes more than `budget` bytes, so many at a time."""
-    count = 1
-    while budget is not None and count < width and matrix_bytes(-(-width // count)) > budget:
-        count += 1
-    step = -(-width // count)
-    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclass(frozen=True)

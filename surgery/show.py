@@ -223,9 +223,6 @@ def show_plan(plan: ResizePlan, sizes: dict[str, int], console: Console) -> None
         f"Parameters {sizes['parameters_before'] / 1e6:,.1f} M → {sizes['parameters_after'] / 1e6:,.1f} M, "
         f"bytes {sizes['bytes_before'] / 2**20:,.0f} MiB → {sizes['bytes_after'] / 2**20:,.0f} MiB"
     )
-    if sizes.get("repair_bytes"):
-        passes = f", in {sizes['repair_parts']} parts" if sizes["repair_parts"] > 1 else ""
-        console.print(f"Repair takes up to {sizes['repair_bytes'] / 2**20:,.0f} MiB for matrices{passes}")
     parts = [ffn for layer in plan.layers for ffn in layer.ffns.values()]
     kept = sum(part.supernodes_kept for part in parts)
     total = sum(part.supernodes for part in parts)

@@ -16,18 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from surgery import mending
 from surgery.index import ChannelIndex
-from surgery.mending import schedule
 from surgery.repair import (
     RIDGES,
     Moments,
     adds,
     least_squares,
-    matrix_bytes,
     mean_shift,
-    moment_bytes,
-    parts,
     repair,
 )
+from surgery.repair_memory import parts, repair_bytes, schedule
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -122,11 +119,11 @@ def test_without_a_bias_kept_channels_carry_the_mean() -> None:
 
 
 def test_channels_solved_for_in_parts() -> None:
-    assert parts(10, None) == [slice(0, 10)] == parts(10, 10**6)
-    assert parts(10, matrix_bytes(4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert parts(10, 4, None) == [slice(0, 10)] == parts(10, 4, 10**6)
+    assert parts(10, 4, repair_bytes([4], 4)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
     u, weight = normal(900, 12) @ normal(12, 12), normal(4, 12)
     r, now, errors = u @ weight.T + 0.1 * normal(900, 4), weight[:, :8].clone(), []
-    for chunk in parts(8, matrix_bytes(3)):
+    for chunk in parts(8, 4, repair_bytes([3], 4)):
         found = Moments.zeros(4, chunk.stop - chunk.start, torch.device("cpu"))
         found.add(u[:, :8], r, now, torch.ones(900), chunk)
         errors.append(found.error())
@@ -191,7 +188,7 @@ def test_a_small_budget_solves_in_parts_and_still_mends(
     kl = {}
     for name, width in (("none", None), ("parts", 9), ("whole", None)):
         monkeypatch.setattr(
-            mending, "parts", lambda w, _, width=width: parts(w, width and matrix_bytes(width))
+            mending, "parts", lambda w, d, _, width=width: parts(w, d, width and repair_bytes([width], d))
         )
         how = "none" if name == "none" else "lstsq-acc"
         surgeon("prune", str(source), *options, "--repair", how, "--out", name)
@@ -235,9 +232,9 @@ def test_storage_finer_than_memory_keeps_its_digits(
 
 
 def test_experts_are_mended_in_turns_that_fit() -> None:
-    chunks = {f"expert.{n}": parts(8, matrix_bytes(4)) for n in range(3)}
+    chunks = {f"expert.{n}": parts(8, 16, repair_bytes([4], 16)) for n in range(3)}
     assert len(schedule(chunks, 16, None)) == 2
-    turns = schedule(chunks, 16, 2 * moment_bytes(4, 16))
+    turns = schedule(chunks, 16, repair_bytes([4, 4], 16))
     assert all(len(turn) <= 2 for turn in turns)
     for unit, found in chunks.items():
         assert [turn[unit] for turn in turns if unit in turn] == found

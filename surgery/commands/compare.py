@@ -20,7 +20,7 @@ from surgery.commands.options import (
     output_options,
     resume_option,
 )
-from surgery.commands.planning import curves_for, index_for, prunable_skeleton
+from surgery.commands.planning import curves_for, index_for, prunable_skeleton, show_cut_costs
 from surgery.commands.session import (
     bars,
     data_console,
@@ -34,9 +34,11 @@ from surgery.commands.session import (
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
+    from surgery.calibration import TokenBlocks
     from surgery.compare import Comparison
     from surgery.journal import Journal
     from surgery.plan import ResizePlan
+    from surgery.skeleton import Skeleton
 
 
 CUT_WORDS = {"method": METHOD_NAMES, "repair": REPAIR_NAMES, "allocation": ALLOCATION_NAMES}
@@ -139,17 +141,18 @@ def compare(
     if any(allocation == "global" for allocation, *_ in variants):
         check_measurable(skeleton)
     combinations = [(sparsity, *variant) for sparsity in sparsities for variant in variants]
-    if dry_run:
-        click.echo(f"{len(combinations)} cuts on {len(texts)} texts")
-        return
     folder = out or Path(f"{checkpoint.name.split('/')[-1]}-comparison")
-    check_destination(folder, overwrite=overwrite, source=local_path(model))
+    if not dry_run:
+        check_destination(folder, overwrite=overwrite, source=local_path(model))
     blocks = []
     for spec in texts:
         text, name = read_text(spec)
         if not text.strip():
             raise UsageError("the text is empty", where=spec)
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
+    if dry_run:
+        show_costs(skeleton, combinations, blocks, index_folder, options, as_json)
+        return
     channels = index_for(
         checkpoint, index_folder, {method for *_, method in variants}, folder, options, quiet
     )
@@ -175,6 +178,39 @@ def compare(
     else:
         show_rows(comparison.rows, data_console())
     say(f"Table and plot written to {folder}", quiet)
+
+
+def show_costs(
+    skeleton: Skeleton,
+    combinations: list[tuple[float, str, str, str]],
+    blocks: list[TokenBlocks],
+    index_folder: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Print what a comparison will take, from the widths alone; the index that has to be made first is not in it."""
+    from surgery.compare import comparison_job, share_walks
+    from surgery.cut_costs import widths_after
+    from surgery.index import ChannelIndex
+    from surgery.widths import width_changes
+
+    shape: tuple[int, ...] = (options["blocks"], options["block_size"])
+    if index_folder is not None:
+        shape = tuple(ChannelIndex.load(index_folder).input_ids.shape)
+    least = min(sparsity for sparsity, *_ in combinations)
+    changes = width_changes(skeleton.widths(), least, None, options["multiple_of"])
+    repairs = {repair for *_, repair, _ in combinations}
+    job = comparison_job(widths_after(skeleton, changes), repairs, shape, len(combinations), blocks)
+    run = run_options(skeleton.checkpoint, options)
+    together, costs = share_walks(skeleton, job, run)
+    fields = {"cuts": len(combinations), "texts": len(blocks), "walks": -(-len(combinations) // together)}
+    if not as_json:
+        click.echo(
+            f"{fields['cuts']} cuts on {fields['texts']} texts, {together} in one walk over the layers"
+        )
+        if index_folder is None:
+            click.echo("Before that an index is made: `surgeon index --dry-run` says what it takes")
+    show_cut_costs(skeleton, costs, run, fields if as_json else None, fields["walks"])
 
 
 def comparison_journal(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from surgery.commands.options import SECOND_ORDER_METHODS
 from surgery.commands.session import bars, make_index, run_options, say
@@ -13,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.checkpoint import Checkpoint
+    from surgery.cut_costs import CutCosts
     from surgery.index import ChannelIndex
+    from surgery.indexing import RunOptions
     from surgery.plan import ResizePlan
     from surgery.skeleton import Skeleton
 
@@ -30,8 +35,9 @@ def check_size_options(options: dict[str, Any]) -> None:
         )
 
 
-def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
-    """Refuse a model or a width that can't be cut before anything is computed; returns the model's skeleton."""
+def check_width(checkpoint: Checkpoint, index_folder: str | None, options: dict[str, Any]) -> Skeleton:
+    """Refuse a model, a width or a budget that won't do before anything is computed; returns the model's skeleton."""
+    from surgery.cut_costs import CutJob, cut_costs, widths_after
     from surgery.widths import width_changes
 
     skeleton = prunable_skeleton(checkpoint)
@@ -39,9 +45,13 @@ def check_width(checkpoint: Checkpoint, options: dict[str, Any]) -> Skeleton:
         from surgery.curves import check_measurable
 
         check_measurable(skeleton)
-    width_changes(
+    changes = width_changes(
         skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
     )
+    if index_folder is None:  # whose blocks a repair would run; before an index is made for nothing
+        kept = widths_after(skeleton, changes)
+        job = CutJob(kept, options["repair"], options["blocks"], options["block_size"])
+        cut_costs(skeleton, job, run_options(checkpoint, options))
     return skeleton
 
 
@@ -88,10 +98,9 @@ def index_for(
 
 def plan_cut(
     skeleton: Skeleton, channels: ChannelIndex, options: dict[str, Any], quiet: bool
-) -> tuple[ResizePlan, dict[str, int]]:
-    """The plan, and parameters and bytes before and after it."""
-    from surgery.families import text_config
-    from surgery.mending import repair_bytes
+) -> tuple[ResizePlan, dict[str, int], CutCosts]:
+    """The plan, parameters and bytes before and after it, and what carrying it out takes."""
+    from surgery.cut_costs import cut_costs, planned
     from surgery.plan import make_plan
     from surgery.prune import planned_specs
     from surgery.resize import tensor_cuts
@@ -113,14 +122,36 @@ def plan_cut(
         else None,
     )
     specs = planned_specs(checkpoint, plan, tensor_cuts(skeleton))
-    memory = run_options(checkpoint, options).memory
-    return plan, {
+    written = sum(spec.nbytes for spec in specs.values())
+    job = planned(plan, channels.input_ids, written)
+    costs = cut_costs(skeleton, job, run_options(checkpoint, options))
+    sizes = {
         "parameters_before": checkpoint.parameters,
         "parameters_after": sum(spec.numel for spec in specs.values()),
         "bytes_before": checkpoint.nbytes,
-        "bytes_after": sum(spec.nbytes for spec in specs.values()),
-        **repair_bytes(plan, text_config(checkpoint.config).get("hidden_size") or 0, memory),
+        "bytes_after": written,
+        "repair_bytes": costs.repair_bytes,
+        "repair_parts": costs.repair_parts,
     }
+    return plan, sizes, costs
+
+
+def show_cut_costs(
+    skeleton: Skeleton,
+    costs: CutCosts,
+    run: RunOptions,
+    fields: dict[str, Any] | None = None,
+    walks: int = 1,
+) -> None:
+    """Print what `walks` over the layers will take and, by a look at this machine, how long; as JSON beside `fields`."""
+    from surgery.costs import measure_machine
+    from surgery.show_costs import costs_json, cut_costs_lines
+
+    machine = measure_machine(skeleton.checkpoint, skeleton, run, wide=bool(costs.float64_flops))
+    if fields is None:
+        click.echo("\n".join(cut_costs_lines(costs, machine, walks)))
+    else:
+        click.echo(json.dumps({**fields, **costs_json(costs, machine)}))
 
 
 def curves_for(

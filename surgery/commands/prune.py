@@ -20,7 +20,7 @@ from surgery.commands.options import (
     push_options,
     resume_option,
 )
-from surgery.commands.planning import check_size_options, check_width, index_for, plan_cut
+from surgery.commands.planning import check_size_options, check_width, index_for, plan_cut, show_cut_costs
 from surgery.commands.session import (
     bars,
     data_console,
@@ -123,11 +123,12 @@ def prune(
     """
     from surgery.calibration import read_text
     from surgery.destination import check_destination
+    from surgery.show_costs import cut_costs_lines
 
     check_size_options(options)
     template = read_template(card_template)
     checkpoint = open_model(model, options)
-    skeleton = check_width(checkpoint, options)
+    skeleton = check_width(checkpoint, index_folder, options)
     if eval_text is None and push_to is not None:  # a published card must say how bad it got
         eval_text, eval_blocks = "wikitext-test", eval_blocks or PUSH_EVAL_BLOCKS
     measured = eval_text not in (None, "none")
@@ -142,17 +143,19 @@ def prune(
     channels = index_for(
         checkpoint, index_folder, {options["method"]}, None if dry_run else destination, options, quiet
     )
-    plan, sizes = plan_cut(skeleton, channels, options, quiet)
+    plan, sizes, costs = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
         from surgery.show import show_plan
 
         show_plan(plan, sizes, data_console())
     if dry_run:
-        if as_json:
-            click.echo(json.dumps({"plan": plan.as_json(), "sizes": sizes}))
+        fields = {"plan": plan.as_json(), "sizes": sizes}
+        show_cut_costs(skeleton, costs, run_options(checkpoint, options), fields if as_json else None)
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
 
+    say(f"Cutting {checkpoint.name}, repair {plan.repair}", quiet)
+    say("\n".join(cut_costs_lines(costs)), quiet)
     text = (str(eval_text), eval_blocks) if measured else None
     manifest = carry_out(checkpoint, channels, plan, destination, text, target, template, options, quiet)
     journal_done(destination)
@@ -193,7 +196,6 @@ def carry_out(
     journal = Journal(
         destination, cut_fingerprint(checkpoint, channels, plan, run), resume=options["resume"], kind="cut"
     )
-    say(f"Cutting {checkpoint.name}, repair {plan.repair}", quiet)
     if journal.done:
         say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
     try:

@@ -1,0 +1,261 @@
+"""What carrying out a cut will take, said before it starts; and how a memory budget is shared out for it.
+
+Symbols: N blocks of T tokens, D hidden_size, K channels kept of an FFN, F there were, s bytes of the compute dtype. A cut reads
+every layer once; with repair, calibration tokens go through each layer as it was and as it becomes, and matrices of
+K x K and D x K are solved for (`surgery.repair_memory`). Hidden states go into files and channels into parts before a
+budget is refused. The estimates err upwards; `tests/benchmarks/streamed.py --memory` sets them beside what was used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgery.costs import Machine, Sizes, check_budget, routed
+from surgery.dense import STORES
+from surgery.devices import TOKENS_PER_STEP, capacity
+from surgery.gate import GATE_TOKENS
+from surgery.heap import SHARE
+from surgery.plan import ResizePlan
+from surgery.repair import RIDGES
+from surgery.repair_memory import parts, repair_bytes, schedule
+from surgery.skeleton import Skeleton
+from surgery.widths import WidthChange
+
+if TYPE_CHECKING:
+    from surgery.indexing import RunOptions
+
+MOST_PARTS = 16  # into which channels are divided to meet a budget
+
+
+@dataclass(frozen=True)
+class CutJob:
+    """What one walk over the layers does.
+
+    `kept`: for every layer, K by FFN. `cuts` are made of each layer, all repaired by `repair` on `blocks` x
+    `block_size` tokens; `text_tokens` of other text go along, counted once for each model they run through. With `put_back` a
+    copy of each layer is kept meanwhile. `written` bytes are the result.
+    """
+
+    kept: list[dict[str, int]]
+    repair: str
+    blocks: int
+    block_size: int
+    cuts: int = 1
+    text_tokens: int = 0
+    put_back: bool = False
+    written: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that a repair runs."""
+        return self.blocks * self.block_size if self.repair != "none" else 0
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the pruned model's own hidden states are followed."""
+        return self.repair == "lstsq-acc"
+
+
+@dataclass(frozen=True)
+class CutCosts:
+    """What one cut takes on one machine.
+
+    `micro_batch` blocks go through a layer together. `hidden_bytes` are the hidden states between layers, kept
+    `hidden_on` device, memory or disk. `matrix_bytes` may be spent on matrices, of which `repair_bytes` will be, in
+    `repair_parts` passes over a layer. `ends_held`: embeddings and head stay in memory for the whole walk. `host_bytes` and `device_bytes` are peaks, above what the libraries take; `smallest_bytes`
+    is the smallest --memory that would do. `flops` are those of running layers, `float32_flops` and `float64_flops` of a repair.
+    """
+
+    micro_batch: int
+    hidden_bytes: int
+    hidden_on: str
+    matrix_bytes: int
+    repair_bytes: int
+    repair_parts: int
+    ends_held: bool
+    host_bytes: int
+    device_bytes: int
+    smallest_bytes: int
+    read_bytes: int
+    write_bytes: int
+    flops: float
+    float32_flops: float
+    float64_flops: float
+
+    @property
+    def hidden_limit(self) -> int | None:
+        """Bytes from which hidden states on the host are files: all, or none."""
+        return 0 if self.hidden_on == "disk" else None
+
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """Seconds for arithmetic and for reading on a machine, as of an index."""
+        compute = self.flops / machine.flops
+        if self.float64_flops:
+            compute += self.float32_flops / machine.float32_flops + self.float64_flops / machine.float64_flops
+        return {"compute": compute, "read": self.read_bytes / machine.read}
+
+    def as_json(self) -> dict[str, Any]:
+        """The `costs` of `surgeon prune --dry-run --json`."""
+        return asdict(self)
+
+
+def planned(plan: ResizePlan, ids: torch.Tensor, written: int = 0) -> CutJob:
+    """The job of carrying out one plan, repaired on ids [N, T]."""
+    kept = [{unit: len(ffn.kept) for unit, ffn in layer.ffns.items()} for layer in plan.layers]
+    blocks, block_size = ids.shape
+    return CutJob(kept, plan.repair, blocks, block_size, written=written)
+
+
+def widths_after(skeleton: Skeleton, changes: tuple[WidthChange, ...]) -> list[dict[str, int]]:
+    """K by FFN for every layer, foreseen from the new widths alone, alike in all layers."""
+    shares = {change.key: change.after / change.before for change in changes}
+    return [
+        {unit: round(ffn.width * shares[ffn.site.width_key]) for ffn in ffns for unit in ffn.units}
+        for ffns in skeleton.ffns
+    ]
+
+
+def cut_costs(skeleton: Skeleton, job: CutJob, options: RunOptions) -> CutCosts:
+    """Costs of a job, sharing out `options.memory`, or on a GPU all it has but for a tenth.
+
+    Raises MemoryBudgetError, naming the smallest budget that would do.
+    """
+    needs = _Needs(skeleton, job, options)
+    on_device = options.device.type == "cuda"
+    budget = capacity(options.device) if on_device else options.memory - options.memory // SHARE
+    least = needs.peak(1, needs.matrices(MOST_PARTS))
+    smallest = least if on_device else least * SHARE // (SHARE - 1) + 1
+    check_budget(smallest, budget if on_device else options.memory, options.device.type)
+    count = next(n for n in range(1, MOST_PARTS + 1) if needs.peak(1, needs.matrices(n)) <= budget)
+    matrices = needs.matrices(count)
+    in_budget = needs.peak(1, matrices) + needs.hidden <= budget
+    place = ("device" if on_device else "memory") if in_budget else "disk"
+    if on_device and not in_budget and needs.hidden <= options.memory:
+        place = "memory"
+    resident = needs.hidden * in_budget
+    step = max(1, TOKENS_PER_STEP[options.device.type] // job.block_size)
+    while step > 1 and needs.peak(step, matrices) + resident > budget:
+        step //= 2
+    ends = needs.sizes.outside_held
+    ends *= needs.beside(step) + matrices + resident + ends <= budget
+    allowance = budget - resident - ends - needs.beside(step)
+    spent, passes = needs.repair(allowance)
+    used = max(needs.at_ends, needs.beside(step) + spent + ends) + resident
+    late = needs.late + 2 * needs.sizes.layer + needs.hidden * (place == "memory")
+    forward, single, double = _operations(skeleton, needs, allowance, passes)
+    return CutCosts(
+        micro_batch=step,
+        hidden_bytes=needs.hidden,
+        hidden_on=place,
+        matrix_bytes=allowance,
+        repair_bytes=spent,
+        repair_parts=passes,
+        ends_held=bool(ends),
+        host_bytes=late if on_device else used,
+        device_bytes=used if on_device else 0,
+        smallest_bytes=late if on_device else smallest,
+        read_bytes=needs.sizes.inside + needs.sizes.outside * (1 if ends else 2) + job.written,
+        write_bytes=job.written + needs.journal + needs.hidden * (place == "disk"),
+        flops=forward,
+        float32_flops=single,
+        float64_flops=double,
+    )
+
+
+class _Needs:
+    """Bytes that parts of a job take, by what is chosen for it."""
+
+    def __init__(self, skeleton: Skeleton, job: CutJob, options: RunOptions) -> None:
+        self.job = job
+        self.sizes = sizes = Sizes.of(skeleton, options.dtype, job.block_size)
+        s, tensors = options.dtype.itemsize, skeleton.checkpoint.tensors
+        self.widest = max((width for layer in job.kept for width in layer.values()), default=0)
+        self.inner = max(map(_widest_output, skeleton.layers, [sizes.hidden] * sizes.layers))
+        self.mends = job.repair != "none"
+        streams = STORES + job.accumulates * job.cuts if self.mends else 0
+        channels = self.widest * job.accumulates
+        self.hidden = s * (job.tokens * (streams * sizes.hidden + channels) + job.text_tokens * sizes.hidden)
+        self.journal = s * sizes.layers * job.tokens * (1 + job.accumulates) * sizes.hidden
+        merged = max(
+            sum(tensors[n].nbytes for a in layer if a.converter is not None for n in a.stored)
+            for layer in skeleton.inside
+        )
+        several = max(sum(len(ffn.units) for ffn in ffns) for ffns in skeleton.ffns) > 1
+        self.originals = sizes.channels * sizes.hidden * s * (several and self.mends)
+        self.late = 2 * merged * self.mends
+        self.at_ends = sizes.outside_held + 4 * 3 * GATE_TOKENS * (sizes.head // sizes.hidden)
+        self.writing = 8 * sizes.matrix if self.mends else 2 * s * sizes.matrix
+        texts = TOKENS_PER_STEP[options.device.type] if job.text_tokens else GATE_TOKENS
+        self.passing = sizes.saved_token * texts
+
+    def beside(self, step: int) -> int:
+        """Bytes of everything but matrices and hidden states when so many blocks are run together."""
+        sizes, tokens = self.sizes, step * self.job.block_size * self.mends
+        layers = (2 + self.job.put_back) * sizes.layer + self.late + self.originals
+        width = max(self.widest, self.inner)
+        adding = 4 * (tokens * (2 * width + 4 * sizes.hidden) + 2 * sizes.hidden * width + width**2)
+        running = max(self.passing, sizes.saved_token * tokens)
+        return layers + running + max(adding * self.mends, self.writing)
+
+    def peak(self, step: int, matrices: int) -> int:
+        """The same with so many bytes of matrices, or at the ends of the model where that is more."""
+        return max(self.at_ends, self.beside(step) + matrices)
+
+    def matrices(self, count: int) -> int:
+        """Bytes of matrices where the widest FFN and the attention's output are done in `count` parts."""
+        widths = [-(-width // count) for width in (self.widest, self.inner * self.job.accumulates)]
+        return max(repair_bytes([width], self.sizes.hidden) for width in widths) * self.mends
+
+    def repair(self, budget: int) -> tuple[int, int]:
+        """Bytes of matrices within `budget`, and passes over a layer, the most of any."""
+        if not self.mends:
+            return 0, 0
+        outputs = self.sizes.hidden
+        inner = parts(self.inner, outputs, budget)[0].stop * self.job.accumulates
+        most, passes = repair_bytes([inner], outputs), 0
+        for layer in self.job.kept:
+            turns = schedule({unit: parts(k, outputs, budget) for unit, k in layer.items()}, outputs, budget)
+            passes = max(passes, len(turns))
+            for now in turns:
+                widths = [part.stop - part.start for part in now.values()]
+                most = max(most, repair_bytes(widths, outputs))
+        return most, passes
+
+
+def _widest_output(layer: nn.Module, outputs: int) -> int:
+    """Inputs of the widest matrix of a layer that writes D = `outputs` dimensions and is no FFN's, roughly."""
+    found = [0]
+    for module in layer.modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+            shape = tuple(module.get_parameter("weight").shape)
+            rows, columns = shape[::-1] if type(module).__name__ == "Conv1D" else shape
+            if rows == outputs and columns <= 2 * outputs:
+                found.append(columns)
+    return max(found)
+
+
+def _operations(skeleton: Skeleton, needs: _Needs, budget: int, passes: int) -> tuple[float, float, float]:
+    """Floating-point operations in the compute dtype, in float32 and in float64."""
+    sizes, job, d = needs.sizes, needs.job, needs.sizes.hidden
+    weights = sizes.active + sizes.attention
+    forward = 2.0 * weights * (2 * GATE_TOKENS + job.text_tokens)
+    if not needs.mends:
+        return forward, 0.0, 0.0
+    forward += 2.0 * weights * job.tokens * (1 + passes * job.cuts)
+    config = skeleton.config.get_text_config()
+    solved = []  # (width, share of the tokens that go through it)
+    for ffns, kept in zip(skeleton.ffns, job.kept, strict=True):
+        shares = {unit: min(1.0, routed(f, config) / len(f.units)) for f in ffns for unit in f.units}
+        solved += [(width, shares[unit]) for unit, width in kept.items()]
+        solved += [(needs.inner, 1.0)] * job.accumulates
+    single = double = 0.0
+    for width, share in solved:
+        for part in parts(width, d, budget):
+            size = part.stop - part.start
+            single += 2.0 * job.tokens * share * (size**2 + size * d + width * d)
+            double += (len(RIDGES) + 1) * (size**3 / 3 + 4.0 * d * size**2)
+    return forward, single * job.cuts, double * job.cuts
