@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.devices import TOKENS_PER_STEP, room, wide_dtype
+from surgery.devices import TOKENS_PER_STEP, amount, room, wide_dtype
 from surgery.errors import MemoryBudgetError
 from surgery.ffn import Ffn
 from surgery.heap import SHARE
@@ -154,8 +154,8 @@ def check_budget(smallest: int, budget: int, device: str) -> None:
     raise MemoryBudgetError(
         "one layer and one block of tokens outgrow the memory budget",
         where=f"{device} memory",
-        expected=f"at least {smallest / 2**30:.2f} GiB",
-        found=f"{budget / 2**30:.2f} GiB",
+        expected=f"at least {amount(smallest)}",
+        found=amount(budget),
         next_step="use a smaller --block-size, or a machine with more memory"
         if device == "cuda"
         else f"give --memory {-(-smallest // (1 << 20))}MiB or more, or a smaller --block-size",

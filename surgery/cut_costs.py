@@ -20,7 +20,6 @@ from surgery.devices import TOKENS_PER_STEP, capacity
 from surgery.gate import GATE_TOKENS
 from surgery.heap import SHARE
 from surgery.plan import ResizePlan
-from surgery.repair import RIDGES
 from surgery.repair_memory import parts, repair_bytes, schedule
 from surgery.skeleton import Skeleton
 from surgery.widths import WidthChange
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.indexing import RunOptions
 
 MOST_PARTS = 16  # into which channels are divided to meet a budget
+SOLVED = 4  # times a part is solved for: two or three ridges, and the one chosen on all blocks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CutJob:
     """What one walk over the layers does.
 
     `kept`: for every layer, K by FFN. `cuts` are made of each layer, all repaired by `repair` on `blocks` x
-    `block_size` tokens; `text_tokens` of other text go along, counted once for each model they run through. With `put_back` a
+    `block_size` tokens; `text_tokens` of other text go along, counted once for each cut and once for the dense model. With `put_back` a
     copy of each layer is kept meanwhile. `written` bytes are the result.
     """
 
@@ -189,8 +189,8 @@ class _Needs:
         self.late = 2 * merged * self.mends
         self.at_ends = sizes.outside_held + 4 * 3 * GATE_TOKENS * (sizes.head // sizes.hidden)
         self.writing = 8 * sizes.matrix if self.mends else 2 * s * sizes.matrix
-        texts = TOKENS_PER_STEP[options.device.type] if job.text_tokens else GATE_TOKENS
-        self.passing = sizes.saved_token * texts
+        texts = min(TOKENS_PER_STEP[options.device.type], job.text_tokens // (job.cuts + 1))
+        self.passing = sizes.saved_token * max(GATE_TOKENS, texts)
 
     def beside(self, step: int) -> int:
         """Bytes of everything but matrices and hidden states when so many blocks are run together."""
@@ -257,5 +257,5 @@ def _operations(skeleton: Skeleton, needs: _Needs, budget: int, passes: int) -> 
         for part in parts(width, d, budget):
             size = part.stop - part.start
             single += 2.0 * job.tokens * share * (size**2 + size * d + width * d)
-            double += (len(RIDGES) + 1) * (size**3 / 3 + 4.0 * d * size**2)
+            double += SOLVED * (size**3 / 3 + 4.0 * d * size**2)
     return forward, single * job.cuts, double * job.cuts

@@ -84,6 +84,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2] or ""])
 
 
+def amount(count: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    if count < 1 << 20:
+        return f"{count / 2**10:.0f} KiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
+
+
 def default_memory() -> int:
     """Half of this machine's memory, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -6,11 +6,7 @@ from typing import Any
 
 from surgery.costs import IndexCosts, Machine
 from surgery.cut_costs import CutCosts
-
-
-def amount(count: int) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
+from surgery.devices import amount
 
 
 def duration(seconds: float) -> str:

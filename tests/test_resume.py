@@ -152,7 +152,9 @@ def test_a_killed_comparison_goes_on(save_tiny: Callable[..., Path], surgeon: Ca
     surgeon(*INDEX)
     cuts = ["--cut", "scar-prot:none:global", "--cut", "wanda", "--cut", "scar-prot:lstsq"]
     compare = ["compare", "tiny", "--index", "index", "--multiple-of", "8", "--sparsity", "0.5", *cuts]
-    compare += ["--text", "text.txt", "--text-blocks", "1", "--memory", "200KiB"]  # one cut a walk
+    compare += ["--text", "text.txt", "--text-blocks", "1"]
+    told = json.loads(surgeon(*compare, "--dry-run", "--json").stdout)
+    compare += ["--memory", str(told["costs"]["smallest_bytes"] * 11 // 10)]  # one cut a walk
     surgeon(*compare, "--out", "plain")
     for moment in ("steps.jsonl:1", "walk-1.json:1", "walk-2.json:1"):
         kill(moment, where, *compare, "--out", "table", kind="-compare")

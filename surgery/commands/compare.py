@@ -36,6 +36,8 @@ from surgery.errors import UsageError
 if TYPE_CHECKING:
     from surgery.calibration import TokenBlocks
     from surgery.compare import Comparison
+    from surgery.cut_costs import CutCosts
+    from surgery.indexing import RunOptions
     from surgery.journal import Journal
     from surgery.plan import ResizePlan
     from surgery.skeleton import Skeleton
@@ -150,13 +152,23 @@ def compare(
         if not text.strip():
             raise UsageError("the text is empty", where=spec)
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
+    run = run_options(checkpoint, options)
+    together, costs = foreseen(skeleton, combinations, blocks, index_folder, run, options)
     if dry_run:
-        show_costs(skeleton, combinations, blocks, index_folder, options, as_json)
+        walks = -(-len(combinations) // together)
+        counts = {"cuts": len(combinations), "texts": len(blocks), "walks": walks}
+        if not as_json:
+            click.echo(
+                f"{len(combinations)} cuts on {len(blocks)} texts, {together} in one walk over the layers"
+            )
+            if index_folder is None:
+                click.echo("Before that an index is made: `surgeon index --dry-run` says what it takes")
+        show_cut_costs(skeleton, costs, run, counts if as_json else None, walks)
         return
     channels = index_for(
         checkpoint, index_folder, {method for *_, method in variants}, folder, options, quiet
     )
-    comparison = Comparison(checkpoint, channels, blocks, run_options(checkpoint, options))
+    comparison = Comparison(checkpoint, channels, blocks, run)
     journal = comparison_journal(folder, comparison, combinations, options)
     if journal.done:
         say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
@@ -180,15 +192,15 @@ def compare(
     say(f"Table and plot written to {folder}", quiet)
 
 
-def show_costs(
+def foreseen(
     skeleton: Skeleton,
     combinations: list[tuple[float, str, str, str]],
     blocks: list[TokenBlocks],
     index_folder: str | None,
+    run: RunOptions,
     options: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Print what a comparison will take, from the widths alone; the index that has to be made first is not in it."""
+) -> tuple[int, CutCosts]:
+    """Cuts made in one walk and what it takes, from the widths alone. Raises MemoryBudgetError."""
     from surgery.compare import comparison_job, share_walks
     from surgery.cut_costs import widths_after
     from surgery.index import ChannelIndex
@@ -201,16 +213,7 @@ def show_costs(
     changes = width_changes(skeleton.widths(), least, None, options["multiple_of"])
     repairs = {repair for *_, repair, _ in combinations}
     job = comparison_job(widths_after(skeleton, changes), repairs, shape, len(combinations), blocks)
-    run = run_options(skeleton.checkpoint, options)
-    together, costs = share_walks(skeleton, job, run)
-    fields = {"cuts": len(combinations), "texts": len(blocks), "walks": -(-len(combinations) // together)}
-    if not as_json:
-        click.echo(
-            f"{fields['cuts']} cuts on {fields['texts']} texts, {together} in one walk over the layers"
-        )
-        if index_folder is None:
-            click.echo("Before that an index is made: `surgeon index --dry-run` says what it takes")
-    show_cut_costs(skeleton, costs, run, fields if as_json else None, fields["walks"])
+    return share_walks(skeleton, job, run)
 
 
 def comparison_journal(
