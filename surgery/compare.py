@@ -202,12 +202,13 @@ def comparison_job(
     calibration: tuple[int, ...],
     cuts: int,
     texts: list[TokenBlocks],
+    curves: bool = False,
 ) -> CutJob:
     """`cuts` of at most `kept` channels, any of them repaired in any of the ways, measured on texts."""
     repair = max(repairs, key=REPAIRS.index, default="none")
     tokens = (cuts + 1) * sum(blocks.ids.numel() for blocks in texts)
     blocks, block_size = calibration
-    return CutJob(kept, repair, blocks, block_size, cuts, tokens, put_back=True)
+    return CutJob(kept, repair, blocks, block_size, cuts, tokens, put_back=True, curves=curves)
 
 
 def share_walks(skeleton: Skeleton, job: CutJob, options: RunOptions) -> tuple[int, CutCosts]:

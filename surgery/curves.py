@@ -20,6 +20,7 @@ from surgery.errors import PlanError
 from surgery.ffn import DENSE, observed
 from surgery.index import Track, untracked
 from surgery.repair import Moments, least_squares, token_weights
+from surgery.repair_memory import solve_bytes
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
@@ -62,6 +63,15 @@ def measure_curves(
     for (number, width, _), found in zip(branches, measured, strict=True):
         costs[number][width] = found.kl
     return [_curve(cost, len(order)) for cost, order in zip(costs, orders, strict=True)]
+
+
+def curve_bytes(width: int, outputs: int) -> int:
+    """Bytes of matrices that measuring a layer of F = `width` channels and D = `outputs` takes at its peak.
+
+    All channels' moments [F, F] and, for the largest fraction kept, its own and what solving takes.
+    """
+    kept = round(max(FRACTIONS) * width)
+    return 8 * (width**2 + kept**2 + outputs * (width + kept)) + solve_bytes(kept, outputs)
 
 
 def check_measurable(skeleton: Skeleton) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from surgery.costs import Machine, Sizes, check_budget, routed
+from surgery.curves import FIT_BLOCKS, MEASURE_TOKENS, curve_bytes
 from surgery.dense import STORES
 from surgery.devices import TOKENS_PER_STEP, capacity
 from surgery.gate import GATE_TOKENS
@@ -37,7 +38,7 @@ class CutJob:
 
     `kept`: for every layer, K by FFN. `cuts` are made of each layer, all repaired by `repair` on `blocks` x
     `block_size` tokens; `text_tokens` of other text go along, counted once for each cut and once for the dense model. With `put_back` a
-    copy of each layer is kept meanwhile. `written` bytes are the result.
+    copy of each layer is kept meanwhile. `written` bytes are the result. With `curves`, what cutting a layer costs is measured before.
     """
 
     kept: list[dict[str, int]]
@@ -48,6 +49,7 @@ class CutJob:
     text_tokens: int = 0
     put_back: bool = False
     written: int = 0
+    curves: bool = False
 
     @property
     def tokens(self) -> int:
@@ -107,7 +109,7 @@ def planned(plan: ResizePlan, ids: torch.Tensor, written: int = 0) -> CutJob:
     """The job of carrying out one plan, repaired on ids [N, T]."""
     kept = [{unit: len(ffn.kept) for unit, ffn in layer.ffns.items()} for layer in plan.layers]
     blocks, block_size = ids.shape
-    return CutJob(kept, plan.repair, blocks, block_size, written=written)
+    return CutJob(kept, plan.repair, blocks, block_size, written=written, curves=plan.allocation == "global")
 
 
 def widths_after(skeleton: Skeleton, changes: tuple[WidthChange, ...]) -> list[dict[str, int]]:
@@ -144,7 +146,7 @@ def cut_costs(skeleton: Skeleton, job: CutJob, options: RunOptions) -> CutCosts:
     ends *= needs.beside(step) + matrices + resident + ends <= budget
     allowance = budget - resident - ends - needs.beside(step)
     spent, passes = needs.repair(allowance)
-    used = max(needs.at_ends, needs.beside(step) + spent + ends) + resident
+    used = max(max(needs.at_ends, needs.beside(step) + spent + ends) + resident, needs.curves)
     late = needs.late + 2 * needs.sizes.layer + needs.hidden * (place == "memory")
     forward, single, double = _operations(skeleton, needs, allowance, passes)
     return CutCosts(
@@ -191,6 +193,11 @@ class _Needs:
         self.writing = 8 * sizes.matrix if self.mends else 2 * s * sizes.matrix
         texts = min(TOKENS_PER_STEP[options.device.type], job.text_tokens // (job.cuts + 1))
         self.passing = sizes.saved_token * max(GATE_TOKENS, texts)
+        self.curves = 0
+        if job.curves:  # matrices of whole layers, which are not divided
+            step = sizes.saved_token * TOKENS_PER_STEP[options.device.type]
+            streams = s * sizes.hidden * (FIT_BLOCKS * job.block_size + MEASURE_TOKENS)
+            self.curves = 3 * sizes.layer + step + streams + curve_bytes(sizes.widest, sizes.hidden)
 
     def beside(self, step: int) -> int:
         """Bytes of everything but matrices and hidden states when so many blocks are run together."""
@@ -202,8 +209,8 @@ class _Needs:
         return layers + running + max(adding * self.mends, self.writing)
 
     def peak(self, step: int, matrices: int) -> int:
-        """The same with so many bytes of matrices, or at the ends of the model where that is more."""
-        return max(self.at_ends, self.beside(step) + matrices)
+        """The same with so many bytes of matrices, or what comes before and after where that is more."""
+        return max(self.at_ends, self.curves, self.beside(step) + matrices)
 
     def matrices(self, count: int) -> int:
         """Bytes of matrices where the widest FFN and the attention's output are done in `count` parts."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.checkpoint import Checkpoint
+from surgery.costs import Sizes
 from surgery.devices import default_memory, pick_dtype
 from surgery.errors import CheckpointError
 from surgery.families import text_config
+from surgery.heap import SHARE
 from surgery.indexing import RunOptions
 from surgery.plan import ResizePlan
 from surgery.skeleton import Skeleton, auto_class, build_config, quiet_transformers
@@ -28,13 +31,22 @@ def cpu_options(checkpoint: Checkpoint) -> RunOptions:
     return RunOptions(device, pick_dtype("auto", checkpoint, device), default_memory())
 
 
-def run_to_logits(model: StreamedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [T, V] float32, on the CPU, of one block of ids [1, T]; those outside the layers are read twice."""
-    stream = TokenStream(model, ids, micro_batch=1)
-    for number, layer in model.walk(range(len(model.layers))):
-        stream.forward(number, layer)
-    with model.outside():
-        return last_logits(model, stream)
+def run_to_logits(
+    written: Checkpoint, ids: torch.Tensor, options: RunOptions
+) -> tuple[Skeleton, torch.Tensor]:
+    """A checkpoint's skeleton, and its logits [T, V] float32, on the CPU, for one block of ids [1, T].
+
+    Every weight is read once where `options.memory` can hold those outside the layers throughout.
+    """
+    model = StreamedModel(written, options.device, options.dtype, memory=options.memory)
+    sizes = Sizes.of(model.skeleton, options.dtype, ids.shape[1])
+    fits = sizes.outside_held + 2 * sizes.layer <= options.memory - options.memory // SHARE
+    with model.outside() if fits else contextlib.nullcontext():
+        stream = TokenStream(model, ids, micro_batch=1)
+        for number, layer in model.walk(range(len(model.layers))):
+            stream.forward(number, layer)
+        with model.outside():
+            return model.skeleton, last_logits(model, stream)
 
 
 @torch.no_grad()
@@ -53,9 +65,8 @@ def pass_gate(
     the plan keeps must be at its new column.
     """
     check_loads(written.source.path)
-    model = StreamedModel(written, options.device, options.dtype, memory=options.memory)
-    logits = run_to_logits(model, ids)
-    check_super_weights(written, model.skeleton, plan.super_weights, plan.repair != "none")
+    skeleton, logits = run_to_logits(written, ids, options)
+    check_super_weights(written, skeleton, plan.super_weights, plan.repair != "none")
     difference = float((logits - expected).norm() / expected.norm())
     limit = TOLERANCE[options.dtype]
     if not difference < limit:
@@ -117,7 +128,7 @@ def check_folder(folder: Path) -> None:
         None
     ]
     options = cpu_options(written)
-    logits = run_to_logits(StreamedModel(written, options.device, options.dtype, memory=options.memory), ids)
+    _, logits = run_to_logits(written, ids, options)
     if not logits.isfinite().all():
         raise CheckpointError("the model's logits are not finite", where=folder.name)
 

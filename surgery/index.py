@@ -45,13 +45,14 @@ class FfnIndex:
     """One FFN (a dense one, a shared one, or one expert): `statistics` by name ([F] float32), sorted `supernodes`.
 
     `tokens` is how many calibration tokens it saw; an expert that saw none has no supernodes. `sample` is q = u * dL/du of
-    every so manieth token [S, F], where it was to be kept for merging.
+    every so manieth token [S, F], where it was to be kept for merging; of an expert with the tokens' `positions` [S] in their blocks.
     """
 
     statistics: dict[str, torch.Tensor]
     supernodes: torch.Tensor
     tokens: int
     sample: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -287,18 +288,19 @@ def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     }
 
 
-def sample_name(number: int, ffn: str) -> str:
-    """Name of the kept sample of one FFN."""
-    return f"layers.{number}.{ffn}.q"
+def sample_name(number: int, ffn: str, kind: str = "q") -> str:
+    """Name of the kept sample of one FFN, or of its tokens' `position` in their blocks."""
+    return f"layers.{number}.{ffn}.{kind}"
 
 
 def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     """Kept samples of one layer, by name."""
-    return {
-        sample_name(number, name): ffn.sample.contiguous()
-        for name, ffn in layer.ffns.items()
-        if ffn.sample is not None
-    }
+    found = {}
+    for name, ffn in layer.ffns.items():
+        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions)):
+            if tensor is not None:
+                found[sample_name(number, name, kind)] = tensor.contiguous()
+    return found
 
 
 def layer_from(
@@ -312,22 +314,25 @@ def layer_from(
         found |= {name: tensors[stem + name] for name in (*LATER, *SECOND_ORDER) if stem + name in tensors}
         return found if place is None else {name: value[place] for name, value in found.items()}
 
+    def kept(unit: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        sample, positions = (tensors.get(sample_name(number, unit, kind)) for kind in ("q", "position"))
+        return sample, positions
+
     core = torch.tensor(entry["supernodes"], dtype=torch.long)
     maxima = entry.get("prompt_max", {})
     if entry["width"] == 0:
         return LayerIndex({}, maxima)
     if "experts" not in entry:
-        return LayerIndex(
-            {DENSE: FfnIndex(load(""), core, tokens, tensors.get(sample_name(number, DENSE)))}, maxima
-        )
+        return LayerIndex({DENSE: FfnIndex(load(""), core, tokens, *kept(DENSE))}, maxima)
     ffns = {}
     for place, seen in enumerate(entry["expert_tokens"]):
         mine = core[core // entry["width"] == place] % entry["width"]
-        ffns[f"{EXPERT}{place}"] = FfnIndex(load("", place), mine, seen)
+        unit = f"{EXPERT}{place}"
+        ffns[unit] = FfnIndex(load("", place), mine, seen, *kept(unit))
     for key in entry:
         if f"layers.{number}.{key}.loss_proxy" in tensors:
             shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
-            ffns[key] = FfnIndex(load(f"{key}."), shared, tokens)
+            ffns[key] = FfnIndex(load(f"{key}."), shared, tokens, *kept(key))
     return LayerIndex(ffns, maxima)
 
 

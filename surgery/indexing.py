@@ -296,8 +296,10 @@ def _index_layer(
                     next_step="use --dtype float32, or check the checkpoint's weights",
                 )
             found[unit] = index_ffn(ffn, place, finished[unit], stream.ids.shape[1])
-            if keep_sample and not ffn.stacked:
+            if keep_sample:
+                positions = finished[unit].positions
                 found[unit].sample = finished[unit].sampled_q.cpu()
+                found[unit].positions = None if positions is None else positions.cpu()
     return LayerIndex(found, maxima)
 
 

@@ -2,7 +2,7 @@
 
 Means over tokens are averaged in float64 by the tokens each saw, maxima taken, supernodes and halo found anew: redundancy
 from the sampled q of all, thinned to the tokens one index of all blocks would have sampled, and connectivity from the
-weights, one layer resident. What is left is rounding, since a stored mean has float32's digits.
+weights, one layer resident. Means of experts are over all tokens too, whoever they were routed to. What is left is rounding, since a stored mean has float32's digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from safetensors import safe_open
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.errors import IndexMismatchError, UsageError
-from surgery.ffn import DENSE
 from surgery.index import SAMPLE_FILE, ChannelIndex, LayerIndex, Track, sample_name, untracked
 from surgery.indexing import index_ffn
 from surgery.statistics import SUMMED, UnitStatistics, sample_stride
@@ -43,14 +42,16 @@ def merge_indexes(folders: list[Path], checkpoint: Checkpoint, track: Track[Any]
     for number, _ in track(model.walk(range(count)), "layers", count):
         units = {}
         for ffn in model.ffns(number):
-            values = _averaged([index.layers[number].ffns[ffn.key].statistics for index in indexes], indexes)
-            sample = torch.cat(
-                [
-                    _sample(folder, number, ffn.key, index, ids)
+            for place, unit in enumerate(ffn.units):
+                parts = [index.layers[number].ffns[unit] for index in indexes]
+                values = _averaged([part.statistics for part in parts], indexes)
+                samples = [
+                    _sample(folder, number, unit, index, ids)
                     for folder, index in zip(folders, indexes, strict=True)
                 ]
-            )
-            units[ffn.key] = index_ffn(ffn, 0, UnitStatistics(values, sample, ids.numel()), ids.shape[1])
+                tokens_seen = sum(part.tokens for part in parts)
+                whole = UnitStatistics(values, torch.cat(samples), tokens_seen)
+                units[unit] = index_ffn(ffn, place, whole, ids.shape[1])
         layers.append(LayerIndex(units, first.layers[number].maxima))
     return ChannelIndex(
         source=first.source,
@@ -77,12 +78,6 @@ def mergeable(folders: list[Path], checkpoint: Checkpoint) -> list[ChannelIndex]
         index.check_source(checkpoint)
         _equal(index.run["dtype"], first.run["dtype"], "compute dtype", folder)
         _equal(str(index.input_ids.shape[1]), str(first.input_ids.shape[1]), "block size", folder)
-        if any(name != DENSE for layer in index.layers for name in layer.ffns):
-            raise IndexMismatchError(
-                "merging is for models with one dense FFN in a layer",
-                where=folder.name,
-                next_step="index all blocks in one run",
-            )
         if not (folder / SAMPLE_FILE).exists():
             raise IndexMismatchError(
                 "an index that keeps no sample for redundancy",
@@ -132,8 +127,11 @@ def _averaged(
 
 def _sample(folder: Path, number: int, unit: str, index: ChannelIndex, ids: torch.Tensor) -> torch.Tensor:
     """An index's q of those sampled tokens that one index of all blocks would have sampled, [S, F]."""
+    positions = sample_name(number, unit, "position")
     with safe_open(folder / SAMPLE_FILE, framework="pt") as stored:
         sample: torch.Tensor = stored.get_tensor(sample_name(number, unit))
+        if positions in stored.keys():  # noqa: SIM118 (an open file is no dict)
+            return sample[stored.get_tensor(positions) % sample_stride(ids.numel()) == 0]
     blocks = len(index.input_ids)
     step = sample_stride(ids.numel()) // sample_stride(index.input_ids.numel())
     return sample.view(blocks, len(sample) // blocks, -1)[:, ::step].flatten(0, 1)

@@ -107,6 +107,7 @@ class ExpertStatistics:
         self.largest = torch.zeros(experts, width, dtype=torch.float32, device=device)
         self.routed = torch.zeros(experts, dtype=torch.long, device=device)
         self.sampled_q: list[list[torch.Tensor]] = [[] for _ in range(experts)]
+        self.positions: list[list[torch.Tensor]] = [[] for _ in range(experts)]
 
     def add(self, expert: int, tokens: torch.Tensor, u: torch.Tensor, s: torch.Tensor) -> None:
         """Account for u, s [routed, F] of one expert; `tokens` are their positions among all calibration tokens."""
@@ -116,7 +117,10 @@ class ExpertStatistics:
         self.sums[:, expert] += torch.stack([row.sum(0) for row in rows])
         torch.maximum(self.largest[expert], u.abs().amax(0), out=self.largest[expert])
         self.routed[expert] += len(u)
-        self.sampled_q[expert].append(q[tokens % self.block_size % self.stride == 0])
+        places = tokens % self.block_size
+        sampled = places % self.stride == 0
+        self.sampled_q[expert].append(q[sampled])
+        self.positions[expert].append(places[sampled].int())
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Statistics [E, F], as `named_statistics`."""
@@ -128,14 +132,23 @@ class ExpertStatistics:
         empty = torch.zeros(0, self.largest.shape[1], device=self.largest.device)
         return distributed.rows(torch.cat([empty, *self.sampled_q[expert]]))
 
+    def sample_positions(self, expert: int) -> torch.Tensor:
+        """Where in their blocks the tokens of `correlation_sample` are, [sampled] int32."""
+        empty = torch.zeros(0, dtype=torch.int32, device=self.largest.device)
+        return distributed.rows(torch.cat([empty, *self.positions[expert]]))
+
 
 @dataclass
 class UnitStatistics:
-    """One FFN's finished statistics by name ([F]), q of sampled tokens [S, F], and the tokens it saw."""
+    """One FFN's finished statistics by name ([F]), q of sampled tokens [S, F], and the tokens it saw.
+
+    `positions` [S] of the sampled tokens in their blocks, of an expert; other FFNs see all tokens, in order.
+    """
 
     values: dict[str, torch.Tensor]
     sampled_q: torch.Tensor
     tokens: int
+    positions: torch.Tensor | None = None
 
 
 class LayerStatistics:
@@ -179,7 +192,8 @@ class LayerStatistics:
             for expert, tokens in enumerate(routed):
                 values = {name: value[expert] for name, value in stacked.items()}
                 sample = self.experts.correlation_sample(expert)
-                found[f"{EXPERT}{expert}"] = UnitStatistics(values, sample, tokens)
+                positions = self.experts.sample_positions(expert)
+                found[f"{EXPERT}{expert}"] = UnitStatistics(values, sample, tokens, positions)
         return found
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgery import cut_costs as module
 from surgery.checkpoint import Checkpoint
+from surgery.curves import curve_bytes, measure_curves
 from surgery.cut_costs import CutJob, cut_costs
 from surgery.errors import MemoryBudgetError
 from surgery.indexing import RunOptions
@@ -107,6 +108,23 @@ def test_what_mending_a_layer_takes_is_foretold(
             dense.step()
             # weights come in outside of what is watched, as hidden states did
             assert live.peak + hidden <= costs.host_bytes
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(256, 64), (96, 128)])
+def test_what_measuring_curves_takes_is_foretold(
+    width: int, hidden: int, save_tiny: Callable[..., Path]
+) -> None:
+    folder = save_tiny("llama", hidden_size=hidden, intermediate_size=width)
+    model = StreamedModel(Checkpoint.open(folder), CPU, torch.float32)
+    ids = torch.randint(0, 256, (40, 64), generator=torch.Generator().manual_seed(1))
+    job = CutJob([{"dense": width // 2}] * 6, "none", 40, 64, curves=True)
+    foretold = cut_costs(model.skeleton, job, RunOptions(CPU, torch.float32, PLENTY)).host_bytes
+    plain = cut_costs(model.skeleton, replace(job, curves=False), RunOptions(CPU, torch.float32, PLENTY))
+    orders = [torch.arange(width)] * 6
+    with Live() as live:
+        measure_curves(model, ids, orders, 32, memory=0)
+    assert live.peak <= foretold <= 4 * live.peak
+    assert curve_bytes(width, hidden) < foretold > plain.host_bytes
 
 
 def test_less_memory_means_files_and_parts_and_the_least_is_named(save_tiny: Callable[..., Path]) -> None:

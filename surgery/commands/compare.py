@@ -212,7 +212,8 @@ def foreseen(
     least = min(sparsity for sparsity, *_ in combinations)
     changes = width_changes(skeleton.widths(), least, None, options["multiple_of"])
     repairs = {repair for *_, repair, _ in combinations}
-    job = comparison_job(widths_after(skeleton, changes), repairs, shape, len(combinations), blocks)
+    curves = any(allocation == "global" for _, allocation, *_ in combinations)
+    job = comparison_job(widths_after(skeleton, changes), repairs, shape, len(combinations), blocks, curves)
     return share_walks(skeleton, job, run)
 
 

@@ -50,7 +50,8 @@ def check_width(checkpoint: Checkpoint, index_folder: str | None, options: dict[
     )
     if index_folder is None:  # whose blocks a repair would run; before an index is made for nothing
         kept = widths_after(skeleton, changes)
-        job = CutJob(kept, options["repair"], options["blocks"], options["block_size"])
+        curves = options["allocation"] == "global"
+        job = CutJob(kept, options["repair"], options["blocks"], options["block_size"], curves=curves)
         cut_costs(skeleton, job, run_options(checkpoint, options))
     return skeleton
 
