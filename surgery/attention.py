@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ def mend_attention(
             columns = torch.arange(weight.shape[1], device=device)[chunk]
             done.note(f"{name}.weight", Change(found.change, columns, transposed))
             weight[:, chunk] = (weight[:, chunk].to(found.change) + found.change).to(weight.dtype)
-        repairs.append(found)
+        repairs.append(replace(found, change=None))
     return repairs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import time
@@ -101,6 +102,12 @@ class Comparison:
         model = StreamedModel(
             self.checkpoint, self.options.device, self.options.dtype, memory=self.options.memory
         )
+        with model.outside() if self.costs.ends_held else contextlib.nullcontext():
+            self._make_cuts(model, plans, with_dense, track)
+
+    def _make_cuts(
+        self, model: StreamedModel, plans: list[ResizePlan], with_dense: bool, track: Track[Any]
+    ) -> None:
         with model.outside():
             dense = self._streams(model)
             calibration = None
@@ -129,9 +136,7 @@ class Comparison:
         found = []
         for blocks in self.texts:
             step = micro_batch(blocks.ids.shape[1], self.options.device)
-            found.append(
-                TokenStream(model, blocks.ids.long(), micro_batch=step, host_bytes=self.costs.hidden_limit)
-            )
+            found.append(TokenStream(model, blocks.ids.long(), micro_batch=step, place=self.costs.hidden_on))
         return found
 
     def _measure(
@@ -212,7 +217,7 @@ def comparison_job(
 
 
 def share_walks(skeleton: Skeleton, job: CutJob, options: RunOptions) -> tuple[int, CutCosts]:
-    """How many of a job's cuts are made in one walk, so that their hidden states stay in memory; what one walk takes."""
+    """How many of a job's cuts are made in one walk, so that their hidden states need no files; what one walk takes."""
     together, each = max(1, job.cuts), job.text_tokens // (job.cuts + 1)
     while True:
         walk = replace(job, cuts=together, text_tokens=each * (together + 1))

@@ -37,17 +37,17 @@ def measure_curves(
     orders: list[torch.Tensor],
     micro_batch: int,
     track: Track[Any] = untracked,
-    memory: int | None = None,
+    branch_bytes: int | None = None,
 ) -> list[torch.Tensor]:
     """KL(dense || cut), in nats a token, that each layer costs at every width, [F + 1], straight between those measured.
 
     `ids` [N, T] are calibration blocks; `orders[i]` the channels of layer i, the most worth keeping first. Branches
-    that outgrow half of `memory` bytes go to disk. Raises PlanError for a model whose layers have anything but one dense FFN.
+    that outgrow `branch_bytes` go to disk. Raises PlanError for a model whose layers have anything but one dense FFN.
     """
     check_measurable(model.skeleton)
     count = len(model.layers)
-    share = None if memory is None else memory // (2 * count * len(FRACTIONS))
     few = max(1, min(MEASURE_TOKENS // ids.shape[1], len(ids) // 4))
+    share = None if branch_bytes is None else branch_bytes // (count * len(FRACTIONS))
     base = TokenStream(model, ids[-few:], micro_batch=micro_batch)
     rest = ids[:-few][:FIT_BLOCKS] if len(ids) > few else ids  # what a refit has learnt is no measure of it
     fit = TokenStream(model, rest, micro_batch=micro_batch)

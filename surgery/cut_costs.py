@@ -3,7 +3,7 @@
 Symbols: N blocks of T tokens, D hidden_size, K channels kept of an FFN, F there were, s bytes of the compute dtype. A cut reads
 every layer once; with repair, calibration tokens go through each layer as it was and as it becomes, and matrices of
 K x K and D x K are solved for (`surgery.repair_memory`). Hidden states go into files and channels into parts before a
-budget is refused. The estimates err upwards; `tests/benchmarks/streamed.py --memory` sets them beside what was used.
+budget is refused. The estimates err upwards; `tests/benchmarks/streamed.py --memory` shows what was used.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from surgery.costs import Machine, Sizes, check_budget, routed
 from surgery.curves import FIT_BLOCKS, MEASURE_TOKENS, curve_bytes
 from surgery.dense import STORES
 from surgery.devices import TOKENS_PER_STEP, capacity
+from surgery.ffn import Ffn
 from surgery.gate import GATE_TOKENS
 from surgery.heap import SHARE
+from surgery.mended import stored_apart
 from surgery.plan import ResizePlan
 from surgery.repair_memory import parts, repair_bytes, schedule
 from surgery.skeleton import Skeleton
+from surgery.tokens import HEAD_ELEMENTS
 from surgery.widths import WidthChange
 
 if TYPE_CHECKING:
     from surgery.indexing import RunOptions
 
+MEASURED_COPIES = 5  # of the head's logits in float32 while two models' are compared
 MOST_PARTS = 16  # into which channels are divided to meet a budget
 SOLVED = 4  # times a part is solved for: two or three ridges, and the one chosen on all blocks
 
@@ -88,11 +92,6 @@ class CutCosts:
     float32_flops: float
     float64_flops: float
 
-    @property
-    def hidden_limit(self) -> int | None:
-        """Bytes from which hidden states on the host are files: all, or none."""
-        return 0 if self.hidden_on == "disk" else None
-
     def seconds(self, machine: Machine) -> dict[str, float]:
         """Seconds for arithmetic and for reading on a machine, as of an index."""
         compute = self.flops / machine.flops
@@ -112,9 +111,11 @@ def planned(plan: ResizePlan, ids: torch.Tensor, written: int = 0) -> CutJob:
     return CutJob(kept, plan.repair, blocks, block_size, written=written, curves=plan.allocation == "global")
 
 
-def widths_after(skeleton: Skeleton, changes: tuple[WidthChange, ...]) -> list[dict[str, int]]:
-    """K by FFN for every layer, foreseen from the new widths alone, alike in all layers."""
-    shares = {change.key: change.after / change.before for change in changes}
+def widths_after(
+    skeleton: Skeleton, changes: tuple[WidthChange, ...], uniform: bool = True
+) -> list[dict[str, int]]:
+    """K by FFN for every layer, foreseen from the new widths alone; where layers may differ, the most it can be."""
+    shares = {change.key: change.after / change.before if uniform else 1.0 for change in changes}
     return [
         {unit: round(ffn.width * shares[ffn.site.width_key]) for ffn in ffns for unit in ffn.units}
         for ffns in skeleton.ffns
@@ -134,20 +135,23 @@ def cut_costs(skeleton: Skeleton, job: CutJob, options: RunOptions) -> CutCosts:
     check_budget(smallest, budget if on_device else options.memory, options.device.type)
     count = next(n for n in range(1, MOST_PARTS + 1) if needs.peak(1, needs.matrices(n)) <= budget)
     matrices = needs.matrices(count)
-    in_budget = needs.peak(1, matrices) + needs.hidden <= budget
+    host = needs.late + 2 * needs.sizes.layer * on_device  # beside a GPU: what is read, pinned
+    in_budget = needs.walking(1, matrices) + needs.hidden <= budget
     place = ("device" if on_device else "memory") if in_budget else "disk"
-    if on_device and not in_budget and needs.hidden <= options.memory:
-        place = "memory"
+    if on_device:
+        check_budget(host, options.memory, "host")
+        if not in_budget and host + needs.hidden <= options.memory:
+            place = "memory"
     resident = needs.hidden * in_budget
     step = max(1, TOKENS_PER_STEP[options.device.type] // job.block_size)
-    while step > 1 and needs.peak(step, matrices) + resident > budget:
+    while step > 1 and needs.walking(step, matrices) + resident > budget:
         step //= 2
     ends = needs.sizes.outside_held
     ends *= needs.beside(step) + matrices + resident + ends <= budget
     allowance = budget - resident - ends - needs.beside(step)
     spent, passes = needs.repair(allowance)
     used = max(max(needs.at_ends, needs.beside(step) + spent + ends) + resident, needs.curves)
-    late = needs.late + 2 * needs.sizes.layer + needs.hidden * (place == "memory")
+    pinned = host + needs.hidden * (place == "memory")
     forward, single, double = _operations(skeleton, needs, allowance, passes)
     return CutCosts(
         micro_batch=step,
@@ -157,9 +161,9 @@ def cut_costs(skeleton: Skeleton, job: CutJob, options: RunOptions) -> CutCosts:
         repair_bytes=spent,
         repair_parts=passes,
         ends_held=bool(ends),
-        host_bytes=late if on_device else used,
+        host_bytes=pinned if on_device else used,
         device_bytes=used if on_device else 0,
-        smallest_bytes=late if on_device else smallest,
+        smallest_bytes=host if on_device else smallest,
         read_bytes=needs.sizes.inside + needs.sizes.outside * (1 if ends else 2) + job.written,
         write_bytes=job.written + needs.journal + needs.hidden * (place == "disk"),
         flops=forward,
@@ -176,7 +180,7 @@ class _Needs:
         self.sizes = sizes = Sizes.of(skeleton, options.dtype, job.block_size)
         s, tensors = options.dtype.itemsize, skeleton.checkpoint.tensors
         self.widest = max((width for layer in job.kept for width in layer.values()), default=0)
-        self.inner = max(map(_widest_output, skeleton.layers, [sizes.hidden] * sizes.layers))
+        self.inner = max(map(_widest_output, skeleton.layers, skeleton.ffns, [sizes.hidden] * sizes.layers))
         self.mends = job.repair != "none"
         streams = STORES + job.accumulates * job.cuts if self.mends else 0
         channels = self.widest * job.accumulates
@@ -186,18 +190,20 @@ class _Needs:
             sum(tensors[n].nbytes for a in layer if a.converter is not None for n in a.stored)
             for layer in skeleton.inside
         )
-        several = max(sum(len(ffn.units) for ffn in ffns) for ffns in skeleton.ffns) > 1
-        self.originals = sizes.channels * sizes.hidden * s * (several and self.mends)
+        self.originals = sizes.channels * sizes.hidden * s * self.mends
+        if self.mends and stored_apart(skeleton):  # changes in double precision, until the layer is written
+            kept = max((sum(layer.values()) for layer in job.kept), default=0)
+            self.originals += 8 * sizes.hidden * (kept + self.inner)
         self.late = 2 * merged * self.mends
-        self.at_ends = sizes.outside_held + 4 * 3 * GATE_TOKENS * (sizes.head // sizes.hidden)
+        head = 4 * 3 * GATE_TOKENS * (sizes.head // sizes.hidden)
+        if job.text_tokens:
+            block = min(MEASURE_TOKENS, job.text_tokens // (job.cuts + 1))
+            head = compared_bytes(sizes, block) + (job.cuts + 1) * block * sizes.hidden * s
+        self.at_ends = sizes.outside_held + head
         self.writing = 8 * sizes.matrix if self.mends else 2 * s * sizes.matrix
         texts = min(TOKENS_PER_STEP[options.device.type], job.text_tokens // (job.cuts + 1))
         self.passing = sizes.saved_token * max(GATE_TOKENS, texts)
-        self.curves = 0
-        if job.curves:  # matrices of whole layers, which are not divided
-            step = sizes.saved_token * TOKENS_PER_STEP[options.device.type]
-            streams = s * sizes.hidden * (FIT_BLOCKS * job.block_size + MEASURE_TOKENS)
-            self.curves = 3 * sizes.layer + step + streams + curve_bytes(sizes.widest, sizes.hidden)
+        self.curves = curves_need(sizes, job.block_size, options) if job.curves else 0
 
     def beside(self, step: int) -> int:
         """Bytes of everything but matrices and hidden states when so many blocks are run together."""
@@ -210,7 +216,11 @@ class _Needs:
 
     def peak(self, step: int, matrices: int) -> int:
         """The same with so many bytes of matrices, or what comes before and after where that is more."""
-        return max(self.at_ends, self.curves, self.beside(step) + matrices)
+        return max(self.curves, self.walking(step, matrices))
+
+    def walking(self, step: int, matrices: int) -> int:
+        """The same, but for measuring curves, which is over when hidden states are made."""
+        return max(self.at_ends, self.beside(step) + matrices)
 
     def matrices(self, count: int) -> int:
         """Bytes of matrices where the widest FFN and the attention's output are done in `count` parts."""
@@ -222,7 +232,8 @@ class _Needs:
         if not self.mends:
             return 0, 0
         outputs = self.sizes.hidden
-        inner = parts(self.inner, outputs, budget)[0].stop * self.job.accumulates
+        inner = max((part.stop for part in parts(self.inner, outputs, budget)[:1]), default=0)
+        inner *= self.job.accumulates
         most, passes = repair_bytes([inner], outputs), 0
         for layer in self.job.kept:
             turns = schedule({unit: parts(k, outputs, budget) for unit, k in layer.items()}, outputs, budget)
@@ -233,14 +244,28 @@ class _Needs:
         return most, passes
 
 
-def _widest_output(layer: nn.Module, outputs: int) -> int:
-    """Inputs of the widest matrix of a layer that writes D = `outputs` dimensions and is no FFN's, roughly."""
+def compared_bytes(sizes: Sizes, tokens: int) -> int:
+    """Bytes of comparing two models' predictions on a block of so many tokens, through the head in slices."""
+    return MEASURED_COPIES * 4 * min(HEAD_ELEMENTS, tokens * (sizes.head // sizes.hidden))
+
+
+def curves_need(sizes: Sizes, block_size: int, options: RunOptions) -> int:
+    """Bytes that measuring curves takes, but for its branches: matrices of whole layers, which are not divided."""
+    tokens = max(TOKENS_PER_STEP[options.device.type], block_size)
+    streams = options.dtype.itemsize * sizes.hidden * (FIT_BLOCKS * block_size + MEASURE_TOKENS)
+    layers = 3 * sizes.layer + sizes.saved_token * tokens + curve_bytes(sizes.widest, sizes.hidden)
+    return streams + max(layers, sizes.outside_held + compared_bytes(sizes, MEASURE_TOKENS))
+
+
+def _widest_output(layer: nn.Module, ffns: list[Ffn], outputs: int) -> int:
+    """Inputs of the widest matrix of a layer that writes D = `outputs` dimensions and is no FFN's; 0 without one."""
+    inside = {name for ffn in ffns for name in (*ffn.site.rows, ffn.site.down)}
     found = [0]
-    for module in layer.modules():
-        if type(module).__name__ in ("Linear", "Conv1D"):
+    for name, module in layer.named_modules():
+        if name not in inside and type(module).__name__ in ("Linear", "Conv1D"):
             shape = tuple(module.get_parameter("weight").shape)
             rows, columns = shape[::-1] if type(module).__name__ == "Conv1D" else shape
-            if rows == outputs and columns <= 2 * outputs:
+            if rows == outputs:
                 found.append(columns)
     return max(found)
 

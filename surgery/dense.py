@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,15 +24,15 @@ class DenseStream:
     Between the two, `stream` holds what enters the layer and `leaving` what leaves it. In a layer that is `additive` (it
     adds its only FFN's output, as it is, to the residual stream) `before` is the stream before the FFN, and `attention`
     names the linear whose output, added to what enters, makes it; None where none can be told. Several prunings may use
-    one dense stream. Each of its stores that takes more than `host_bytes` is a file.
+    one dense stream. `place` is where its hidden states go, as of `HiddenStore`.
     """
 
     def __init__(
-        self, model: StreamedModel, ids: torch.Tensor, micro_batch: int, host_bytes: int | None = None
+        self, model: StreamedModel, ids: torch.Tensor, micro_batch: int, place: str | None = None
     ) -> None:
         self.model = model
-        self.host_bytes = host_bytes
-        self.stream = TokenStream(model, ids, micro_batch=micro_batch, host_bytes=host_bytes)
+        self.place = place
+        self.stream = TokenStream(model, ids, micro_batch=micro_batch, place=place)
         width = self.stream.store.shape[-1]
         self.leaving, self.before = self._store(width), self._store(width)
         self._channels: HiddenStore | None = None
@@ -40,11 +41,12 @@ class DenseStream:
 
     def _store(self, width: int) -> HiddenStore:
         shape = (1, *self.stream.ids.shape, width)
-        return HiddenStore(shape, self.stream.store.dtype, self.host_bytes, device=self.model.device)
+        dtype, device = self.stream.store.dtype, self.model.device
+        return HiddenStore(shape, dtype, None, device=device, place=self.place)
 
     def channels(self, width: int) -> HiddenStore:
-        """Room for `width` FFN channels of every token, for one pruning at a time."""
-        if self._channels is None or self._channels.shape[-1] != width:
+        """Room for `width` FFN channels of every token or more, for one pruning at a time."""
+        if self._channels is None or self._channels.shape[-1] < width:
             self._channels = None  # the old one's memory first
             self._channels = self._store(width)
         return self._channels
@@ -105,9 +107,16 @@ class DenseStream:
         """What enters a layer with one FFN, what leaves it, and what its FFN puts out, on the first micro-batch."""
         entering = self.stream.store.get(0, self.stream.slices[0], self.model.device)
         seen: Seen = []
-        with observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
+        with observed(self.model.ffns(number), functools.partial(_note, seen)):
             output = self.model.run_layer(layer, entering, self.stream.calls[0][number])
         return entering, output, seen[0][3].view_as(output)
+
+
+def _note(
+    seen: Seen, unit: str, tokens: torch.Tensor | None, channels: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Remember what went through an FFN; its output as it is now, since some layers (Falcon's) add to it in place."""
+    seen.append((unit, tokens, channels, output.clone()))
 
 
 def run_observed(
@@ -115,7 +124,7 @@ def run_observed(
 ) -> None:
     """Run every micro-batch and call `use(blocks, output, what went through each FFN)`; the stream stays where it is."""
     seen: Seen = []
-    with observed(stream.model.ffns(number), lambda *flow: seen.append(flow)):
+    with observed(stream.model.ffns(number), functools.partial(_note, seen)):
         for part, calls in zip(stream.slices, stream.calls, strict=True):
             entering = stream.store.get(0, part, stream.model.device)
             use(part, stream.model.run_layer(layer, entering, calls[number]), seen)

@@ -283,7 +283,7 @@ def _index_layer(
             stream.backward(number, layer, observe, more.gradients)
     else:
         stream.backward(number, layer, sums.add)
-    finished = sums.finish()
+    finished = sums.finish(with_positions=keep_sample)
     for unit, values in (more.finish() if second_order else {}).items():
         finished[unit].values.update(values)
     found = {}

@@ -29,17 +29,20 @@ class MendedLayer:
     """What became of one layer: repairs by FFN, that of the attention's output, and changed parameters by name.
 
     `parameters` are paths inside the layer whose values in memory are no longer the checkpoint's; `changes` what was added
-    to them, in more digits than memory may have. A module solved for in parts has one repair for each.
+    to them, in more digits than memory may have, kept where what is stored is `finer`, or another dtype at all. A module
+    solved for in parts has one repair for each.
     """
 
     ffns: dict[str, list[Repair]] = field(default_factory=dict)
     attention: list[Repair] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     changes: dict[str, list[Change]] = field(default_factory=dict)
+    finer: bool = True
 
     def note(self, path: str, change: Change) -> None:
         """Account for a change of a parameter."""
-        self.changes.setdefault(path, []).append(change)
+        if self.finer:
+            self.changes.setdefault(path, []).append(change)
         if path not in self.parameters:
             self.parameters.append(path)
 
@@ -60,6 +63,17 @@ def _summary(repairs: list[Repair]) -> dict[str, float | int | None]:
         "held_out_after": repairs[-1].after,
     }
     return fields if len(repairs) == 1 else {**fields, "parts": len(repairs)}
+
+
+def stored_apart(skeleton: Skeleton) -> bool:
+    """Whether any tensor of a layer is stored in another dtype than it is computed in."""
+    tensors = skeleton.checkpoint.tensors
+    return any(
+        tensors[name].dtype != skeleton.compute_dtype(assembly.targets[0])
+        for assemblies in skeleton.inside
+        for assembly in assemblies
+        for name in assembly.stored
+    )
 
 
 def layer_tensors(skeleton: Skeleton) -> set[str]:

@@ -9,6 +9,7 @@ up for what those before it left (block Gauss-Seidel).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from surgery.attention import mend_attention
 from surgery.cut_costs import CutCosts
 from surgery.dense import DenseStream, Seen, run_observed
 from surgery.ffn import Ffn
-from surgery.mended import Change, MendedLayer
+from surgery.mended import Change, MendedLayer, stored_apart
 from surgery.plan import ResizePlan
 from surgery.repair import (
     HELD_OUT,
@@ -60,13 +61,14 @@ class Mender:
         self.mean_only = mean_only
         self.budget = budget
         blocks = len(dense.stream.ids)
-        self.pruned = dense.stream.fork(blocks, 0, dense.host_bytes) if accumulate else dense.stream
+        self.pruned = dense.stream.fork(blocks, 0, place=dense.place) if accumulate else dense.stream
         self.first_held = blocks - max(1, blocks // HELD_OUT)
+        self.finer = stored_apart(self.model.skeleton)
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> MendedLayer:
         """Mend the resident layer in place, its removed channels set to zero, and move the pruned stream through it."""
-        done = MendedLayer()
+        done = MendedLayer(finer=self.finer)
         additive = self.accumulate and self.dense.additive
         if additive and self.dense.attention is not None:
             done.attention = mend_attention(self, number, layer, self.dense.attention, done)
@@ -85,7 +87,7 @@ class Mender:
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
         channels = self.dense.channels(len(kept))
         for part in self.pruned.slices:
-            u = channels.get(0, part, self.model.device)
+            u = channels.get(0, part, self.model.device, len(kept))
             output = self.pruned.store.get(0, part, self.model.device) + functional.linear(u, weight, bias)
             finite &= output.isfinite().all()
             self.pruned.store.put(0, part, output)
@@ -118,7 +120,7 @@ class Mender:
                     else least_squares
                 )
                 found = repair(*pair, solve)
-                done.ffns.setdefault(unit, []).append(found)
+                done.ffns.setdefault(unit, []).append(replace(found, change=None))
                 if found.change is not None:
                     columns = plans[unit].kept[now[unit]].to(found.change.device)
                     self._apply(ffn, place, columns, found.change, done)
@@ -246,7 +248,7 @@ class LayerCutter:
 
 def dense_stream(model: StreamedModel, ids: torch.Tensor, costs: CutCosts) -> DenseStream:
     """Calibration blocks `ids` [N, T] before the first layer."""
-    return DenseStream(model, ids, costs.micro_batch, costs.hidden_limit)
+    return DenseStream(model, ids, costs.micro_batch, costs.hidden_on)
 
 
 def mender(dense: DenseStream, plan: ResizePlan, costs: CutCosts) -> Mender:

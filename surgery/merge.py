@@ -17,6 +17,7 @@ from safetensors import safe_open
 from surgery.calibration import TokenBlocks
 from surgery.checkpoint import Checkpoint
 from surgery.errors import IndexMismatchError, UsageError
+from surgery.ffn import EXPERT
 from surgery.index import SAMPLE_FILE, ChannelIndex, LayerIndex, Track, sample_name, untracked
 from surgery.indexing import index_ffn
 from surgery.statistics import SUMMED, UnitStatistics, sample_stride
@@ -78,7 +79,7 @@ def mergeable(folders: list[Path], checkpoint: Checkpoint) -> list[ChannelIndex]
         index.check_source(checkpoint)
         _equal(index.run["dtype"], first.run["dtype"], "compute dtype", folder)
         _equal(str(index.input_ids.shape[1]), str(first.input_ids.shape[1]), "block size", folder)
-        if not (folder / SAMPLE_FILE).exists():
+        if not _has_samples(folder, index):
             raise IndexMismatchError(
                 "an index that keeps no sample for redundancy",
                 where=folder.name,
@@ -95,6 +96,19 @@ def mergeable(folders: list[Path], checkpoint: Checkpoint) -> list[ChannelIndex]
             )
         seen |= mine
     return indexes
+
+
+def _has_samples(folder: Path, index: ChannelIndex) -> bool:
+    """Whether a sample is kept of every FFN, and of experts where its tokens were."""
+    if not (folder / SAMPLE_FILE).exists():
+        return False
+    with safe_open(folder / SAMPLE_FILE, framework="pt") as stored:
+        names = set(stored.keys())
+    return all(
+        {sample_name(number, unit, kind) for kind in ("q", *["position"] * unit.startswith(EXPERT))} <= names
+        for number, layer in enumerate(index.layers)
+        for unit in layer.ffns
+    )
 
 
 def _equal(found: str, expected: str, what: str, folder: Path) -> None:

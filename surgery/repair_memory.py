@@ -27,6 +27,8 @@ def repair_bytes(widths: list[int], outputs: int) -> int:
 
 def parts(width: int, outputs: int, budget: int | None) -> list[slice]:
     """Channels solved for together: all of them, or where that takes more than `budget` bytes, so many at a time."""
+    if width == 0:
+        return []
     count = 1
     while budget is not None and count < width and repair_bytes([-(-width // count)], outputs) > budget:
         count += 1

@@ -60,7 +60,7 @@ def _memory(costs: IndexCosts | CutCosts) -> str:
     return (
         f"Memory: {amount(costs.host_bytes)} at most"
         + (f", {amount(costs.device_bytes)} on the device" if costs.device_bytes else "")
-        + f" (--memory {amount(costs.smallest_bytes)} would do)"
+        + f" (--memory {-(-costs.smallest_bytes // (1 << 20))}MiB would do)"
     )
 
 
@@ -73,6 +73,7 @@ def _time(seconds: dict[str, float], machine: Machine) -> str:
     )
 
 
-def costs_json(costs: IndexCosts | CutCosts, machine: Machine) -> dict[str, Any]:
-    """The same for programs."""
-    return {"costs": costs.as_json(), "machine": machine.as_json(), "seconds": costs.seconds(machine)}
+def costs_json(costs: IndexCosts | CutCosts, machine: Machine, walks: int = 1) -> dict[str, Any]:
+    """The same for programs; `seconds` are those of all walks, `costs` those of one."""
+    seconds = {kind: walks * value for kind, value in costs.seconds(machine).items()}
+    return {"costs": costs.as_json(), "machine": machine.as_json(), "seconds": seconds}

@@ -181,8 +181,8 @@ class LayerStatistics:
         expert = int(flow.unit.removeprefix(EXPERT))
         self.experts.add(expert, flow.tokens + flow.first_block * self.block_size, flow.u, flow.s)
 
-    def finish(self) -> dict[str, UnitStatistics]:
-        """Finished statistics by unit."""
+    def finish(self, with_positions: bool = False) -> dict[str, UnitStatistics]:
+        """Finished statistics by unit; `with_positions` where samples are to be kept."""
         found = {
             key: UnitStatistics(sums.finish(), sums.correlation_sample(), sums.tokens)
             for key, sums in self.dense.items()
@@ -192,7 +192,7 @@ class LayerStatistics:
             for expert, tokens in enumerate(routed):
                 values = {name: value[expert] for name, value in stacked.items()}
                 sample = self.experts.correlation_sample(expert)
-                positions = self.experts.sample_positions(expert)
+                positions = self.experts.sample_positions(expert) if with_positions else None
                 found[f"{EXPERT}{expert}"] = UnitStatistics(values, sample, tokens, positions)
         return found
 

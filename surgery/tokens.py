@@ -47,7 +47,8 @@ class TokenStream:
     """Blocks of tokens on their way through the layers, micro-batch by micro-batch.
 
     `ids` [N, T]. With `keep_inputs` every layer's input is kept (slot i holds what enters layer i), which the
-    backward pass needs; without it, one slot is overwritten from layer to layer. `graph_bytes` may be spent on what the
+    backward pass needs; without it, one slot is overwritten from layer to layer; `host_bytes` and `place` are as of
+    `HiddenStore`. `graph_bytes` may be spent on what the
     backward pass would otherwise compute again. With `journal`, a folder, inputs are kept in files there, and gradients
     beside them instead of in their place, so that a layer can be done again.
     """
@@ -60,6 +61,7 @@ class TokenStream:
         micro_batch: int,
         keep_inputs: bool = False,
         host_bytes: int | None = None,
+        place: str | None = None,
         graph_bytes: int = 0,
         journal: Path | None = None,
     ) -> None:
@@ -78,15 +80,20 @@ class TokenStream:
                 self.calls.append([shared.intern(call) for call in calls])
                 if self.hidden is None:
                     shape = (slots, *ids.shape, entering.shape[-1])
-                    self.hidden = self._make_store(shape, entering.dtype, host_bytes, journal)
+                    self.hidden = self._make_store(shape, entering.dtype, host_bytes, place, journal)
                 self.hidden.put(0, part, entering)
 
     def _make_store(
-        self, shape: tuple[int, ...], dtype: torch.dtype, host_bytes: int | None, journal: Path | None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        host_bytes: int | None,
+        place: str | None,
+        journal: Path | None,
     ) -> HiddenStore:
         self.apart: HiddenStore | None = None
         if journal is None:
-            return HiddenStore(shape, dtype, host_bytes, device=self.model.device)
+            return HiddenStore(shape, dtype, host_bytes, device=self.model.device, place=place)
         self.apart = HiddenStore((2, *shape[1:]), dtype, None, path=journal / "gradients.bin")
         return HiddenStore(shape, dtype, None, path=journal / "hidden.bin")
 
@@ -103,7 +110,9 @@ class TokenStream:
     def _slot(self, layer: int) -> int:
         return layer if self.keep_inputs else 0
 
-    def fork(self, number: int, layer: int, host_bytes: int | None = None) -> TokenStream:
+    def fork(
+        self, number: int, layer: int, host_bytes: int | None = None, place: str | None = None
+    ) -> TokenStream:
         """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
         twin = object.__new__(TokenStream)
         twin.model, twin.keep_inputs, twin.apart = self.model, False, None
@@ -112,7 +121,8 @@ class TokenStream:
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
         shape = (1, *twin.ids.shape, self.store.shape[-1])
-        twin.hidden = HiddenStore(shape, self.store.dtype, host_bytes, device=self.model.device)
+        device = self.model.device
+        twin.hidden = HiddenStore(shape, self.store.dtype, host_bytes, device=device, place=place)
         for part in twin.slices:
             twin.hidden.put(0, part, self.store.get(self._slot(layer), part, self.model.device))
         return twin

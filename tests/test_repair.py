@@ -145,6 +145,7 @@ FAMILIES = [
     "mixtral",
     "deepseek_v3",
     "llama4_text",
+    "falcon",
 ]
 
 

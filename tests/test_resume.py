@@ -147,16 +147,30 @@ def test_a_killed_cut_goes_on(
     assert contents(where / "cut") == expected and not journal_folder(where / "cut", "cut").exists()
 
 
-def test_a_killed_comparison_goes_on(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("allocation", "scarce", "moments"),
+    [
+        ("global", False, ["steps.jsonl:1", "walk-0.json:1"]),
+        ("score", True, ["walk-1.json:1", "walk-2.json:1"]),
+    ],
+)
+def test_a_killed_comparison_goes_on(
+    allocation: str,
+    scarce: bool,
+    moments: list[str],
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+) -> None:
     where = save_tiny("llama").parent
     surgeon(*INDEX)
-    cuts = ["--cut", "scar-prot:none:global", "--cut", "wanda", "--cut", "scar-prot:lstsq"]
+    cuts = ["--cut", f"scar-prot:none:{allocation}", "--cut", "wanda", "--cut", "scar-prot:lstsq"]
     compare = ["compare", "tiny", "--index", "index", "--multiple-of", "8", "--sparsity", "0.5", *cuts]
     compare += ["--text", "text.txt", "--text-blocks", "1"]
     told = json.loads(surgeon(*compare, "--dry-run", "--json").stdout)
-    compare += ["--memory", str(told["costs"]["smallest_bytes"] * 11 // 10)]  # one cut a walk
+    if scarce:  # one cut a walk
+        compare += ["--memory", str(told["costs"]["smallest_bytes"])]
     surgeon(*compare, "--out", "plain")
-    for moment in ("steps.jsonl:1", "walk-1.json:1", "walk-2.json:1"):
+    for moment in moments:
         kill(moment, where, *compare, "--out", "table", kind="-compare")
     assert "Going on" in surgeon(*compare, "--out", "table").stderr
     plain, table = (json.loads((where / n / "compare.json").read_text())["rows"] for n in ("plain", "table"))

@@ -20,7 +20,13 @@ from surgery.commands.options import (
     output_options,
     resume_option,
 )
-from surgery.commands.planning import curves_for, index_for, prunable_skeleton, show_cut_costs
+from surgery.commands.planning import (
+    calibration_shape,
+    curves_for,
+    index_for,
+    prunable_skeleton,
+    show_cut_costs,
+)
 from surgery.commands.session import (
     bars,
     data_console,
@@ -203,17 +209,16 @@ def foreseen(
     """Cuts made in one walk and what it takes, from the widths alone. Raises MemoryBudgetError."""
     from surgery.compare import comparison_job, share_walks
     from surgery.cut_costs import widths_after
-    from surgery.index import ChannelIndex
     from surgery.widths import width_changes
 
-    shape: tuple[int, ...] = (options["blocks"], options["block_size"])
-    if index_folder is not None:
-        shape = tuple(ChannelIndex.load(index_folder).input_ids.shape)
+    shape = calibration_shape(index_folder, options)
     least = min(sparsity for sparsity, *_ in combinations)
     changes = width_changes(skeleton.widths(), least, None, options["multiple_of"])
     repairs = {repair for *_, repair, _ in combinations}
     curves = any(allocation == "global" for _, allocation, *_ in combinations)
-    job = comparison_job(widths_after(skeleton, changes), repairs, shape, len(combinations), blocks, curves)
+    uniform = all(allocation == "uniform" for _, allocation, *_ in combinations)
+    kept = widths_after(skeleton, changes, uniform)
+    job = comparison_job(kept, repairs, shape, len(combinations), blocks, curves)
     return share_walks(skeleton, job, run)
 
 

@@ -48,12 +48,21 @@ def check_width(checkpoint: Checkpoint, index_folder: str | None, options: dict[
     changes = width_changes(
         skeleton.widths(), options["sparsity"], options["intermediate_size"], options["multiple_of"]
     )
-    if index_folder is None:  # whose blocks a repair would run; before an index is made for nothing
-        kept = widths_after(skeleton, changes)
-        curves = options["allocation"] == "global"
-        job = CutJob(kept, options["repair"], options["blocks"], options["block_size"], curves=curves)
-        cut_costs(skeleton, job, run_options(checkpoint, options))
+    kept = widths_after(skeleton, changes, uniform=options["allocation"] == "uniform")
+    curves = options["allocation"] == "global"
+    job = CutJob(kept, options["repair"], *calibration_shape(index_folder, options), curves=curves)
+    cut_costs(skeleton, job, run_options(checkpoint, options))
     return skeleton
+
+
+def calibration_shape(index_folder: str | None, options: dict[str, Any]) -> tuple[int, int]:
+    """Blocks, and tokens of each, that the index has or will have."""
+    from surgery.index import ChannelIndex
+
+    if index_folder is None:
+        return options["blocks"], options["block_size"]
+    blocks, block_size = ChannelIndex.load(index_folder).input_ids.shape
+    return blocks, block_size
 
 
 def prunable_skeleton(checkpoint: Checkpoint) -> Skeleton:
@@ -152,25 +161,31 @@ def show_cut_costs(
     if fields is None:
         click.echo("\n".join(cut_costs_lines(costs, machine, walks)))
     else:
-        click.echo(json.dumps({**fields, **costs_json(costs, machine)}))
+        click.echo(json.dumps({**fields, **costs_json(costs, machine, walks)}))
 
 
 def curves_for(
     checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any], quiet: bool
 ) -> list[torch.Tensor]:
     """What cutting each layer costs, measured on the index's own calibration blocks."""
+    from surgery.costs import Sizes
     from surgery.curves import measure_curves
+    from surgery.cut_costs import curves_need
     from surgery.devices import micro_batch
+    from surgery.heap import SHARE
     from surgery.plan import keep_orders
     from surgery.stream import StreamedModel
 
     run = run_options(checkpoint, options)
     say("Measuring what each layer loses at a few widths", quiet)
+    model = StreamedModel(checkpoint, run.device, run.dtype, memory=run.memory)
+    block_size = channels.input_ids.shape[1]
+    need = curves_need(Sizes.of(model.skeleton, run.dtype, block_size), block_size, run)
     return measure_curves(
-        StreamedModel(checkpoint, run.device, run.dtype, memory=run.memory),
+        model,
         channels.input_ids.long(),
         keep_orders(channels, options["method"], options["seed"], options["protect"]),
         micro_batch(channels.input_ids.shape[1], run.device),
         bars(quiet),
-        run.memory,
+        max(0, run.memory - run.memory // SHARE - need),
     )
