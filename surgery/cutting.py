@@ -1,4 +1,4 @@
-"""The walk that cuts: every tensor is read once, cut, mended and written, and tokens run through what is left of it."""
+"""The walk that cuts: every tensor is read, cut, mended and written, and tokens run through what is left of it."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def write_pruned(
 ) -> dict[str, Any]:
     """Write the shrunk checkpoint to `destination`, put it through the load gate, and return its manifest.
 
-    Every tensor is read once: cut and written, and run with the removed channels masked on a block of calibration
+    Every tensor is read once (those outside the layers twice where memory is short): cut and written, and run with the removed channels masked on a block of calibration
     tokens, which the gate compares with the written model. `dense` holds measurements of the source; `measure`, when
     given, makes the same of the written checkpoint; `command` is recorded as the way to make it again, `repo` as where it
     will be published; `card_template` replaces the shipped card. With `journal`, no layer that is done is done again. The folder appears under its name only when the gate is

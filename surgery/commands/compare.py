@@ -138,6 +138,7 @@ def compare(
     from surgery.curves import check_measurable
     from surgery.destination import check_destination, complete_folder
     from surgery.show import show_rows
+    from surgery.show_costs import cut_costs_lines
     from surgery.widths import width_changes
 
     checkpoint = open_model(model, options)
@@ -180,6 +181,7 @@ def compare(
         say("Going on where an earlier run stopped (--no-resume starts over)", quiet)
     plans = planned(comparison, combinations, options, quiet, journal)
     say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
+    say("\n".join(cut_costs_lines(costs, walks=-(-len(plans) // together))), quiet)
     comparison.add(plans, bars(quiet), journal)
     with complete_folder(folder) as partial:
         save_rows(comparison.rows, partial)
