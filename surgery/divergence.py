@@ -55,6 +55,7 @@ def measure(model: StreamedModel, dense: TokenStream, streams: list[TokenStream]
                     sums[1, place] += (shares * (theirs - ours)).sum().double().cpu()
             for place, _ in mine:
                 tokens[place] += len(targets)
+            model.heap.settle()
     return [
         Measured(nats, divergence, count)
         for (nats, divergence), count in zip(sums.T.tolist(), tokens, strict=True)

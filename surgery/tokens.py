@@ -211,8 +211,11 @@ class TokenStream:
         The last token of a block predicts nothing. With `with_gradient`, dL/d(last hidden state) takes the place of
         the stored output; L is the sum over all blocks.
         """
+        nats = []
         with self.model.outside():
-            nats = [self._block_loss(block, with_gradient) for block in range(len(self.ids))]
+            for block in range(len(self.ids)):
+                nats.append(self._block_loss(block, with_gradient))
+                self.model.heap.settle()
         return torch.stack(nats).cpu()
 
     def _block_loss(self, block: int, with_gradient: bool) -> torch.Tensor:
