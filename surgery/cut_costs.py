@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.costs import Machine, Sizes, check_budget, routed
+from surgery.costs import check_budget
 from surgery.curves import FIT_BLOCKS, MEASURE_TOKENS, curve_bytes
 from surgery.dense import STORES
 from surgery.devices import TOKENS_PER_STEP, capacity
 from surgery.ffn import Ffn
 from surgery.gate import GATE_TOKENS
 from surgery.heap import SHARE
+from surgery.machine import Machine
 from surgery.mended import stored_apart
 from surgery.plan import ResizePlan
 from surgery.repair_memory import parts, repair_bytes, schedule
+from surgery.sizes import Sizes, routed
 from surgery.skeleton import Skeleton
 from surgery.tokens import HEAD_ELEMENTS
 from surgery.widths import WidthChange

@@ -82,7 +82,7 @@ class Ffn:
     @property
     def transposed(self) -> bool:
         """Whether memory holds W_down as [F, D]."""
-        return self._transposed if self.stacked else _is_conv1d(self.module)
+        return self._transposed if self.stacked else is_conv1d(self.module)
 
     def down_bias(self, expert: int = 0) -> torch.Tensor | None:
         """The bias [D] of one unit's down projection, which is no part of what its channels must produce: a view."""
@@ -115,10 +115,10 @@ class Ffn:
         found = {}
         for row in self.site.rows:
             linear = self.layer.get_submodule(row)
-            found[f"{row}.weight"] = ParameterCut(self.key, int(_is_conv1d(linear)), parts)
+            found[f"{row}.weight"] = ParameterCut(self.key, int(is_conv1d(linear)), parts)
             if getattr(linear, "bias", None) is not None:
                 found[f"{row}.bias"] = ParameterCut(self.key, 0, parts)
-        found[f"{self.site.down}.weight"] = ParameterCut(self.key, 1 - int(_is_conv1d(self.module)))
+        found[f"{self.site.down}.weight"] = ParameterCut(self.key, 1 - int(is_conv1d(self.module)))
         return found
 
     @property
@@ -137,7 +137,7 @@ class Ffn:
     def _linear_weight(self, path: str) -> torch.Tensor:
         linear = self.layer.get_submodule(path)
         assert isinstance(linear.weight, torch.Tensor)
-        return self._oriented(linear.weight.data, _is_conv1d(linear))
+        return self._oriented(linear.weight.data, is_conv1d(linear))
 
     @staticmethod
     def _oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -172,7 +172,7 @@ def _has(layer: nn.Module, site: FfnSite) -> bool:
     return True
 
 
-def _is_conv1d(linear: nn.Module) -> bool:
+def is_conv1d(linear: nn.Module) -> bool:
     return type(linear).__name__ == "Conv1D"
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from surgery.checkpoint import Checkpoint
-from surgery.costs import Sizes
 from surgery.devices import default_memory, pick_dtype
 from surgery.errors import CheckpointError
 from surgery.families import text_config
 from surgery.heap import SHARE
 from surgery.indexing import RunOptions
 from surgery.plan import ResizePlan
+from surgery.sizes import Sizes
 from surgery.skeleton import Skeleton, auto_class, build_config, quiet_transformers
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream

@@ -1,68 +1,90 @@
 """What a layer's forward pass computed dearly, kept for its backward pass while a budget lasts.
 
-The backward pass visits the last layers first, so theirs are kept; all others are run again when their turn comes. Of a layer
-that is kept, results of matrix products and attention are, which take about half of what autograd saves in
-bfloat16; the rest is made again from them, by PyTorch's selective activation checkpointing.
+The backward pass visits the last layers first, so theirs are kept; all others are run again in full when their turn comes. A
+layer that is kept is run again too, but results of attention and of products with large matrices are taken from here.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-Seen = tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+from surgery.errors import SurgeonError
 
-DEAR = (
-    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"),
-    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable"),
+ATTENTION = (
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    "_scaled_dot_product_fused_attention_overrideable",
 )
-KEPT = {getattr(torch.ops.aten, name).default for name in DEAR if hasattr(torch.ops.aten, name)}
+PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1}  # and which argument has K columns
+# On a CPU a result in memory not touched before costs about what computing it from so few columns K does, measured
+# (`tests/benchmarks/streamed.py --time`); a GPU's memory comes from a cache.
+DEAR_COLUMNS = {"cpu": 1024}
 
 
-@dataclass
-class Graph:
-    """One micro-batch's way through one layer: what entered, what left, and what went through each FFN."""
-
-    hidden: torch.Tensor
-    output: torch.Tensor
-    seen: list[Seen]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what it holds besides results of matrix products."""
-        seen = (one for _, tokens, u, y in self.seen for one in (tokens, u, y) if one is not None)
-        return self.hidden.nbytes + self.output.nbytes + sum(one.nbytes for one in seen)
+def _operations(names: Any) -> dict[Any, str]:
+    found = {name: getattr(torch.ops.aten, name, None) for name in names}
+    return {operation.default: name for name, operation in found.items() if operation is not None}
 
 
-class KeptResults(TorchDispatchMode):
-    """Watches, while open, the results that `keeping` keeps: their bytes, and whether any is `overwritten` later.
+_ATTENTION, _PRODUCTS = _operations(ATTENTION), _operations(PRODUCTS)
 
-    One that is (OLMo clips its queries in place) would not be what the rest has to be made again from.
+
+def _dear(operation: Any, args: Any) -> bool:
+    """Whether computing a result again would take longer than keeping it."""
+    if operation in _ATTENTION:
+        return True
+    if operation not in _PRODUCTS:
+        return False
+    left = args[PRODUCTS[_PRODUCTS[operation]]]
+    return bool(left.shape[-1] >= DEAR_COLUMNS.get(left.device.type, 0))
+
+
+class Results(TorchDispatchMode):
+    """While open, keeps the dear results of what is run, in order.
+
+    `nbytes` is what they take. `overwritten` says whether any was changed in place later (OLMo clips its queries): then they
+    are not what the rest has to be made again from.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[tuple[Any, Any]] = []
         self.nbytes = 0
         self.overwritten = False
-        self.storages: set[int] = set()
+        self._storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
             written = _written(func, args, kwargs or {})
-            self.overwritten |= any(_storage(one) in self.storages for one in written)
+            self.overwritten |= any(_storage(one) in self._storages for one in written)
         result = func(*args, **(kwargs or {}))
-        if func in KEPT:
-            kept = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            self.nbytes += sum(tensor.nbytes for tensor in kept)
-            self.storages.update(map(_storage, kept))
+        if _dear(func, args):
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.nbytes += sum(tensor.nbytes for tensor in tensors)
+            self._storages.update(map(_storage, tensors))
+            # detached, or autograd would tie all it saved to them
+            self.kept.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, result)))
+        return result
+
+
+class Replay(TorchDispatchMode):
+    """While open, dear results are those of `results`, in the order they were kept in, instead of being computed."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._left: Iterator[tuple[Any, Any]] = iter(results.kept)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _dear(func, args):
+            return func(*args, **(kwargs or {}))
+        operation, result = next(self._left, (None, None))
+        if operation is not func:
+            raise SurgeonError("a layer went another way when it was run again", where=str(func))
         return result
 
 
@@ -81,21 +103,8 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
     return [one for one in tree_leaves(written) if isinstance(one, torch.Tensor)]
 
 
-def keeping(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """`run(*args)`, of which autograd keeps dear results only and runs the rest again."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-    output: torch.Tensor = checkpoint(
-        run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
-    return output
-
-
-def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class KeptGraphs:
-    """Graphs of the last layers of `layers`, as many as `budget` bytes hold, by layer and micro-batch.
+class KeptResults:
+    """Results of the last layers of `layers`, as many as `budget` bytes hold, by layer and micro-batch.
 
     How much one layer takes is seen on the first micro-batch that is run; the first layer kept is chosen from that. A layer
     that turns out larger than the budget still has left is not begun.
@@ -106,7 +115,7 @@ class KeptGraphs:
         self.left = budget
         self.first: int | None = None
         self.largest = 0
-        self.graphs: dict[int, list[Graph | None]] = {}
+        self.results: dict[int, list[Results | None]] = {}
 
     def plan(self, nbytes: int) -> None:
         """Choose the first layer to keep, from what any layer takes; none where nothing can be kept."""
@@ -117,12 +126,13 @@ class KeptGraphs:
         """Whether layer `number` is to be kept."""
         return self.first is not None and number >= self.first and self.largest <= self.left
 
-    def keep(self, number: int, graphs: list[Graph | None], nbytes: int) -> None:
-        """Keep a layer's graphs, which take so many bytes."""
-        self.graphs[number] = graphs
+    def keep(self, number: int, results: list[Results | None]) -> None:
+        """Keep a layer's results, of every micro-batch."""
+        nbytes = sum(one.nbytes for one in results if one is not None)
+        self.results[number] = results
         self.left -= nbytes
         self.largest = max(self.largest, nbytes)
 
-    def take(self, number: int) -> list[Graph | None]:
-        """A layer's graphs, no longer kept here; none where it was not kept."""
-        return self.graphs.pop(number, [])
+    def take(self, number: int) -> list[Results | None]:
+        """A layer's results, no longer kept here; none where they were not kept."""
+        return self.results.pop(number, [])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.costs import IndexCosts, Machine
+from surgery.costs import IndexCosts
 from surgery.cut_costs import CutCosts
 from surgery.devices import amount
+from surgery.machine import Machine
 
 
 def duration(seconds: float) -> str:

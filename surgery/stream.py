@@ -190,7 +190,7 @@ class StreamedModel:
         """Next-token logits [n, V] of hidden states [n, D] that left the last layer; call it inside `outside`."""
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
         output = self._bypass(ids, lambda i, h, *_: hidden[None] if i == 0 else h, logits=True)
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits.squeeze(0)
         return logits
 
     def _bypass(self, ids: torch.Tensor, replace: Callable[..., torch.Tensor], logits: bool) -> Any:

@@ -5,7 +5,7 @@ Shape letters: N blocks, T tokens of a block, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from surgery.errors import NumericsError
 from surgery.ffn import observed
-from surgery.graphs import Graph, KeptGraphs, KeptResults, Seen, keeping
+from surgery.graphs import KeptResults, Replay, Results
 from surgery.hidden import HiddenStore
 from surgery.stream import LayerCall, StreamedModel
 
@@ -41,6 +41,16 @@ class Flow:
 
 
 Observer = Callable[[Flow], None]
+Seen = tuple[str, torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+
+@dataclass
+class Graph:
+    """One micro-batch's way through one layer: what entered, what left, and what went through each FFN."""
+
+    hidden: torch.Tensor
+    output: torch.Tensor
+    seen: list[Seen]
 
 
 class TokenStream:
@@ -66,7 +76,7 @@ class TokenStream:
         journal: Path | None = None,
     ) -> None:
         self.model = model
-        self.kept = KeptGraphs(len(model.layers), graph_bytes)
+        self.kept = KeptResults(len(model.layers), graph_bytes)
         self.ids = ids
         self.keep_inputs = keep_inputs
         self.slices = [slice(i, min(i + micro_batch, len(ids))) for i in range(0, len(ids), micro_batch)]
@@ -116,7 +126,7 @@ class TokenStream:
         """A copy of the first micro-batches, up to `number` blocks, as they stand before `layer`."""
         twin = object.__new__(TokenStream)
         twin.model, twin.keep_inputs, twin.apart = self.model, False, None
-        twin.kept = KeptGraphs(len(self.model.layers), 0)
+        twin.kept = KeptResults(len(self.model.layers), 0)
         twin.slices = [part for part in self.slices if part.start < number]
         twin.ids = self.ids[: twin.slices[-1].stop]
         twin.calls = self.calls[: len(twin.slices)]
@@ -132,42 +142,40 @@ class TokenStream:
         """Move every block through the resident layer `number`. Raises NumericsError on NaN or infinity."""
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
         if self.kept.left and self.kept.first is None:
-            self.kept.plan(self._kept_graph(number, layer, 0)[1] * len(self.slices))
-        keep, held = self.kept.wants(number), 0
-        graphs: list[Graph | None] = []
+            _, results = self._kept_results(number, layer, 0)
+            self.kept.plan((results.nbytes if results else 0) * len(self.slices))
+        keep = self.kept.wants(number)
+        held: list[Results | None] = []
         for place, (part, calls) in enumerate(zip(self.slices, self.calls, strict=True)):
             if keep:
-                graph, nbytes = self._kept_graph(number, layer, place)
-                graphs.append(graph if nbytes else None)
-                held += nbytes
-                output = graph.output.detach()
+                output, results = self._kept_results(number, layer, place)
+                held.append(results)
             else:
                 hidden = self.store.get(self._slot(number), part, self.model.device)
                 output = self.model.run_layer(layer, hidden, calls[number])
             finite &= output.isfinite().all()
             self.store.put(self._slot(number + 1), part, output)
         if keep:
-            self.kept.keep(number, graphs, held)
+            self.kept.keep(number, held)
         check_finite(finite, number)
 
-    def _graph(
-        self, number: int, layer: nn.Module, place: int, run: Callable[..., torch.Tensor] | None = None
-    ) -> Graph:
+    def _graph(self, number: int, layer: nn.Module, place: int) -> Graph:
         """Run micro-batch `place` through the resident layer so that gradients can be taken."""
         seen: list[Seen] = []
-        run = run or self.model.run_layer
         hidden = self.store.get(self._slot(number), self.slices[place], self.model.device)
         hidden.requires_grad_(True)
         with torch.enable_grad(), observed(self.model.ffns(number), lambda *flow: seen.append(flow)):
-            output = run(layer, hidden, self.calls[place][number])
+            output = self.model.run_layer(layer, hidden, self.calls[place][number])
         return Graph(hidden, output, seen)
 
-    def _kept_graph(self, number: int, layer: nn.Module, place: int) -> tuple[Graph, int]:
-        """The same with only dear results held until gradients are taken, and the bytes that takes; 0 if it can't be."""
-        with KeptResults() as kept:
-            graph = self._graph(number, layer, place, functools.partial(keeping, self.model.run_layer))
-        graph.seen = [(unit, tokens, u, None) for unit, tokens, u, _ in graph.seen]
-        return graph, 0 if kept.overwritten else kept.nbytes + graph.nbytes
+    def _kept_results(self, number: int, layer: nn.Module, place: int) -> tuple[torch.Tensor, Results | None]:
+        """What leaves the layer, and dear results on the way that need not be computed again; none if they can't be kept.
+
+        It is run as it will be run again: without gradients some kernels leave out what these need.
+        """
+        with Results() as results:
+            output = self._graph(number, layer, place).output.detach()
+        return output, None if results.overwritten else results
 
     def backward(
         self,
@@ -185,9 +193,11 @@ class TokenStream:
         parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
         kept = [] if parameters else self.kept.take(number)
         for turn, part in enumerate(self.slices):
-            graph = (kept[turn] if kept else None) or self._graph(number, layer, turn)
+            results = kept[turn] if kept else None
+            with Replay(results) if results else contextlib.nullcontext():
+                graph = self._graph(number, layer, turn)
             if kept:
-                kept[turn] = None  # its memory goes as soon as it has been used
+                kept[turn] = results = None  # its memory goes as soon as it has been used
             gradient = above.get(slot, part, self.model.device)
             seen = graph.seen
             ys = [y for *_, y in seen if y is not None] if gradients is not None else []
@@ -229,11 +239,14 @@ class TokenStream:
         for rows in head_slices(self.model, len(targets)):
             states = hidden[rows].detach().requires_grad_(with_gradient)
             with torch.set_grad_enabled(with_gradient):
-                logits = self.model.logits(states).float()
-                piece = functional.cross_entropy(logits, targets[rows], reduction="sum")
+                logits = self.model.logits(states)
+            likely = functional.log_softmax(logits.detach().float(), dim=-1)
+            total -= likely.gather(1, targets[rows, None]).sum().double()
             if with_gradient:
-                (gradient[rows],) = torch.autograd.grad(piece, states)
-            total += piece.detach().double()
+                # dL/d(logits) = softmax - onehot, made in place: by autograd it takes as many tensors of this size again
+                to_logits = likely.exp_()
+                to_logits.scatter_add_(1, targets[rows, None], -torch.ones_like(to_logits[:, :1]))
+                (gradient[rows],) = torch.autograd.grad(logits, states, to_logits.to(logits.dtype))
         if with_gradient:
             store, free = self._gradient(len(self.model.layers))
             store.put(free, part, gradient[None])

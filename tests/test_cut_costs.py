@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from surgery import cut_costs as module
 from surgery.checkpoint import Checkpoint
-from surgery.costs import Sizes
 from surgery.curves import curve_bytes, measure_curves
 from surgery.cut_costs import CutJob, cut_costs
 from surgery.errors import MemoryBudgetError
@@ -27,6 +26,7 @@ from surgery.mending import dense_stream, mender
 from surgery.plan import make_plan
 from surgery.repair import Moments, least_squares, repair
 from surgery.repair_memory import moment_bytes, repair_bytes
+from surgery.sizes import Sizes
 from surgery.skeleton import Skeleton
 from surgery.stream import StreamedModel
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NumericsError
+from surgery.graphs import DEAR_COLUMNS
 from surgery.statistics import ChannelStatistics
 from surgery.stream import StreamedModel
 from surgery.tokens import TokenStream
@@ -115,14 +116,21 @@ def layer_bytes(folder: Path, ids: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("layers", [1, 3, 100])
-def test_kept_activations_change_nothing(layers: int, family: str, save_tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("dear", [0, 40, 1024])
+def test_kept_activations_change_nothing(
+    dear: int, layers: int, family: str, save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEAR_COLUMNS, "cpu", dear)
     folder = save_tiny(family)
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
     kept = kept_layers(folder, ids, int((layers + 0.5) * layer_bytes(folder, ids)))
     assert kept == list(range(6))[-min(layers, 6) :]
 
 
-def test_what_a_layer_overwrites_is_not_kept(save_tiny: Callable[..., Path]) -> None:
+def test_what_a_layer_overwrites_is_not_kept(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEAR_COLUMNS, "cpu", 0)
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
     assert kept_layers(save_tiny("olmo", clip_qkv=0.02), ids, 1 << 30) == []
     assert kept_layers(save_tiny("olmo"), ids, 1 << 30) == list(range(6))
@@ -139,7 +147,7 @@ def kept_layers(folder: Path, ids: torch.Tensor, budget: int) -> list[int]:
         for stream in streams:
             stream.forward(number, layer)
     kept = streams[1].kept
-    held = sorted(kept.graphs)
+    held = sorted(kept.results)
     assert kept.left >= 0
     assert torch.equal(*(stream.loss(with_gradient=True) for stream in streams))
     for number, layer in model.walk(reversed(range(count))):
@@ -148,7 +156,7 @@ def kept_layers(folder: Path, ids: torch.Tensor, budget: int) -> list[int]:
             stream.backward(number, layer, into.append)
         for one, other in zip(*seen, strict=True):
             assert one.unit == other.unit and torch.equal(one.u, other.u) and torch.equal(one.s, other.s)
-    assert not kept.graphs
+    assert not kept.results
     assert torch.equal(*(stream.store.get(0, slice(0, 3), CPU) for stream in streams))
     return held
 

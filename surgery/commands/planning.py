@@ -154,7 +154,7 @@ def show_cut_costs(
     walks: int = 1,
 ) -> None:
     """Print what `walks` over the layers will take and, by a look at this machine, how long; as JSON beside `fields`."""
-    from surgery.costs import measure_machine
+    from surgery.machine import measure_machine
     from surgery.show_costs import costs_json, cut_costs_lines
 
     machine = measure_machine(skeleton.checkpoint, skeleton, run, wide=bool(costs.float64_flops))
@@ -168,12 +168,12 @@ def curves_for(
     checkpoint: Checkpoint, channels: ChannelIndex, options: dict[str, Any], quiet: bool
 ) -> list[torch.Tensor]:
     """What cutting each layer costs, measured on the index's own calibration blocks."""
-    from surgery.costs import Sizes
     from surgery.curves import measure_curves
     from surgery.cut_costs import curves_need
     from surgery.devices import micro_batch
     from surgery.heap import SHARE
     from surgery.plan import keep_orders
+    from surgery.sizes import Sizes
     from surgery.stream import StreamedModel
 
     run = run_options(checkpoint, options)

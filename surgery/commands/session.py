@@ -165,7 +165,7 @@ def make_index(
 
 def show_costs(skeleton: Skeleton, costs: IndexCosts, run: RunOptions, as_json: bool) -> None:
     """Print what an index will take, with the time that a look at this machine foretells."""
-    from surgery.costs import measure_machine
+    from surgery.machine import measure_machine
     from surgery.show_costs import costs_json, costs_lines
 
     machine = measure_machine(skeleton.checkpoint, skeleton, run)

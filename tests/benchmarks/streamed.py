@@ -30,9 +30,10 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from surgery.checkpoint import Checkpoint
-from surgery.costs import index_costs, measure_machine
 from surgery.devices import micro_batch
 from surgery.indexing import RunOptions
+from surgery.machine import measure_machine
+from surgery.sizes import Sizes
 from surgery.skeleton import Skeleton
 from surgery.statistics import ChannelStatistics
 from surgery.stream import StreamedModel
@@ -205,7 +206,8 @@ def timing(rounds: int = 3) -> None:
         name = str(dtype).removeprefix("torch.")
         options = RunOptions(torch.device("cpu"), dtype, PLENTY)
         skeleton = Skeleton(checkpoint, dtype)
-        needed = index_costs(skeleton, *ids.shape, options).flops
+        sizes = Sizes.of(skeleton, dtype, ids.shape[1])
+        needed = 4.0 * ids.numel() * (sizes.active + sizes.attention + sizes.head)
         ratios: dict[str, list[float]] = {f"{kind}, over in-memory backward": [] for kind in STREAMED}
         ratios["activations kept, over the floor"] = []
         worst = 0.0
