@@ -1,12 +1,13 @@
 """The same jobs by what a user would otherwise take: time and peak memory of whole commands, in turn, on one checkpoint.
 
-    python tests/benchmarks/others.py [--layers 24] [--rounds 1]
+    python tests/benchmarks/others.py [--layers 24] [--rounds 3]
 
 Half of the FFN channels of a random 24-layer, 2.2 GiB Llama-shaped bfloat16 checkpoint are cut by `surgeon prune` (scores
 from an index made before, no repair), optipfair's command and Torch-Pruning (both by weight magnitudes, in memory), and the
 checkpoint is copied through mergekit's passthrough, which cuts nothing. Then its perplexity on 8 blocks of 128 tokens is
 measured by `surgeon eval` and by accelerate's disk offload. The others are installed into an environment of their own,
-which borrows torch and transformers from this one.
+which borrows torch and transformers from this one. Tools take turns; figures are medians of the rounds, ratios to ours of the
+same round.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def timed(command: list[str]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as name:
         scratch = Path(name)
@@ -142,18 +143,17 @@ def main() -> None:
         }
         for job, commands in jobs.items():
             print(f"{job:<38} {'seconds':>8} {'ratio':>6} {'peak MiB':>9}")
-            base = 0.0
-            for tool, command in commands.items():
-                runs = []
-                for _ in range(options.rounds):
+            runs: dict[str, list[tuple[float, int]]] = {tool: [] for tool in commands}
+            for _ in range(options.rounds):
+                for tool, command in commands.items():
                     for left in (out, scratch / "offloaded"):
                         shutil.rmtree(left, ignore_errors=True)
-                    runs.append(timed(command))
-                seconds = statistics.median(run[0] for run in runs)
-                base = base or seconds
-                print(
-                    f"{tool:<38} {seconds:>8.1f} {seconds / base:>6.2f} {max(run[1] for run in runs) >> 20:>9}"
-                )
+                    runs[tool].append(timed(command))
+            base = [seconds for seconds, _ in next(iter(runs.values()))]
+            for tool, found in runs.items():
+                seconds = statistics.median(seconds for seconds, _ in found)
+                ratio = statistics.median(one / ours for (one, _), ours in zip(found, base, strict=True))
+                print(f"{tool:<38} {seconds:>8.1f} {ratio:>6.2f} {max(peak for _, peak in found) >> 20:>9}")
 
 
 if __name__ == "__main__":
