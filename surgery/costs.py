@@ -85,7 +85,7 @@ def index_costs(
     used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
     spared = (forward - 2.0 * tokens * sizes.again) * kept / max(1, sizes.layers)
-    pinned = 2 * sizes.layer + hidden * (place == "memory")
+    pinned = 2 * sizes.layer + sizes.merging + hidden * (place == "memory")
     return IndexCosts(
         micro_batch=step,
         hidden_bytes=hidden,
@@ -94,7 +94,7 @@ def index_costs(
         graph_layers=kept,
         host_bytes=pinned if on_device else used,
         device_bytes=used if on_device else 0,
-        smallest_bytes=2 * sizes.layer if on_device else smallest,
+        smallest_bytes=2 * sizes.layer + sizes.merging if on_device else smallest,
         read_bytes=2 * sizes.inside + 2 * sizes.outside,
         write_bytes=hidden if place == "disk" else 0,
         flops=3 * forward - spared + 4.0 * tokens * sizes.head,

@@ -137,7 +137,9 @@ def cut_costs(skeleton: Skeleton, job: CutJob, options: RunOptions) -> CutCosts:
     check_budget(smallest, budget if on_device else options.memory, options.device.type)
     count = next(n for n in range(1, MOST_PARTS + 1) if needs.peak(1, needs.matrices(n)) <= budget)
     matrices = needs.matrices(count)
-    host = needs.late + 2 * needs.sizes.layer * on_device  # beside a GPU: what is read, pinned
+    host = (
+        needs.late + (2 * needs.sizes.layer + needs.sizes.merging) * on_device
+    )  # beside a GPU: what is read, pinned
     in_budget = needs.walking(1, matrices) + needs.hidden <= budget
     place = ("device" if on_device else "memory") if in_budget else "disk"
     if on_device:
@@ -210,7 +212,7 @@ class _Needs:
     def beside(self, step: int) -> int:
         """Bytes of everything but matrices and hidden states when so many blocks are run together."""
         sizes, tokens = self.sizes, step * self.job.block_size * self.mends
-        layers = (2 + self.job.put_back) * sizes.layer + self.late + self.originals
+        layers = (2 + self.job.put_back) * sizes.layer + sizes.merging + self.late + self.originals
         width = max(self.widest, self.inner)
         adding = 4 * (tokens * (2 * width + 4 * sizes.hidden) + 2 * sizes.hidden * width + width**2)
         running = max(self.passing, sizes.saved_token * tokens)
@@ -255,7 +257,9 @@ def curves_need(sizes: Sizes, block_size: int, options: RunOptions) -> int:
     """Bytes that measuring curves takes, but for its branches: matrices of whole layers, which are not divided."""
     tokens = max(TOKENS_PER_STEP[options.device.type], block_size)
     streams = options.dtype.itemsize * sizes.hidden * (FIT_BLOCKS * block_size + MEASURE_TOKENS)
-    layers = 3 * sizes.layer + sizes.saved_token * tokens + curve_bytes(sizes.widest, sizes.hidden)
+    layers = (
+        3 * sizes.layer + sizes.merging + sizes.saved_token * tokens + curve_bytes(sizes.widest, sizes.hidden)
+    )
     return streams + max(layers, sizes.outside_held + compared_bytes(sizes, MEASURE_TOKENS))
 
 

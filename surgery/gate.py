@@ -40,7 +40,7 @@ def run_to_logits(
     """
     model = StreamedModel(written, options.device, options.dtype, memory=options.memory)
     sizes = Sizes.of(model.skeleton, options.dtype, ids.shape[1])
-    fits = sizes.outside_held + 2 * sizes.layer <= options.memory - options.memory // SHARE
+    fits = sizes.outside_held + 2 * sizes.layer + sizes.merging <= options.memory - options.memory // SHARE
     with model.outside() if fits else contextlib.nullcontext():
         stream = TokenStream(model, ids, micro_batch=1)
         for number, layer in model.walk(range(len(model.layers))):

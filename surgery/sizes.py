@@ -36,6 +36,7 @@ class Sizes:
     layers: int
     hidden: int
     layer: int  # the largest layer, in the compute dtype and as stored where that differs
+    merging: int  # most of what is stored apart (experts, one by one), with each step but the last to one parameter
     inside: int  # all layers, as stored
     outside: int  # embeddings, final norm, head, as stored
     outside_held: int
@@ -49,6 +50,7 @@ class Sizes:
     again: float  # multiplications for a token, in all layers, that are done again even then
     widest: int  # channels of the largest FFN
     channels: int  # of all FFNs of the largest layer
+    met: int  # those of them that a token goes through
     matrix: int  # weights of the largest matrix
     block_size: int
 
@@ -88,6 +90,15 @@ class Sizes:
             layers=len(stored),
             hidden=hidden,
             layer=max(copies),
+            merging=max(
+                (
+                    sum(tensors[n].nbytes for n in a.stored) * len(a.converter.operations)
+                    for layer in skeleton.inside
+                    for a in layer
+                    if a.converter is not None
+                ),
+                default=0,
+            ),
             inside=sum(entry.nbytes for layer in stored for entry in layer),
             outside=sum(entry.nbytes for entry in outside),
             outside_held=sum(entry.numel for entry in outside) * dtype.itemsize,
@@ -99,6 +110,7 @@ class Sizes:
             again=float(sum(one.columns * one.outputs for one in cheap)),
             widest=max((ffn.width for ffns in skeleton.ffns for ffn in ffns), default=0),
             channels=max(sum(ffn.width * len(ffn.units) for ffn in ffns) for ffns in skeleton.ffns),
+            met=max(through),
             matrix=max((e.numel for layer in stored for e in layer), default=0),
             block_size=block_size,
         )
@@ -106,9 +118,10 @@ class Sizes:
     def fixed(self, blocks: int, second_order: bool) -> int:
         """Bytes that are there whatever the micro-batch: the ends of the model, or two layers and their statistics."""
         ends = self.outside_held + HEAD_COPIES * 4 * HEAD_ELEMENTS
-        sums = 4 * self.channels * (5 * blocks + 3 * CORRELATION_TOKENS)
+        sampled = min(self.channels * CORRELATION_TOKENS, self.met * blocks * self.block_size)
+        sums = 4 * (5 * blocks * self.channels + 3 * sampled)
         squares = DENSE_MATRICES * 8 * self.widest**2 if second_order else 0
-        return max(ends, 2 * self.layer + sums + 8 * self.matrix + squares)
+        return max(ends, 2 * self.layer + self.merging + sums + 8 * self.matrix + squares)
 
     def step(self, blocks: int) -> int:
         """Bytes of so many blocks on their way through a layer and back: what is saved, and as much in gradients."""

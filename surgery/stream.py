@@ -95,6 +95,9 @@ class StreamedModel:
                 if self.on_read is not None:
                     self.on_read(stored, tensors[-1])
             host |= self.skeleton.assemble(assembly, tensors)
+            if assembly.converter is not None:  # what it was made of may be as much again as a layer
+                del tensors
+                self.heap.settle()
         dtypes = {target: self.skeleton.compute_dtype(target) for target in host}
         if self._side_stream is None:
             return {name: t.to(self.device, dtypes[name]) for name, t in host.items()}, None

@@ -74,6 +74,20 @@ def test_what_is_saved_and_kept_is_foretold(
     assert kept <= sizes.kept_token * ids.numel() <= 2 * kept + unfused
 
 
+def test_experts_stored_one_by_one_are_counted_while_they_are_merged(save_tiny: Callable[..., Path]) -> None:
+    gates = {  # bytes that are stacked, gates and ups apart, before both are joined
+        "mixtral": 2 * 4 * (2 * 48 * 32) * 4,
+        "llama": 0,
+        "gpt_oss": 0,  # stored as it is held
+    }
+    for family, nbytes in gates.items():
+        checkpoint = Checkpoint.open(save_tiny(family))
+        sizes = Sizes.of(Skeleton(checkpoint, torch.float32), torch.float32, 64)
+        assert sizes.merging == nbytes, family
+        apart = any("experts.0." in name for name in checkpoint.tensors)
+        assert apart == (nbytes > 0)
+
+
 def test_operations_are_those_of_autograd(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """The same jobs by what a user would otherwise take: time and peak memory of whole commands, in turn, on one checkpoint.
 
-    python tests/benchmarks/others.py [--layers 24] [--rounds 3]
+    python tests/benchmarks/others.py [--layers 24] [--rounds 3] [--only surgeon --only mergekit]
 
 Half of the FFN channels of a random 24-layer, 2.2 GiB Llama-shaped bfloat16 checkpoint are cut by `surgeon prune` (scores
 from an index made before, no repair), optipfair's command and Torch-Pruning (both by weight magnitudes, in memory), and the
@@ -98,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", default=[], help="a part of a tool's name, several times")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as name:
         scratch = Path(name)
@@ -141,7 +142,14 @@ def main() -> None:
                 ],
             },
         }
-        for job, commands in jobs.items():
+        for job, every in jobs.items():
+            commands = {
+                tool: command
+                for tool, command in every.items()
+                if not options.only or any(part in tool for part in options.only)
+            }
+            if not commands:
+                continue
             print(f"{job:<38} {'seconds':>8} {'ratio':>6} {'peak MiB':>9}")
             runs: dict[str, list[tuple[float, int]]] = {tool: [] for tool in commands}
             for _ in range(options.rounds):
