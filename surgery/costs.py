@@ -81,7 +81,7 @@ def index_costs(
     used += hidden * (place == ("device" if on_device else "memory"))
     graphs = 0 if second_order else max(0, budget - used) // (2 if on_device else 1)
     per_layer = sizes.kept_token * tokens
-    kept = min(sizes.layers, graphs // per_layer)
+    kept = min(sizes.layers, graphs // per_layer) if per_layer else 0  # nothing there is dear
     used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
     spared = (forward - 2.0 * tokens * sizes.again) * kept / max(1, sizes.layers)

@@ -23,9 +23,7 @@ SAVED_ROWS = (
     2  # and for a row of any other matrix of the layer: queries, keys, values and what is made of them
 )
 ROUTING = 256  # bytes for a token and an expert: scores, which are float32, and indices
-HEAD_COPIES = (
-    4  # logits, in float32, their softmax, of which the gradient is made, and this in the dtype of the logits
-)
+HEAD_COPIES = 4  # logits, in float32, their gradient, softmax
 DENSE_MATRICES = 16  # F x F in double precision at the peak of second-order scores
 
 

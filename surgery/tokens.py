@@ -239,14 +239,11 @@ class TokenStream:
         for rows in head_slices(self.model, len(targets)):
             states = hidden[rows].detach().requires_grad_(with_gradient)
             with torch.set_grad_enabled(with_gradient):
-                logits = self.model.logits(states)
-            likely = functional.log_softmax(logits.detach().float(), dim=-1)
-            total -= likely.gather(1, targets[rows, None]).sum().double()
+                logits = self.model.logits(states).float()
+                piece = functional.cross_entropy(logits, targets[rows], reduction="sum")
             if with_gradient:
-                # dL/d(logits) = softmax - onehot, made in place: by autograd it takes as many tensors of this size again
-                to_logits = likely.exp_()
-                to_logits.scatter_add_(1, targets[rows, None], -torch.ones_like(to_logits[:, :1]))
-                (gradient[rows],) = torch.autograd.grad(logits, states, to_logits.to(logits.dtype))
+                (gradient[rows],) = torch.autograd.grad(piece, states)
+            total += piece.detach().double()
         if with_gradient:
             store, free = self._gradient(len(self.model.layers))
             store.put(free, part, gradient[None])

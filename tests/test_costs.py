@@ -88,6 +88,11 @@ def test_experts_stored_one_by_one_are_counted_while_they_are_merged(save_tiny: 
         assert apart == (nbytes > 0)
 
 
+def test_nothing_is_kept_where_nothing_is_dear(save_tiny: Callable[..., Path]) -> None:
+    costs = index_costs(Skeleton(Checkpoint.open(save_tiny("gemma2")), torch.float32), 2, 64, options(PLENTY))
+    assert costs.graph_layers == 0
+
+
 def test_operations_are_those_of_autograd(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
