@@ -62,8 +62,8 @@ def index_costs(
     """
     sizes = Sizes.of(skeleton, options.dtype, block_size, options.device.type)
     tokens = blocks * block_size
-    fixed = sizes.fixed(blocks, second_order)
     on_device = options.device.type == "cuda"
+    fixed = sizes.fixed(blocks, second_order, merging=not on_device)  # which the host does
     budget = room(options.device) if on_device else options.memory
     smallest = fixed + sizes.step(1)
     check_budget(smallest, budget, options.device.type)
@@ -81,7 +81,8 @@ def index_costs(
     used += hidden * (place == ("device" if on_device else "memory"))
     graphs = 0 if second_order else max(0, budget - used) // (2 if on_device else 1)
     per_layer = sizes.kept_token * tokens
-    kept = min(sizes.layers, graphs // per_layer) if per_layer else 0  # nothing there is dear
+    graphs *= per_layer > 0  # else nothing there is dear
+    kept = min(sizes.layers, graphs // max(1, per_layer)) if graphs else 0
     used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
     spared = (forward - 2.0 * tokens * sizes.again) * kept / max(1, sizes.layers)

@@ -199,6 +199,7 @@ class _Needs:
             kept = max((sum(layer.values()) for layer in job.kept), default=0)
             self.originals += 8 * sizes.hidden * (kept + self.inner)
         self.late = 2 * merged * self.mends
+        self.merging = sizes.merging * (options.device.type != "cuda")  # which the host does
         head = 4 * 3 * GATE_TOKENS * (sizes.head // sizes.hidden)
         if job.text_tokens:
             block = min(MEASURE_TOKENS, job.text_tokens // (job.cuts + 1))
@@ -212,7 +213,7 @@ class _Needs:
     def beside(self, step: int) -> int:
         """Bytes of everything but matrices and hidden states when so many blocks are run together."""
         sizes, tokens = self.sizes, step * self.job.block_size * self.mends
-        layers = (2 + self.job.put_back) * sizes.layer + sizes.merging + self.late + self.originals
+        layers = (2 + self.job.put_back) * sizes.layer + self.merging + self.late + self.originals
         width = max(self.widest, self.inner)
         adding = 4 * (tokens * (2 * width + 4 * sizes.hidden) + 2 * sizes.hidden * width + width**2)
         running = max(self.passing, sizes.saved_token * tokens)

@@ -47,29 +47,32 @@ def _dear(operation: Any, args: Any) -> bool:
 class Results(TorchDispatchMode):
     """While open, keeps the dear results of what is run, in order.
 
-    `nbytes` is what they take. `overwritten` says whether any was changed in place later (OLMo clips its queries): then they
-    are not what the rest has to be made again from.
+    `nbytes` is what they take. A result that is changed in place later (OLMo clips its queries) is forgotten: it is not what
+    the rest has to be made again from.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[tuple[Any, Any]] = []
         self.nbytes = 0
-        self.overwritten = False
-        self._storages: set[int] = set()
+        self._places: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.is_mutable:
-            written = _written(func, args, kwargs or {})
-            self.overwritten |= any(_storage(one) in self._storages for one in written)
+            self._forget(_written(func, args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if _dear(func, args):
-            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            self.nbytes += sum(tensor.nbytes for tensor in tensors)
-            self._storages.update(map(_storage, tensors))
+            self.nbytes += _nbytes(result)
+            self._places |= dict.fromkeys(map(_storage, _tensors(result)), len(self.kept))
             # detached, or autograd would tie all it saved to them
             self.kept.append((func, tree_map_only(torch.Tensor, torch.Tensor.detach, result)))
         return result
+
+    def _forget(self, written: list[torch.Tensor]) -> None:
+        for place in {self._places[_storage(one)] for one in written if _storage(one) in self._places}:
+            operation, result = self.kept[place]
+            self.nbytes -= _nbytes(result)
+            self.kept[place] = (operation, None)
 
 
 class Replay(TorchDispatchMode):
@@ -82,10 +85,18 @@ class Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _dear(func, args):
             return func(*args, **(kwargs or {}))
-        operation, result = next(self._left, (None, None))
-        if operation is not func:
+        kept = next(self._left, None)
+        if kept is None or kept[0] is not func:
             raise SurgeonError("a layer went another way when it was run again", where=str(func))
-        return result
+        return func(*args, **(kwargs or {})) if kept[1] is None else kept[1]
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _nbytes(result: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(result))
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -100,7 +111,7 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
         for place, entry in enumerate(func._schema.arguments)
         if entry.alias_info is not None and entry.alias_info.is_write
     ]
-    return [one for one in tree_leaves(written) if isinstance(one, torch.Tensor)]
+    return _tensors(written)
 
 
 class KeptResults:
@@ -126,12 +137,17 @@ class KeptResults:
         """Whether layer `number` is to be kept."""
         return self.first is not None and number >= self.first and self.largest <= self.left
 
+    def reserve(self, results: Results) -> Results | None:
+        """The same results, their bytes taken from the budget; none where it has no room left for them."""
+        if results.nbytes > self.left:
+            return None
+        self.left -= results.nbytes
+        return results
+
     def keep(self, number: int, results: list[Results | None]) -> None:
-        """Keep a layer's results, of every micro-batch."""
-        nbytes = sum(one.nbytes for one in results if one is not None)
+        """Keep a layer's results, of every micro-batch, that were reserved."""
         self.results[number] = results
-        self.left -= nbytes
-        self.largest = max(self.largest, nbytes)
+        self.largest = max(self.largest, sum(one.nbytes for one in results if one is not None))
 
     def take(self, number: int) -> list[Results | None]:
         """A layer's results, no longer kept here; none where they were not kept."""

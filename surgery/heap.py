@@ -44,7 +44,7 @@ class Heap:
             _at_first()
 
     def settle(self) -> None:
-        """Give free pages back when too many are held; call it between layers, and between blocks at the head."""
+        """Give free pages back when too many are held; call it between layers, experts and blocks, from any thread."""
         library = _glibc()
         if library is not None and (not _counts() or _beside_use() - _at_first() > self.limit):
             library.malloc_trim(0)

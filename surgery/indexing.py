@@ -300,7 +300,8 @@ def _index_layer(
                 positions = finished[unit].positions
                 found[unit].sample = finished[unit].sampled_q.cpu()
                 found[unit].positions = None if positions is None else positions.cpu()
-            model.heap.settle()  # of a hundred experts each leaves matrices' worth of freed memory
+            if ffn.stacked:
+                model.heap.settle()  # of a hundred experts each leaves matrices' worth of freed memory
     return LayerIndex(found, maxima)
 
 

@@ -25,7 +25,7 @@ def costs_lines(costs: IndexCosts, layers: int, machine: Machine | None = None) 
     lines = [
         _memory(costs),
         f"Layer inputs: {amount(costs.hidden_bytes)}, kept {PLACES[costs.hidden_on]}; {costs.micro_batch} blocks go through "
-        f"a layer together; activations of {costs.graph_layers} of {layers} layers kept, the others computed again",
+        f"a layer together; dear results of {costs.graph_layers} of {layers} layers kept, the others computed again",
         f"Weights read: {amount(costs.read_bytes)}; {costs.flops / 1e12:,.1f} TFLOP",
     ]
     return lines if machine is None else [*lines, _time(costs.seconds(machine), machine)]

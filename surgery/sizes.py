@@ -40,9 +40,7 @@ class Sizes:
     outside_held: int
     head: int  # weights of the output head
     active: float  # weights of all layers that a token meets
-    attention: (
-        float  # multiplications of queries with keys and of these with values, half of which are masked
-    )
+    attention: float  # multiplications of queries with keys and of these with values; a fused kernel leaves out the masked half
     saved_token: int  # what autograd keeps for a token, in the largest layer
     kept_token: int  # what is kept of it from the forward pass to the backward pass, where memory allows
     again: float  # multiplications for a token, in all layers, that are done again even then
@@ -83,6 +81,7 @@ class Sizes:
         fused = not eager and keys == values
         scores = 0 if fused else 4 * heads * block_size * (of_head >= dear)
         kept += max(hidden, heads * of_head) * (fused or block_size >= dear)
+        attention = float(len(stored) * block_size * max(hidden, heads * of_head) * (1 if fused else 2))
         cheap = [one for layer in products for one in layer if one.columns < dear]
         return cls(
             layers=len(stored),
@@ -102,10 +101,10 @@ class Sizes:
             outside_held=sum(entry.numel for entry in outside) * dtype.itemsize,
             head=hidden * int(config.vocab_size),
             active=sum(numbers) - sum(unused),
-            attention=len(stored) * block_size * hidden,
+            attention=attention,
             saved_token=saved * dtype.itemsize + ROUTING * experts,
             kept_token=kept * dtype.itemsize + scores + 4 * (heads * fused + experts * (hidden >= dear)),
-            again=float(sum(one.columns * one.outputs for one in cheap)),
+            again=sum(one.columns * one.outputs for one in cheap) + attention * (not scores and not fused),
             widest=max((ffn.width for ffns in skeleton.ffns for ffn in ffns), default=0),
             channels=max(sum(ffn.width * len(ffn.units) for ffn in ffns) for ffns in skeleton.ffns),
             met=max(through),
@@ -113,13 +112,13 @@ class Sizes:
             block_size=block_size,
         )
 
-    def fixed(self, blocks: int, second_order: bool) -> int:
+    def fixed(self, blocks: int, second_order: bool, merging: bool = True) -> int:
         """Bytes that are there whatever the micro-batch: the ends of the model, or two layers and their statistics."""
         ends = self.outside_held + HEAD_COPIES * 4 * HEAD_ELEMENTS
-        sampled = min(self.channels * CORRELATION_TOKENS, self.met * blocks * self.block_size)
+        sampled = self.met * min(blocks * self.block_size, CORRELATION_TOKENS + blocks)
         sums = 4 * (5 * blocks * self.channels + 3 * sampled)
         squares = DENSE_MATRICES * 8 * self.widest**2 if second_order else 0
-        return max(ends, 2 * self.layer + self.merging + sums + 8 * self.matrix + squares)
+        return max(ends, 2 * self.layer + self.merging * merging + sums + 8 * self.matrix + squares)
 
     def step(self, blocks: int) -> int:
         """Bytes of so many blocks on their way through a layer and back: what is saved, and as much in gradients."""

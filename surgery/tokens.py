@@ -143,13 +143,13 @@ class TokenStream:
         finite = torch.ones((), dtype=torch.bool, device=self.model.device)
         if self.kept.left and self.kept.first is None:
             _, results = self._kept_results(number, layer, 0)
-            self.kept.plan((results.nbytes if results else 0) * len(self.slices))
+            self.kept.plan(results.nbytes * len(self.slices))
         keep = self.kept.wants(number)
         held: list[Results | None] = []
         for place, (part, calls) in enumerate(zip(self.slices, self.calls, strict=True)):
             if keep:
                 output, results = self._kept_results(number, layer, place)
-                held.append(results)
+                held.append(self.kept.reserve(results))
             else:
                 hidden = self.store.get(self._slot(number), part, self.model.device)
                 output = self.model.run_layer(layer, hidden, calls[number])
@@ -168,14 +168,14 @@ class TokenStream:
             output = self.model.run_layer(layer, hidden, self.calls[place][number])
         return Graph(hidden, output, seen)
 
-    def _kept_results(self, number: int, layer: nn.Module, place: int) -> tuple[torch.Tensor, Results | None]:
-        """What leaves the layer, and dear results on the way that need not be computed again; none if they can't be kept.
+    def _kept_results(self, number: int, layer: nn.Module, place: int) -> tuple[torch.Tensor, Results]:
+        """What leaves the layer, and dear results on the way that need not be computed again.
 
         It is run as it will be run again: without gradients some kernels leave out what these need.
         """
         with Results() as results:
             output = self._graph(number, layer, place).output.detach()
-        return output, None if results.overwritten else results
+        return output, results
 
     def backward(
         self,
@@ -191,7 +191,7 @@ class TokenStream:
         """
         (above, slot), (below, free) = self._gradient(number + 1), self._gradient(number)
         parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
-        kept = [] if parameters else self.kept.take(number)
+        kept = self.kept.take(number)
         for turn, part in enumerate(self.slices):
             results = kept[turn] if kept else None
             with Replay(results) if results else contextlib.nullcontext():

@@ -127,13 +127,28 @@ def test_kept_activations_change_nothing(
     assert kept == list(range(6))[-min(layers, 6) :]
 
 
-def test_what_a_layer_overwrites_is_not_kept(
+def test_what_a_layer_overwrites_is_computed_again(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DEAR_COLUMNS, "cpu", 0)
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
-    assert kept_layers(save_tiny("olmo", clip_qkv=0.02), ids, 1 << 30) == []
-    assert kept_layers(save_tiny("olmo"), ids, 1 << 30) == list(range(6))
+    taken = []
+    for changes in ({"clip_qkv": 0.02}, {}):
+        folder = save_tiny("olmo", **changes)
+        assert kept_layers(folder, ids, 1 << 30) == list(range(6))
+        taken.append(layer_bytes(folder, ids))
+    # queries, keys and values in float32; the second micro-batch is counted like the first, of two blocks
+    assert taken[1] - taken[0] == 2 * 48 * (32 + 16 + 16) * 4
+
+
+def test_a_layer_larger_than_the_first_stays_within_the_budget(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEAR_COLUMNS, "cpu", 0)
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(1))
+    folder = save_tiny("deepseek_v3")  # dense first, then experts
+    for layers in (1, 2, 5):
+        kept_layers(folder, ids, layers * layer_bytes(folder, ids))
 
 
 def kept_layers(folder: Path, ids: torch.Tensor, budget: int) -> list[int]:
