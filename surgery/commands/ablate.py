@@ -11,7 +11,7 @@ import click
 
 from surgery.commands.help import GroupedCommand
 from surgery.commands.options import calibration_options, common_options, output_options, resume_option
-from surgery.commands.planning import index_for
+from surgery.commands.planning import index_for, read_index
 from surgery.commands.session import (
     bars,
     data_console,
@@ -128,7 +128,7 @@ def ablate(
     if stop_words:
         prompts_of(words, stop_words)  # refused before anything is computed
     channels = index_for(
-        checkpoint, index_folder, set(), None if plan_only or dry_run else folder, options, quiet
+        checkpoint, read_index(index_folder), set(), None if plan_only or dry_run else folder, options, quiet
     )
     chosen = conditions_for(channels, conditions, scale, options["seed"])
     if plan_only or dry_run:

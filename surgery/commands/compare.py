@@ -25,6 +25,7 @@ from surgery.commands.planning import (
     curves_for,
     index_for,
     prunable_skeleton,
+    read_index,
     show_cut_costs,
 )
 from surgery.commands.session import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.calibration import TokenBlocks
     from surgery.compare import Comparison
     from surgery.cut_costs import CutCosts
+    from surgery.index import ChannelIndex
     from surgery.indexing import RunOptions
     from surgery.journal import Journal
     from surgery.plan import ResizePlan
@@ -160,7 +162,8 @@ def compare(
             raise UsageError("the text is empty", where=spec)
         blocks.append(evaluation_blocks(checkpoint, text, name, text_blocks))
     run = run_options(checkpoint, options)
-    together, costs = foreseen(skeleton, combinations, blocks, index_folder, run, options)
+    found = read_index(index_folder)
+    together, costs = foreseen(skeleton, combinations, blocks, found, run, options)
     if dry_run:
         walks = -(-len(combinations) // together)
         counts = {"cuts": len(combinations), "texts": len(blocks), "walks": walks}
@@ -168,13 +171,11 @@ def compare(
             click.echo(
                 f"{len(combinations)} cuts on {len(blocks)} texts, {together} in one walk over the layers"
             )
-            if index_folder is None:
+            if found is None:
                 click.echo("Before that an index is made: `surgeon index --dry-run` says what it takes")
         show_cut_costs(skeleton, costs, run, counts if as_json else None, walks)
         return
-    channels = index_for(
-        checkpoint, index_folder, {method for *_, method in variants}, folder, options, quiet
-    )
+    channels = index_for(checkpoint, found, {method for *_, method in variants}, folder, options, quiet)
     comparison = Comparison(checkpoint, channels, blocks, run)
     journal = comparison_journal(folder, comparison, combinations, options)
     if journal.done:
@@ -204,7 +205,7 @@ def foreseen(
     skeleton: Skeleton,
     combinations: list[tuple[float, str, str, str]],
     blocks: list[TokenBlocks],
-    index_folder: str | None,
+    found: ChannelIndex | None,
     run: RunOptions,
     options: dict[str, Any],
 ) -> tuple[int, CutCosts]:
@@ -213,7 +214,7 @@ def foreseen(
     from surgery.cut_costs import widths_after
     from surgery.widths import width_changes
 
-    shape = calibration_shape(index_folder, options)
+    shape = calibration_shape(found, options)
     least = min(sparsity for sparsity, *_ in combinations)
     changes = width_changes(skeleton.widths(), least, None, options["multiple_of"])
     repairs = {repair for *_, repair, _ in combinations}

@@ -35,7 +35,7 @@ def check_size_options(options: dict[str, Any]) -> None:
         )
 
 
-def check_width(checkpoint: Checkpoint, index_folder: str | None, options: dict[str, Any]) -> Skeleton:
+def check_width(checkpoint: Checkpoint, found: ChannelIndex | None, options: dict[str, Any]) -> Skeleton:
     """Refuse a model, a width or a budget that won't do before anything is computed; returns the model's skeleton."""
     from surgery.cut_costs import CutJob, cut_costs, widths_after
     from surgery.widths import width_changes
@@ -50,18 +50,23 @@ def check_width(checkpoint: Checkpoint, index_folder: str | None, options: dict[
     )
     kept = widths_after(skeleton, changes, uniform=options["allocation"] == "uniform")
     curves = options["allocation"] == "global"
-    job = CutJob(kept, options["repair"], *calibration_shape(index_folder, options), curves=curves)
+    job = CutJob(kept, options["repair"], *calibration_shape(found, options), curves=curves)
     cut_costs(skeleton, job, run_options(checkpoint, options))
     return skeleton
 
 
-def calibration_shape(index_folder: str | None, options: dict[str, Any]) -> tuple[int, int]:
-    """Blocks, and tokens of each, that the index has or will have."""
+def read_index(folder: str | None) -> ChannelIndex | None:
+    """The index of `--index`, where that is given."""
     from surgery.index import ChannelIndex
 
-    if index_folder is None:
+    return None if folder is None else ChannelIndex.load(folder)
+
+
+def calibration_shape(found: ChannelIndex | None, options: dict[str, Any]) -> tuple[int, int]:
+    """Blocks, and tokens of each, that the index has or will have."""
+    if found is None:
         return options["blocks"], options["block_size"]
-    blocks, block_size = ChannelIndex.load(index_folder).input_ids.shape
+    blocks, block_size = found.input_ids.shape
     return blocks, block_size
 
 
@@ -78,19 +83,17 @@ def prunable_skeleton(checkpoint: Checkpoint) -> Skeleton:
 
 def index_for(
     checkpoint: Checkpoint,
-    folder: str | None,
+    found: ChannelIndex | None,
     methods: set[str],
     destination: Path | None,
     options: dict[str, Any],
     quiet: bool,
 ) -> ChannelIndex:
-    """The index to cut by: read from `folder`, or made now, with all that `methods` need.
+    """The index to cut by: the one `found`, or one made now, with all that `methods` need.
 
     Made now, its journal is beside `destination`, to be thrown away once that is written; without one it keeps none.
     """
-    from surgery.index import ChannelIndex
-
-    if folder is None:
+    if found is None:
         made = make_index(
             checkpoint,
             options,
@@ -101,9 +104,8 @@ def index_for(
         )
         assert made is not None
         return made
-    channels = ChannelIndex.load(folder)
-    channels.check_source(checkpoint)
-    return channels
+    found.check_source(checkpoint)
+    return found
 
 
 def plan_cut(

@@ -20,7 +20,14 @@ from surgery.commands.options import (
     push_options,
     resume_option,
 )
-from surgery.commands.planning import check_size_options, check_width, index_for, plan_cut, show_cut_costs
+from surgery.commands.planning import (
+    check_size_options,
+    check_width,
+    index_for,
+    plan_cut,
+    read_index,
+    show_cut_costs,
+)
 from surgery.commands.session import (
     bars,
     data_console,
@@ -128,7 +135,8 @@ def prune(
     check_size_options(options)
     template = read_template(card_template)
     checkpoint = open_model(model, options)
-    skeleton = check_width(checkpoint, index_folder, options)
+    found = read_index(index_folder)
+    skeleton = check_width(checkpoint, found, options)
     if eval_text is None and push_to is not None:  # a published card must say how bad it got
         eval_text, eval_blocks = "wikitext-test", eval_blocks or PUSH_EVAL_BLOCKS
     measured = eval_text not in (None, "none")
@@ -141,7 +149,7 @@ def prune(
         if measured:
             read_text(str(eval_text))  # a text that can't be had is refused before anything is computed
     channels = index_for(
-        checkpoint, index_folder, {options["method"]}, None if dry_run else destination, options, quiet
+        checkpoint, found, {options["method"]}, None if dry_run else destination, options, quiet
     )
     plan, sizes, costs = plan_cut(skeleton, channels, options, quiet)
     if not as_json:
