@@ -82,7 +82,7 @@ def index_costs(
     graphs = 0 if second_order else max(0, budget - used) // (2 if on_device else 1)
     per_layer = sizes.kept_token * tokens
     graphs *= per_layer > 0  # else nothing there is dear
-    kept = min(sizes.layers, graphs // max(1, per_layer)) if graphs else 0
+    kept = min(sizes.layers, graphs // max(1, per_layer))
     used += kept * per_layer
     forward = 2.0 * tokens * (sizes.active + sizes.attention)
     spared = (forward - 2.0 * tokens * sizes.again) * kept / max(1, sizes.layers)

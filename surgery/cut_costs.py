@@ -18,7 +18,7 @@ from surgery.costs import check_budget
 from surgery.curves import FIT_BLOCKS, MEASURE_TOKENS, curve_bytes
 from surgery.dense import STORES
 from surgery.devices import TOKENS_PER_STEP, capacity
-from surgery.ffn import Ffn
+from surgery.ffn import Ffn, is_conv1d
 from surgery.gate import GATE_TOKENS
 from surgery.heap import SHARE
 from surgery.machine import Machine
@@ -271,7 +271,7 @@ def _widest_output(layer: nn.Module, ffns: list[Ffn], outputs: int) -> int:
     for name, module in layer.named_modules():
         if name not in inside and type(module).__name__ in ("Linear", "Conv1D"):
             shape = tuple(module.get_parameter("weight").shape)
-            rows, columns = shape[::-1] if type(module).__name__ == "Conv1D" else shape
+            rows, columns = shape[::-1] if is_conv1d(module) else shape
             if rows == outputs:
                 found.append(columns)
     return max(found)
@@ -288,7 +288,7 @@ def _operations(skeleton: Skeleton, needs: _Needs, budget: int, passes: int) -> 
     config = skeleton.config.get_text_config()
     solved = []  # (width, share of the tokens that go through it)
     for ffns, kept in zip(skeleton.ffns, job.kept, strict=True):
-        shares = {unit: min(1.0, routed(f, config) / len(f.units)) for f in ffns for unit in f.units}
+        shares = {unit: routed(f, config) / len(f.units) for f in ffns for unit in f.units}
         solved += [(width, shares[unit]) for unit, width in kept.items()]
         solved += [(needs.inner, 1.0)] * job.accumulates
     single = double = 0.0

@@ -26,12 +26,12 @@ PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1}  # an
 DEAR_COLUMNS = {"cpu": 1024}
 
 
-def _operations(names: Any) -> dict[Any, str]:
-    found = {name: getattr(torch.ops.aten, name, None) for name in names}
-    return {operation.default: name for name, operation in found.items() if operation is not None}
-
-
-_ATTENTION, _PRODUCTS = _operations(ATTENTION), _operations(PRODUCTS)
+_ATTENTION = {getattr(torch.ops.aten, name).default for name in ATTENTION if hasattr(torch.ops.aten, name)}
+_PRODUCTS = {
+    getattr(torch.ops.aten, name).default: place
+    for name, place in PRODUCTS.items()
+    if hasattr(torch.ops.aten, name)
+}
 
 
 def _dear(operation: Any, args: Any) -> bool:
@@ -40,7 +40,7 @@ def _dear(operation: Any, args: Any) -> bool:
         return True
     if operation not in _PRODUCTS:
         return False
-    left = args[PRODUCTS[_PRODUCTS[operation]]]
+    left = args[_PRODUCTS[operation]]
     return bool(left.shape[-1] >= DEAR_COLUMNS.get(left.device.type, 0))
 
 

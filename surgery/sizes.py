@@ -145,21 +145,20 @@ def _products(layer: nn.Module, ffns: list[Ffn], config: Any, hidden: int) -> li
             columns, outputs = parameter.shape if is_conv1d(home) else reversed(parameter.shape)
             found.append(_Product(columns, outputs, ffn=False))
     for ffn in ffns:
-        for _ in range(min(routed(ffn, config), len(ffn.units))):
-            gated = ffn.row_weights()[0] is not None
-            found.append(_Product(hidden, ffn.width * (1 + gated), ffn=True))
-            found.append(_Product(ffn.width, hidden, ffn=True))
+        met, gated = routed(ffn, config), ffn.row_weights()[0] is not None
+        found.append(_Product(hidden, met * ffn.width * (1 + gated), ffn=True))
+        found.append(_Product(ffn.width, met * hidden, ffn=True))
     return found
 
 
 def _channels_met(ffns: list[Ffn], config: Any) -> int:
     """FFN channels of a layer that one token goes through."""
-    return sum(ffn.width * min(routed(ffn, config), len(ffn.units)) for ffn in ffns)
+    return sum(ffn.width * routed(ffn, config) for ffn in ffns)
 
 
 def _unused(ffns: list[Ffn], config: Any, hidden: int) -> int:
     """Weights of the experts of a layer that one token does not go through, roughly."""
-    return sum(3 * hidden * ffn.width * max(0, len(ffn.units) - routed(ffn, config)) for ffn in ffns)
+    return sum(3 * hidden * ffn.width * (len(ffn.units) - routed(ffn, config)) for ffn in ffns)
 
 
 def routed(ffn: Ffn, config: Any) -> int:
@@ -167,6 +166,5 @@ def routed(ffn: Ffn, config: Any) -> int:
     if not ffn.stacked:
         return 1
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k")
-    return next(
-        (int(k) for name in names if isinstance(k := getattr(config, name, None), int)), len(ffn.units)
-    )
+    every = len(ffn.units)
+    return min(every, next((k for name in names if isinstance(k := getattr(config, name, None), int)), every))

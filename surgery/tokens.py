@@ -191,13 +191,12 @@ class TokenStream:
         """
         (above, slot), (below, free) = self._gradient(number + 1), self._gradient(number)
         parameters = [layer.get_parameter(name).requires_grad_(True) for name in gradients or ()]
-        kept = self.kept.take(number)
+        kept = self.kept.take(number) or [None] * len(self.slices)
         for turn, part in enumerate(self.slices):
-            results = kept[turn] if kept else None
+            results, kept[turn] = kept[turn], None
             with Replay(results) if results else contextlib.nullcontext():
                 graph = self._graph(number, layer, turn)
-            if kept:
-                kept[turn] = results = None  # its memory goes as soon as it has been used
+            results = None  # its memory goes as soon as it has been used
             gradient = above.get(slot, part, self.model.device)
             seen = graph.seen
             ys = [y for *_, y in seen if y is not None] if gradients is not None else []
