@@ -69,8 +69,7 @@ def test_what_is_saved_and_kept_is_foretold(
         stream.forward(number, layer)
     sizes = Sizes.of(model.skeleton, dtype, 64)
     assert saved <= sizes.saved_token * ids.numel() <= 4 * saved
-    unfused = 4 * sizes.hidden * ids.numel()  # of an attention that is none after all
-    assert kept <= sizes.kept_token * ids.numel() <= 2 * kept + unfused
+    assert kept <= sizes.kept_token * ids.numel() <= 2 * kept
 
 
 def test_experts_stored_one_by_one_are_counted_while_they_are_merged(save_tiny: Callable[..., Path]) -> None:
@@ -122,10 +121,8 @@ class Operations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         self.count += formula(*args, **(kwargs or {}), out_val=result) if formula else 0
-        for share, operation in enumerate(
-            ATTENTION, start=1
-        ):  # none is registered; half of either product is masked
-            if func is operation:
+        for share, operation in enumerate(ATTENTION, start=1):
+            if func is operation:  # none is registered; half of either product is masked
                 queries = args[share - 1]
                 self.count += share * 2 * queries.numel() * queries.shape[-2]
         return result
