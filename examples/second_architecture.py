@@ -2,8 +2,9 @@
 
     python examples/second_architecture.py FOLDER
 
-A Mixtral of half a million parameters, four experts a layer, reads Wikipedia byte by byte for two or three minutes on
-two CPU cores. Then the same commands as for any model: index, prune at 25% and 50%, perplexity of each.
+A Mixtral of half a million parameters, four experts a layer, reads Wikipedia byte by byte for two or three
+minutes on two CPU cores. Then the same commands as for any model: index, prune at 25% and 50%, perplexity of
+each.
 """
 
 from __future__ import annotations

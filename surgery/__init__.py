@@ -1,4 +1,4 @@
-"""surgeon: index and physically shrink the FFNs of language-model checkpoints, one decoder layer at a time."""
+"""surgeon: index and prune the FFNs of language-model checkpoints, one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,30 +6,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.checkpoint import Checkpoint as Checkpoint
+    from surgery.engine.open_model import Model as Model
+    from surgery.engine.open_model import open_model as open_model
     from surgery.errors import SurgeonError as SurgeonError
-    from surgery.importance import register_method as register_method
-    from surgery.index import ChannelIndex as ChannelIndex
-    from surgery.indexing import RunOptions as RunOptions
-    from surgery.indexing import build_index as build_index
-    from surgery.perplexity import measure_perplexity as measure_perplexity
-    from surgery.plan import ResizePlan as ResizePlan
-    from surgery.plan import make_plan as make_plan
-    from surgery.prune import write_pruned as write_pruned
+    from surgery.evaluate.perplexity import Perplexity as Perplexity
+    from surgery.evaluate.perplexity import perplexity as perplexity
+    from surgery.index.build import build_index as build_index
+    from surgery.index.channel_index import ChannelIndex as ChannelIndex
+    from surgery.index.channel_index import FfnIndex as FfnIndex
+    from surgery.index.merge import merge_indexes as merge_indexes
+    from surgery.plan.methods import Method as Method
+    from surgery.plan.methods import register_method as register_method
+    from surgery.plan.prune_plan import PrunePlan as PrunePlan
+    from surgery.pruning.plan_pruning import plan_pruning as plan_pruning
+    from surgery.pruning.prune import prune as prune
+    from surgery.repair.methods import RepairMethod as RepairMethod
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ChannelIndex": "surgery.index",
-    "Checkpoint": "surgery.checkpoint",
-    "ResizePlan": "surgery.plan",
-    "RunOptions": "surgery.indexing",
+    "ChannelIndex": "surgery.index.channel_index",
+    "FfnIndex": "surgery.index.channel_index",
+    "Method": "surgery.plan.methods",
+    "Model": "surgery.engine.open_model",
+    "Perplexity": "surgery.evaluate.perplexity",
+    "PrunePlan": "surgery.plan.prune_plan",
+    "RepairMethod": "surgery.repair.methods",
     "SurgeonError": "surgery.errors",
-    "build_index": "surgery.indexing",
-    "make_plan": "surgery.plan",
-    "measure_perplexity": "surgery.perplexity",
-    "register_method": "surgery.importance",
-    "write_pruned": "surgery.prune",
+    "build_index": "surgery.index.build",
+    "merge_indexes": "surgery.index.merge",
+    "open_model": "surgery.engine.open_model",
+    "perplexity": "surgery.evaluate.perplexity",
+    "plan_pruning": "surgery.pruning.plan_pruning",
+    "prune": "surgery.pruning.prune",
+    "register_method": "surgery.plan.methods",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,5 +1,5 @@
 """`python -m surgery` is the `surgeon` command."""
 
-from surgery.cli import main
+from surgery.cli.main import main
 
 main()

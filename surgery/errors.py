@@ -1,13 +1,13 @@
-"""Every error a user can meet: what went wrong, where, what was expected, what was found, and the next step."""
+"""All errors surgeon raises: what failed, where, what was expected, what was found, and the next step."""
 
 from __future__ import annotations
 
 
 class SurgeonError(Exception):
-    """Base of all errors surgeon raises on purpose.
+    """Base class of all errors that surgeon raises deliberately.
 
-    Fields: `what` (one sentence), `where` (file, layer or option), `expected`, `found`, `next_step`; each but the
-    first may be empty. `exit_code` is what the command line exits with.
+    Fields: `what` (one sentence), `where` (file, layer or option), `expected`, `found`, `next_step`; each but
+    the first may be empty. `exit_code` is what the command line exits with.
     """
 
     exit_code = 1
@@ -36,7 +36,7 @@ class SurgeonError(Exception):
 
 
 class UsageError(SurgeonError):
-    """An option or argument that can't be meant."""
+    """An invalid option or argument."""
 
     exit_code = 2
 
@@ -46,7 +46,7 @@ class CheckpointError(SurgeonError):
 
 
 class UnsupportedModelError(SurgeonError):
-    """A model whose architecture surgeon can't index or shrink."""
+    """A model whose architecture surgeon can't index or prune."""
 
 
 class CalibrationError(SurgeonError):
@@ -58,7 +58,7 @@ class IndexMismatchError(SurgeonError):
 
 
 class PlanError(SurgeonError):
-    """A cut that can't be made: a width out of range, a protected channel that would go."""
+    """A pruning plan that can't be carried out: a width out of range, a protected channel to be removed."""
 
 
 class DestinationError(SurgeonError):
@@ -66,24 +66,24 @@ class DestinationError(SurgeonError):
 
 
 class MemoryBudgetError(SurgeonError):
-    """A budget too small for one layer and one block of tokens."""
+    """A memory budget too small for one layer and one block of tokens."""
 
 
 class StorageError(SurgeonError):
-    """A disk that is full or fails under a run."""
+    """A disk that is full or fails during a run."""
 
 
 class DistributedError(SurgeonError):
-    """Processes of one job that can't reach each other, or one that is gone."""
+    """A process of a distributed job that failed or can't be reached."""
 
 
 class ReportError(SurgeonError):
-    """Folders that a report can't be made from, or not together."""
+    """Folders that a report can't be made from, or that can't be combined in one report."""
 
 
 class NumericsError(SurgeonError):
-    """NaN or infinity where numbers were expected."""
+    """NaN or infinity where finite numbers were expected."""
 
 
 class HubError(SurgeonError):
-    """The Hub, or the way to it, said no."""
+    """A request to the Hub that failed: refused by the Hub, or no connection."""

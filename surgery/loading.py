@@ -1,12 +1,12 @@
-"""Import this to load checkpoints whose layers have feed-forward widths of their own.
+"""Import this module to load checkpoints whose layers have different feed-forward widths.
 
     import surgery.loading
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The widths stand in config.json as transformers' own `per_layer_config`; its model classes do not build from it yet
-(transformers 5.23). When such a config is read, the decoder layer of its family is registered with transformers'
-public patch mapping, in a form that builds each layer from its own config. No code of the checkpoint is run, and
-configs without `per_layer_config` are not touched. `save_pretrained` keeps the form.
+config.json holds the widths in transformers' own `per_layer_config`, which its model classes do not use yet
+(transformers 5.23). When such a config is read, this module registers a subclass of the family's decoder
+layer with transformers' public patch mapping; the subclass builds each layer from its own config. No code of
+the checkpoint is run. Configs without `per_layer_config` are unaffected. `save_pretrained` keeps the format.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LAYER_NUMBER = ("layer_idx", "layer_id", "layer_index", "idx")
 
 
 def own_config(config: Any, layer: int) -> Any:
-    """The config of one layer: that of the model where all are alike."""
+    """The config of layer `layer`; the model's config if all layers have the same."""
     return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
 def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """A decoder layer class that builds itself from the config of its own layer."""
+    """A subclass of a decoder layer class that is built from the config of its own layer."""
 
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         layer_class.__init__(self, own_config(config, layer_idx), layer_idx, *args, **kwargs)
@@ -40,7 +40,7 @@ def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def register_family(config: PreTrainedConfig) -> None:
-    """Register the decoder layers of the family of a config, once."""
+    """Register `per_layer` subclasses of the decoder layer classes of a config's family, once."""
     module_name = type(config).__module__.replace(".configuration_", ".modeling_")
     module = importlib.import_module(module_name)
     known = get_patch_mapping()

@@ -1,4 +1,6 @@
-"""Tiny random models of every family, a byte tokenizer, and a guard that keeps tests off the network."""
+"""Fixtures: saved tiny models, the command line, the real model, and a guard that keeps tests off the
+network.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
-import torch
 from click.testing import CliRunner
-from model_families import config_fields
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from helpers.tiny_models import REAL_MODEL, REAL_TEXT, ROOT, byte_tokenizer, tiny_model
 from transformers.monkey_patching import clear_patch_mapping
-
-ROOT = Path(__file__).parent.parent
-REAL_MODEL = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-CALIBRATION = ["--calibration", "text.txt", "--blocks", "4", "--block-size", "32"]
-REAL_TEXT = ROOT / ".cache" / "wikipedia.txt"
-
-FAMILIES = [
-    "llama",
-    "llama-tied-bias",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt2",
-    "mixtral",
-    "deepseek_v3",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -57,36 +37,6 @@ def forget_patches() -> Iterator[None]:
     """Leave no class patch behind: looking for classes to patch slows every later load in the process."""
     yield
     clear_patch_mapping()
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{{ messages[0].content }}"
-    return fast
-
-
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A tiny random model of a variant of `model_families`, weights large enough that its layers matter."""
-    config = AutoConfig.for_model(**{**config_fields(family), **changes})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0  # as some families set it on loading
-    return model.to(dtype)
 
 
 @pytest.fixture
@@ -114,7 +64,7 @@ def surgeon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, license_text: str) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(license_text)
 
-    from surgery.cli import main
+    from surgery.cli.main import main
 
     def run(*arguments: str, code: int = 0) -> Any:
         result = CliRunner().invoke(main, list(arguments))

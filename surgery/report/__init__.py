@@ -1,6 +1,6 @@
-"""One page about a model or a cut: a document of facts, tables and figures, and the ways to write it down.
+"""Reports: one page of facts, tables and figures about an index, several indexes or a pruned folder.
 
-`document` says what a page is made of; `channels`, `spikes`, `revisions` and `cut` fill it from indexes and from the
-surgeon.json of a pruned folder; `page` writes it as HTML and `figures` as PNG and SVG. All of them draw from the same
-values, which are also saved as JSON.
+`document` defines what a report consists of. `channels`, `spikes`, `revisions`, `pruned`, `comparison` and
+`generation` make its sections from indexes and from the surgeon.json of a pruned folder; `build` puts them
+together. `page` writes HTML, `figures` writes PNG and SVG; both draw the values that are also saved as JSON.
 """

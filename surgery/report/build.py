@@ -1,4 +1,4 @@
-"""From folders to a document: an index, several, or what `surgeon prune` wrote."""
+"""Build the document of a report from one index, several indexes, or a folder of `surgeon prune`."""
 
 from __future__ import annotations
 
@@ -8,51 +8,52 @@ from pathlib import Path
 from typing import Any
 
 from surgery import __version__
+from surgery.checkpoint.manifest import MANIFEST
 from surgery.errors import ReportError
-from surgery.index import JSON_FILE, ChannelIndex
-from surgery.prune import MANIFEST
+from surgery.index.channel_index import JSON_FILE, ChannelIndex
 from surgery.report.channels import channel_sections, index_facts
-from surgery.report.cut import cut_sections, provenance_section
+from surgery.report.comparison import comparison_section
 from surgery.report.document import Document, Section
+from surgery.report.pruned import provenance_section, pruned_sections
 from surgery.report.revisions import revision_sections
-from surgery.report.sizes import comparison_section
 from surgery.report.spikes import spike_sections
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What may stand in a report besides what its folder holds: an index and a comparison of the same source model."""
+    """Folders that add sections to a report: an index and a comparison of the same source model."""
 
     index: Path | None = None
     comparison: Path | None = None
 
 
-def is_cut(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that surgeon wrote."""
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that surgeon wrote, pruned or quantised."""
     return (folder / MANIFEST).exists()
 
 
 def index_folders(folders: list[Path]) -> list[Path]:
-    """The index folders among some folders and one level below them, those below in the order they were made in.
+    """Index folders: folders that are indexes, and the indexes directly inside the other folders.
 
-    Revisions indexed one after another are so in the order of training.
+    Those inside are sorted by modification time, so that revisions indexed in turn come in the order of
+    training.
     """
     found: list[Path] = []
     for folder in folders:
         inside = sorted(folder.glob(f"*/{JSON_FILE}"), key=lambda path: path.stat().st_mtime_ns)
-        below = inside and not (folder / JSON_FILE).exists()
-        found += [path.parent for path in inside] if below else [folder]
+        is_index = (folder / JSON_FILE).exists()
+        found += [folder] if is_index or not inside else [path.parent for path in inside]
     return found
 
 
 def build_report(paths: list[Path], extras: Extras, samples: Section | None = None) -> Document:
-    """The document of one index, several indexes, or one pruned folder. Raises ReportError for anything else."""
-    if any(is_cut(path) for path in paths):
+    """The document of one index, several indexes or one pruned folder; ReportError for anything else."""
+    if any(is_checkpoint(path) for path in paths):
         if len(paths) > 1:
             raise ReportError(
                 "one pruned folder at a time", found=f"{len(paths)} folders", next_step="run report on each"
             )
-        return cut_report(paths[0], extras, samples)
+        return pruned_report(paths[0], extras, samples)
     if extras.index is not None:
         raise ReportError("--index goes with a folder that `surgeon prune` wrote", where=paths[0].name)
     indexes = [(folder.name, ChannelIndex.load(folder)) for folder in index_folders(paths)]
@@ -70,13 +71,13 @@ def index_report(index: ChannelIndex, extras: Extras) -> Document:
         Section("model", "Model and calibration", facts=index_facts(index)),
         *channel_sections(index),
         *spike_sections(index),
-        *compared(extras.comparison, source),
+        *comparison_sections(extras.comparison, source),
     ]
     subtitle = (
-        f"What its FFN channels and single weights are worth, on {calibration['blocks']:,} × {calibration['block_size']:,} "
-        f"tokens of {calibration['name']}"
+        f"Importance of its FFN channels and single weights, measured on {calibration['blocks']:,} × "
+        f"{calibration['block_size']:,} tokens of {calibration['name']}"
     )
-    return Document("index", named(source), subtitle, __version__, sections)
+    return Document("index", name_and_revision(source), subtitle, __version__, sections)
 
 
 def indexes_report(indexes: list[tuple[str, ChannelIndex]]) -> Document:
@@ -87,7 +88,7 @@ def indexes_report(indexes: list[tuple[str, ChannelIndex]]) -> Document:
     return Document("indexes", title, subtitle, __version__, revision_sections(indexes))
 
 
-def cut_report(folder: Path, extras: Extras, samples: Section | None = None) -> Document:
+def pruned_report(folder: Path, extras: Extras, samples: Section | None = None) -> Document:
     """The document of a folder that `surgeon prune` wrote."""
     manifest = read_json(folder / MANIFEST)
     if "plan" not in manifest:
@@ -101,22 +102,25 @@ def cut_report(folder: Path, extras: Extras, samples: Section | None = None) -> 
     if extras.index is not None:
         index = ChannelIndex.load(extras.index)
         check_same(index.source, manifest["source"], extras.index)
-    sections = cut_sections(manifest, index)
-    sections += compared(extras.comparison, manifest["source"])
+    sections = pruned_sections(manifest, index)
+    sections += comparison_sections(extras.comparison, manifest["source"])
     sections += [samples] if samples is not None else []
     sections.append(provenance_section(manifest))
     if index is not None:
         sections += [*channel_sections(index), *spike_sections(index)]
     plan = manifest["plan"]
     subtitle = (
-        f"{named(manifest['source'])} with {100 * plan['sparsity']:.0f}% of its FFN channels removed, chosen by "
-        f"{plan['method']}, repair {plan.get('repair', 'none')}"
+        f"{name_and_revision(manifest['source'])} with {100 * plan['sparsity']:.0f}% of its FFN channels "
+        f"removed, chosen by {plan['method']}, repair {plan.get('repair', 'none')}"
     )
     return Document("cut", folder.resolve().name, subtitle, __version__, sections)
 
 
-def compared(folder: Path | None, source: dict[str, Any]) -> list[Section]:
-    """Loss against size, where `surgeon compare` measured the same source."""
+def comparison_sections(folder: Path | None, source: dict[str, Any]) -> list[Section]:
+    """Perplexity against size from the folder that `surgeon compare` wrote, nothing without one.
+
+    Raises ReportError for a comparison of another model.
+    """
     if folder is None:
         return []
     fields = read_json(folder / "compare.json")
@@ -125,20 +129,20 @@ def compared(folder: Path | None, source: dict[str, Any]) -> list[Section]:
 
 
 def check_same(one: dict[str, Any], other: dict[str, Any], folder: Path) -> None:
-    """Raise ReportError unless two sources are the same tensors by name and shape."""
+    """Raise ReportError unless two sources have tensors of the same names and shapes."""
     if one["shape_digest"] != other["shape_digest"]:
         raise ReportError(
             "these belong to different models", where=folder.name, expected=other["name"], found=one["name"]
         )
 
 
-def named(source: dict[str, Any]) -> str:
-    """A model's name, with its revision where it has one."""
+def name_and_revision(source: dict[str, Any]) -> str:
+    """A model's name, with its revision if it has one."""
     return f"{source['name']} at {source['revision']}" if source["revision"] else str(source["name"])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content. Raises ReportError when there is none."""
+    """The content of a JSON file. Raises ReportError when it can't be read."""
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

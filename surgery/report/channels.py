@@ -1,6 +1,6 @@
-"""Sections about an index's channels: LP concentration, supernodes beside outliers, the halo.
+"""Sections about the channels of an index: LP concentration, supernodes and outliers, the halo.
 
-Shapes: F channels of one FFN. Layers of experts are shown as one pool of all routed experts' channels.
+Shapes: F channels of one FFN. The channels of all routed experts of a layer are shown as one pool.
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from typing import Any
 
 import torch
 
-from surgery.halo import SUPERNODE_FRACTION
-from surgery.index import ChannelIndex
-from surgery.report.document import LAYER_AXIS, Axis, Fact, Figure, Section, Series, layer_line
-from surgery.report.pool import DIGITS, SEED, Pool, drawn_note, others, point_series, pool, rounded, sample
+from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
+from surgery.index.channel_index import ChannelIndex
+from surgery.index.supernodes import SUPERNODE_FRACTION
+from surgery.report.channel_sample import (
+    DIGITS,
+    SEED,
+    Pool,
+    drawn_note,
+    others,
+    point_series,
+    pool,
+    rounded,
+    sample,
+)
+from surgery.report.document import Fact, Section
 
-CONTROLS = 256  # random channels the halo is held against, as in the paper
-CURVE_POINTS = 96  # ranks of a sorted LP curve
+CONTROLS = 256  # random channels per layer that the halo is compared with, as in the paper
+CURVE_POINTS = 96  # at most, in the cumulative LP curve of one layer
 LP_UNIT = "loss proxy (nats², log)"
 
 
@@ -36,8 +47,8 @@ def index_facts(index: ChannelIndex) -> list[Fact]:
         Fact("FFN width", widths),
         Fact("calibration text", calibration["name"]),
         Fact("calibration blocks", calibration["blocks"], "count"),
-        Fact("tokens in a block", calibration["block_size"], "count"),
-        Fact("perplexity there", index.loss["perplexity"], "number"),
+        Fact("tokens per block", calibration["block_size"], "count"),
+        Fact("perplexity on the calibration text", index.loss["perplexity"], "number"),
         Fact("sha256 of the token ids", calibration["sha256"]),
         Fact("computed in", f"{run['dtype']} on {run['device']}"),
         Fact("versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
@@ -45,7 +56,7 @@ def index_facts(index: ChannelIndex) -> list[Fact]:
 
 
 def channel_sections(index: ChannelIndex) -> list[Section]:
-    """Concentration, overlap and halo of an index."""
+    """LP concentration, overlap of supernodes with outliers, and halo of an index."""
     summaries = [layer.summary() for layer in index.layers]
     pools = {number: pool(layer) for number, layer in enumerate(index.layers) if layer.ffns}
     shares = {n: summaries[n]["lp_share"]["0.01"] for n in pools}
@@ -65,13 +76,14 @@ def _concentration(
     values = list(shares.values())
     return Section(
         "concentration",
-        "How few channels carry the loss",
-        "The loss proxy (LP) of a channel estimates what removing it costs. Supernodes are the top 1% of a layer by LP.",
+        "Concentration of the loss proxy",
+        "The loss proxy (LP) of a channel estimates how much removing it raises the loss. Supernodes are the "
+        "1% of a layer's channels with the largest LP.",
         facts=[
-            Fact("top 1% of a layer holds, median of layers", statistics.median(values), "percent"),
-            Fact("least", min(values), "percent"),
-            Fact("most", max(values), "percent"),
-            Fact("layer of the most", focus, "count"),
+            Fact("LP share of the top 1%, median of layers", statistics.median(values), "percent"),
+            Fact("smallest of all layers", min(values), "percent"),
+            Fact("largest of all layers", max(values), "percent"),
+            Fact("layer with the largest", focus, "count"),
         ],
         figures=[
             Figure(
@@ -79,27 +91,28 @@ def _concentration(
                 "Share of each layer's loss proxy held by its top channels",
                 "lines",
                 LAYER_AXIS,
-                Axis("share of the layer's loss proxy (%)", percent=True),
+                LP_SHARE_AXIS,
                 series=[
                     line("top 5%", "0.05", "control"),
                     line("top 1% (supernodes)", "0.01", "core"),
                     line("top 0.1%", "0.001", "dashed"),
                 ],
-                text="Point at a layer, or choose one below, to see its whole curve.",
+                text="The next figure shows the whole curve of one layer: point at the layer here or choose "
+                "it there.",
             ),
             Figure(
                 "lp-curve",
-                "Loss proxy held by a layer's best channels, added up from the largest",
+                "Cumulative loss proxy of a layer's channels, largest first",
                 "lines",
                 Axis("share of channels, largest first (%, log)", log=True, percent=True),
-                Axis("share of the layer's loss proxy (%)", percent=True),
+                LP_SHARE_AXIS,
                 frames={
                     number: [Series("cumulative LP", points=mass_curve(p.statistics["loss_proxy"]))]
                     for number, p in pools.items()
                 },
                 focus=focus,
-                reduction=f"Drawn at no more than {CURVE_POINTS} ranks a layer, evenly spread on the log scale and "
-                f"rounded to {DIGITS} digits; nothing is smoothed.",
+                reduction=f"Drawn at {CURVE_POINTS} ranks per layer at most, evenly spaced on the log scale, "
+                f"rounded to {DIGITS} digits and not smoothed.",
                 mark=SUPERNODE_FRACTION,
             ),
         ],
@@ -107,7 +120,7 @@ def _concentration(
 
 
 def mass_curve(loss_proxy: torch.Tensor) -> list[tuple[float, float]]:
-    """(share of channels, share of the LP mass they hold), largest first, at log-spaced ranks of LP [F]."""
+    """Points (share of channels, share of the LP they hold) at log-spaced ranks of LP [F], largest first."""
     ordered = loss_proxy.double().sort(descending=True).values.cumsum(0)
     total = float(ordered[-1])
     if total <= 0:
@@ -136,13 +149,13 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
 
     return Section(
         "outliers",
-        "Supernodes beside activation and weight outliers",
-        "The same count of channels is taken by loss proxy, by activation and by weight norm; the overlap says how many "
-        "supernodes the other two would have found.",
+        "Supernodes and outliers by activation or weight",
+        "In each layer, as many channels as there are supernodes are selected by activation and by weight "
+        "norm. The overlap is the share of the supernodes that are selected too.",
         figures=[
             Figure(
                 "overlap",
-                "Share of supernodes that are outliers by activation or by weight too",
+                "Share of supernodes that are also outliers by activation or weight",
                 "lines",
                 LAYER_AXIS,
                 Axis("share of the layer's supernodes (%)", percent=True),
@@ -151,7 +164,8 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
                     line("top by max |u|", "max_abs", "dashed"),
                     line("top by weight norm", "weight_norm", "control"),
                 ],
-                text="u is the input of down_proj; the weight norm adds those of gate row, up row and down column.",
+                text="u is the input of down_proj. The weight norm is the sum of the L2 norms of gate row, "
+                "up row and down column.",
             ),
             scatter(
                 "activation_power",
@@ -162,7 +176,7 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
             scatter(
                 "weight_norm",
                 "Loss proxy against weight norm, channel by channel",
-                "weight norm: sum of three L2 norms (log)",
+                "sum of three L2 norms (log)",
                 "top by weight norm, not supernodes",
             ),
         ],
@@ -170,7 +184,7 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
 
 
 def _against(p: Pool, key: str, other: str, number: int) -> list[Series]:
-    """LP against a statistic: supernodes, what is largest by the statistic instead, and some of the rest."""
+    """LP against a statistic: supernodes, channels among the largest by the statistic only, and the rest."""
     count = len(p.statistics["loss_proxy"])
     elsewhere = p.top[key][~torch.isin(p.top[key], p.core)]
     rest = others(count, p.core, elsewhere)
@@ -203,22 +217,25 @@ def _halo(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: int) -
             means[name].append(float(y[members].mean()) if len(members) else None)
     return Section(
         "halo",
-        "The halo: who writes where supernodes write",
-        "The halo are the 10% of the other channels with the highest connectivity: the share of a channel's writing that "
-        "lands where the core writes. Redundancy is how much a channel's loss contribution tells about the core's.",
+        "The halo: channels that write where supernodes write",
+        "The supernodes are the core. The connectivity of a channel is the share of its down_proj weights, "
+        "by magnitude, that lie in the hidden dimensions the core writes to most. The halo is the 10% of the "
+        "other channels with the highest connectivity. Redundancy is the mutual information between the loss "
+        "contributions of a channel and those of the supernodes.",
         figures=[
             Figure(
                 "halo-redundancy",
-                "Mean redundancy with the core: halo against random channels",
+                "Mean redundancy with the core: halo and random channels",
                 "lines",
                 LAYER_AXIS,
                 Axis("mean redundancy (nats)"),
                 series=[
-                    layer_line("supernodes, with the others", means["core"], "dashed"),
+                    layer_line("supernodes, with each other", means["core"], "dashed"),
                     layer_line("halo", means["halo"], "core"),
                     layer_line("random controls", means["controls"], "control"),
                 ],
-                text=f"Controls: {CONTROLS} random channels a layer outside core and halo (all, where fewer), seed {SEED}.",
+                text=f"Controls: {CONTROLS} random channels per layer outside core and halo (all if there "
+                f"are fewer), seed {SEED}.",
             ),
             Figure(
                 "connectivity-redundancy",

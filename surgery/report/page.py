@@ -1,7 +1,7 @@
-"""A document as one HTML file that needs nothing else: style, data, charts and their library are inside it.
+"""Write a document as one self-contained HTML file, with style, data, scripts and Chart.js inside.
 
-Its Content-Security-Policy forbids every request and every script but the two whose hashes it names, so that a page
-passed on by others can be opened without a thought.
+Its Content-Security-Policy forbids all requests, and all scripts except the two whose hashes it names, so
+that a page from somebody else is safe to open.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from surgery.report.document import Document, Unit
 
 
 def render_page(document: Document, json_name: str) -> str:
-    """The HTML of a document; `json_name` is the file beside it that holds the same numbers."""
+    """The HTML of a document; `json_name` is the file beside the page that holds the same numbers."""
     import jinja2
     from markupsafe import Markup
 
@@ -41,7 +41,7 @@ def render_page(document: Document, json_name: str) -> str:
 
 
 def embedded(fields: dict[str, Any]) -> str:
-    """JSON that can stand inside a script element whatever its strings say."""
+    """JSON that is safe inside a script element whatever its strings contain."""
     text = json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -49,7 +49,7 @@ def embedded(fields: dict[str, Any]) -> str:
 
 
 def shown(value: Any, unit: Unit) -> str:
-    """A value as a reader wants it."""
+    """A value formatted for reading, with the sign or unit that `unit` asks for."""
     if value is None:
         return ""
     match unit:
@@ -68,7 +68,7 @@ def shown(value: Any, unit: Unit) -> str:
 
 
 def _decimals(value: float) -> int:
-    """Places after the point, so that four digits or more are shown."""
+    """Decimal places that show at least four significant digits (three from 0.1 to 1)."""
     size = abs(value)
     if size < 0.1:
         return 6 if size else 0
@@ -76,7 +76,7 @@ def _decimals(value: float) -> int:
 
 
 def _source_hash(text: str) -> str:
-    """A CSP source that allows exactly this inline text."""
+    """A source expression for Content-Security-Policy that allows exactly this inline text."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 

@@ -1,4 +1,4 @@
-"""Sections about several indexes: concentration over training, and which supernodes they share."""
+"""Sections about several indexes: LP concentration over training, and which supernodes they share."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from typing import Any
 
 import torch
 
-from surgery.index import ChannelIndex
-from surgery.report.document import LAYER_AXIS, Axis, Figure, Section, Series, Table, layer_line
+from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
+from surgery.index.channel_index import ChannelIndex
+from surgery.report.document import Section, Table
 
 Named = list[tuple[str, ChannelIndex]]
-MOST_LINES = 7  # lines of one figure that can be told apart
+MOST_LINES = 7  # of one figure; more are hard to tell apart
 
 
 def revision_sections(indexes: Named) -> list[Section]:
-    """What several indexes, in the order given, say beside each other."""
+    """A comparison of several indexes, in the order given."""
     return [_table(indexes), _concentration(indexes), _shared(indexes)]
 
 
 def shares(index: ChannelIndex) -> list[float | None]:
-    """Share of the LP mass in the top 1%, layer by layer; None where a layer has no FFN."""
+    """Share of the LP held by the top 1% of channels, by layer; None for a layer without an FFN."""
     return [layer.summary()["lp_share"].get("0.01") for layer in index.layers]
 
 
 def same_shape(one: ChannelIndex, other: ChannelIndex) -> bool:
-    """Whether channels of one can be looked up in the other."""
+    """Whether both models have the same widths, so that channels can be matched by number."""
     return [layer.width for layer in one.layers] == [layer.width for layer in other.layers]
 
 
 def supernodes_shared(one: ChannelIndex, other: ChannelIndex) -> float:
-    """Share of the supernodes of `one` that are supernodes of `other` too, over all layers."""
+    """Share of the supernodes of `one` that are also supernodes of `other`, over all layers."""
     pairs = [(a, b) for a, b in zip(one.layers, other.layers, strict=True) if a.ffns]
     found = sum(int(torch.isin(a.supernodes, b.supernodes).sum()) for a, b in pairs)
     return found / sum(len(a.supernodes) for a, _ in pairs)
 
 
 def chance(index: ChannelIndex) -> float:
-    """Share of channels that are supernodes, hence of those that a random choice would share."""
+    """Share of channels that are supernodes: the expected overlap of supernodes chosen at random."""
     layers = [layer for layer in index.layers if layer.ffns]
     channels = sum(layer.statistics["loss_proxy"].numel() for layer in layers)
     return sum(len(layer.supernodes) for layer in layers) / channels
@@ -66,7 +67,7 @@ def _table(indexes: Named) -> Section:
         tables=[
             Table(
                 "indexes",
-                "Models, calibration and super weights",
+                "Models, calibration texts and super weights",
                 [
                     ("index", "text"),
                     ("model", "text"),
@@ -75,7 +76,7 @@ def _table(indexes: Named) -> Section:
                     ("layers", "figure"),
                     ("calibration", "text"),
                     ("tokens", "count"),
-                    ("perplexity there", "number"),
+                    ("perplexity on it", "number"),
                     ("super weights: layer [row, column]", "text"),
                 ],
                 rows,
@@ -92,55 +93,54 @@ def _concentration(indexes: Named) -> Section:
 
     drawn = indexes if len(indexes) <= MOST_LINES else _spread(indexes)
     left = len(indexes) - len(drawn)
-    axis = Axis("share of the layer's loss proxy (%)", percent=True)
     return Section(
         "over-training",
-        "Concentration from index to index",
+        "Concentration of the loss proxy",
         figures=[
             Figure(
                 "concentration-over-indexes",
-                "Share of a layer's loss proxy held by its supernodes, index by index",
+                "Share of a layer's loss proxy held by its supernodes, by index",
                 "lines",
                 Axis("index, in the order given"),
-                axis,
+                LP_SHARE_AXIS,
                 series=[
-                    line("most of all layers", max, "control"),
+                    line("largest of all layers", max, "control"),
                     line("median of layers", statistics.median, "core"),
-                    line("least of all layers", min, "dashed"),
+                    line("smallest of all layers", min, "dashed"),
                 ],
                 categories=[name for name, _ in indexes],
             ),
             Figure(
                 "concentration-by-layer",
-                "Share of each layer's loss proxy held by its supernodes, a line an index",
+                "Share of each layer's loss proxy held by its supernodes, by layer",
                 "lines",
                 LAYER_AXIS,
-                axis,
+                LP_SHARE_AXIS,
                 series=[layer_line(name, shares(index)) for name, index in drawn],
-                reduction=f"{left} of {len(indexes)} indexes are left out, evenly." if left else "",
+                reduction=f"{left} of {len(indexes)} indexes, evenly spaced, are not drawn." if left else "",
             ),
         ],
     )
 
 
 def _spread(indexes: Named) -> Named:
-    """As many indexes as can be told apart, the first and the last among them."""
+    """MOST_LINES indexes, evenly spaced, with the first and the last."""
     step = (len(indexes) - 1) / (MOST_LINES - 1)
     return [indexes[round(number * step)] for number in range(MOST_LINES)]
 
 
 def _shared(indexes: Named) -> Section:
     first = indexes[0][1]
-    title = "Which supernodes stay supernodes"
+    title = "Supernodes that indexes share"
     if not all(same_shape(index, first) for _, index in indexes):
-        return Section("shared", title, "These models differ in shape: their channels can't be matched.")
+        return Section("shared", title, "The models differ in shape, so their channels can't be matched.")
     return Section(
         "shared",
         title,
         figures=[
             Figure(
                 "supernodes-shared",
-                "Supernodes of one index that are supernodes of another too",
+                "Share of the supernodes of one index that are supernodes of another",
                 "matrix",
                 Axis("supernodes of"),
                 Axis("found in"),
@@ -149,8 +149,8 @@ def _shared(indexes: Named) -> Section:
                     for name, index in indexes
                 ],
                 categories=[name for name, _ in indexes],
-                text="Share of the supernodes of the row's index, over all layers, that are supernodes of the column's. Chance "
-                f"would give {chance(first):.1%}.",
+                text="Rows: the index whose supernodes are looked up. Columns: the index they are looked up "
+                f"in. Over all layers; supernodes chosen at random would share {chance(first):.1%}.",
             )
         ],
     )

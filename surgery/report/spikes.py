@@ -1,26 +1,30 @@
-"""Sections about an index's super weights: the spike plot, persistence, the published coordinates."""
+"""The section about an index's super weights: spikes, their persistence, and published coordinates."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from surgery.index import ChannelIndex
-from surgery.report.document import LAYER_AXIS, Axis, Figure, Section, Series, Table, Unit, layer_line
-from surgery.super_weights import MIN_PERSISTENCE, PROMPT, SuperWeight
+from surgery.chart import LAYER_AXIS, Axis, Figure, Series, layer_line
+from surgery.index.channel_index import ChannelIndex
+from surgery.index.spike_detector import MIN_PERSISTENCE, PROMPT
+from surgery.index.super_weights import SuperWeight
+from surgery.report.document import Section, Table, Unit
 
 NOTE = (
-    "Explained: share of the output spike that this one product makes. Persists: share of the layers above through which the "
-    "residual keeps its size. Without it: perplexity with this scalar set to zero, on the same tokens."
+    "Explained: share of the output spike that the product input × weight accounts for. Persists: share of "
+    "the layers above in which the spike keeps its size in the residual stream. Without it: perplexity on "
+    "the same tokens with this weight set to zero. Prompts: in how many of them the weight was found."
 )
-CATALOGUE = {"match": "matches {}", "near": "near one of {}", "new": "none known"}
+CATALOGUE = {"match": "matches {}", "near": "near one of {}", "new": "not published"}
 
 
 def spike_sections(index: ChannelIndex) -> list[Section]:
-    """The spike plot of down_proj, persistence in the residual stream, and the list of super weights and echoes."""
+    """Spikes of down_proj, their persistence, and tables of super weights and echoes."""
     figures = [figure for figure in (_maxima(index), _persistence(index)) if figure is not None]
     text = (
-        f"Found: {len(index.super_weights)}. A super weight is a single scalar of down_proj behind a spike that stays in "
-        "the residual stream; a spike that does not last is an echo."
+        f"Found: {len(index.super_weights)}. A super weight is a single weight of down_proj whose product "
+        "with its input makes an activation spike that persists in the residual stream. A spike that does "
+        "not persist is an echo."
     )
     tables = [
         _table("super-weights", "Super weights", index.super_weights, NOTE),
@@ -29,7 +33,7 @@ def spike_sections(index: ChannelIndex) -> list[Section]:
     return [
         Section(
             "super-weights",
-            "Super weights and their spikes",
+            "Super weights and activation spikes",
             text,
             tables=[table for table in tables if table.rows],
             figures=figures,
@@ -38,39 +42,41 @@ def spike_sections(index: ChannelIndex) -> list[Section]:
 
 
 def _maxima(index: ChannelIndex) -> Figure | None:
-    """Largest |input| and |output| of down_proj, layer by layer: the super-weight papers' first figure."""
+    """Largest |input| and |output| of down_proj by layer, as in the first figure of The Super Weight."""
     maxima = [layer.maxima for layer in index.layers]
     if not any(maxima):
         return None
     layers = sorted({weight.layer for weight in index.super_weights})
-    named = f" Super weights are in layer {', '.join(map(str, layers))}." if layers else ""
+    found = f" Layers with a super weight: {', '.join(map(str, layers))}." if layers else ""
     series = [
         layer_line(f"largest |{way}|", [positive(m.get(way)) for m in maxima], style)
         for way, style in (("output", "core"), ("input", "control"))
     ]
     marked = [
-        (float(n), max(v for v in (maxima[n].get("input"), maxima[n].get("output")) if v)) for n in layers
+        (float(n), max(v for v in (maxima[n].get("input"), maxima[n].get("output")) if v))
+        for n in layers
+        if any(maxima[n].values())
     ]
     if marked:
-        series.append(Series("a super weight's layer", points=marked, style="points"))
+        series.append(Series("layer with a super weight", points=marked, style="points"))
     return Figure(
         "spikes",
-        "Largest activation into and out of down_proj, layer by layer",
+        "Largest activation into and out of down_proj, by layer",
         "lines",
         LAYER_AXIS,
         Axis("largest |activation| (log)", log=True),
         series=series,
-        text=f"Of the prompt “{PROMPT}” Where both spike, one weight may join them.{named}",
+        text=f"Prompt: “{PROMPT}” A layer where both spike may hold a super weight.{found}",
     )
 
 
 def positive(value: float | None) -> float | None:
-    """A value that has a place on a log scale."""
+    """None for zero, which a log scale can't show."""
     return value if value else None
 
 
 def _persistence(index: ChannelIndex) -> Figure | None:
-    """From which layer to which each spike keeps its size: layer + persistence * (layers above it)."""
+    """The layers in which each spike keeps its size: the last is layer + persistence * (layers above it)."""
     entries = [("super weight", w) for w in index.super_weights] + [("echo", w) for w in index.echoes]
     if not entries:
         return None
@@ -79,7 +85,7 @@ def _persistence(index: ChannelIndex) -> Figure | None:
     kinds = [kind for kind, _ in entries]
     return Figure(
         "persistence",
-        "Layers through which each spike stays in the residual stream",
+        "Layers in which each spike persists in the residual stream",
         "spans",
         LAYER_AXIS,
         Axis("weight: layer [row, column]"),
@@ -93,26 +99,27 @@ def _persistence(index: ChannelIndex) -> Figure | None:
             if name in kinds
         ],
         categories=[place(w) for _, w in entries],
-        text="A bar runs from the layer that makes the spike to the last that holds it within a factor of two; a super "
-        f"weight must hold for {MIN_PERSISTENCE:.0%} of the layers above it.",
+        text="A bar runs from the layer that makes the spike to the last layer that keeps its size within a "
+        f"factor of two. The spike of a super weight persists in at least {MIN_PERSISTENCE:.0%} of the "
+        "layers above it.",
     )
 
 
 def place(weight: SuperWeight) -> str:
-    """Layer, expert, row and column."""
+    """Layer, FFN (unless it is the layer's only one), row and column."""
     ffn = "" if weight.ffn == "dense" else f" {weight.ffn}"
     return f"{weight.layer}{ffn} [{weight.row}, {weight.column}]"
 
 
 def _table(id: str, title: str, weights: list[SuperWeight], note: str = "") -> Table:
-    """One row a weight; FFNs are named where any is not a layer's only one."""
-    named = any(w.ffn != "dense" for w in weights)
+    """A table of weights, with a column for the FFN if any layer has several."""
+    name_ffns = any(w.ffn != "dense" for w in weights)
     columns: list[tuple[str, Unit]] = [("layer", "figure"), ("row", "figure"), ("column", "figure")]
     columns += [("weight", "number"), ("input", "number"), ("output", "number")]
     columns += [("explained", "percent"), ("persists", "percent")]
     columns += [("perplexity", "number"), ("without it", "number"), ("prompts", "text")]
     columns.append(("published", "text"))
-    if named:
+    if name_ffns:
         columns.append(("FFN", "text"))
     rows: list[list[Any]] = [
         [
@@ -121,7 +128,7 @@ def _table(id: str, title: str, weights: list[SuperWeight], note: str = "") -> T
             w.ablation.get("perplexity_without"),
             f"{w.prompts} of {w.prompts_tried}",
             CATALOGUE[w.catalogue].format(w.published),
-            *([w.ffn] if named else []),
+            *([w.ffn] if name_ffns else []),
         ]
         for w in weights
     ]

@@ -1,9 +1,10 @@
-"""SIGKILL at random moments of an index and a prune with repair: does the same command always arrive at the same bytes?
+"""SIGKILL at random moments of an index and a prune with repair: does the same command always arrive at the
+same bytes?
 
     python tests/benchmarks/kills.py [--kills 20] [--seed 0]
 
-A tiny random Llama, so that most of a run is work between imports and the end; moments are drawn evenly from the time that
-work takes. Prints how many reruns arrived, and how many had gone on from a journal.
+A tiny random Llama, so that most of a run is work between imports and the end; moments are drawn evenly from
+the time that work takes. Prints how many reruns arrived, and how many had gone on from a journal.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import ROOT, byte_tokenizer, tiny_model
+from helpers.tiny_models import ROOT, byte_tokenizer, tiny_model
 
 
 def digest(folder: Path) -> str:
@@ -61,7 +62,7 @@ def torture(command: list[str], where: Path, result: Path, kills: int, chance: r
             continue
         early += 1
         again = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-        resumed += "Going on" in again.stderr
+        resumed += "Resuming" in again.stderr
         arrived += again.returncode == 0 and digest(result) == expected
     left = [path.name for path in where.iterdir() if path.name.startswith(".")]
     print(

@@ -1,13 +1,14 @@
-"""The same jobs by what a user would otherwise take: time and peak memory of whole commands, in turn, on one checkpoint.
+"""The same jobs by what a user would otherwise take: time and peak memory of whole commands, in turn, on one
+checkpoint.
 
     python tests/benchmarks/others.py [--layers 24] [--rounds 3] [--only surgeon --only mergekit]
 
-Half of the FFN channels of a random 24-layer, 2.2 GiB Llama-shaped bfloat16 checkpoint are cut by `surgeon prune` (scores
-from an index made before, no repair), optipfair's command and Torch-Pruning (both by weight magnitudes, in memory), and the
-checkpoint is copied through mergekit's passthrough, which cuts nothing. Then its perplexity on 8 blocks of 128 tokens is
-measured by `surgeon eval` and by accelerate's disk offload. The others are installed into an environment of their own,
-which borrows torch and transformers from this one. Tools take turns; figures are medians of the rounds, ratios to ours of the
-same round.
+Half of the FFN channels of a random 24-layer, 2.2 GiB Llama-shaped bfloat16 checkpoint are cut by `surgeon
+prune` (scores from an index made before, no repair), optipfair's command and Torch-Pruning (both by weight
+magnitudes, in memory), and the checkpoint is copied through mergekit's passthrough, which cuts nothing. Then
+its perplexity on 8 blocks of 128 tokens is measured by `surgeon eval` and by accelerate's disk offload. The
+others are installed into an environment of their own, which borrows torch and transformers from this one.
+Tools take turns; figures are medians of the rounds, ratios to ours of the same round.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import ROOT
+from helpers.tiny_models import ROOT
 from streamed import SHAPE, SURGEON, index_command, random_checkpoint
 
 OTHERS = ("mergekit==0.1.5", "optipfair==0.4.2", "torch-pruning==1.6.1", "peft>=0.18", "immutables>=0.21")
@@ -46,7 +47,8 @@ model.config.use_cache = False
 ids = torch.randint(0, 256, (1, 16))
 ratios = {layer.mlp.gate_proj: 0.5 for layer in model.model.layers}
 pruner = tp.pruner.BasePruner(
-    model, ids, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.0, pruning_ratio_dict=ratios,
+    model, ids, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.0,
+    pruning_ratio_dict=ratios,
     ignored_layers=[model.lm_head], output_transform=lambda out: out.logits,
 )
 pruner.step()
@@ -59,7 +61,8 @@ from accelerate import disk_offload
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
 disk_offload(model, sys.argv[3], execution_device="cpu")
-ids = torch.tensor(AutoTokenizer.from_pretrained(sys.argv[1])(open(sys.argv[2]).read())["input_ids"][: 8 * 128])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.tensor(tokenizer(open(sys.argv[2]).read())["input_ids"][: 8 * 128])
 total = 0.0
 with torch.no_grad():
     for block in ids.view(8, 1, 128):

@@ -1,11 +1,14 @@
-"""From 1 to 7 billion parameters under one memory limit: peak memory, time, and how fast a cut is beside a file copy.
+"""From 1 to 7 billion parameters under one memory limit: peak memory, time, and how fast a cut is beside a
+file copy.
 
-    python tests/benchmarks/scale.py [--layers 4 32] [--memory 4GiB] [--limit 6GiB] [--hidden 4096] [--width 11008]
+    python tests/benchmarks/scale.py [--layers 4 32] [--memory 4GiB] [--limit 6GiB] [--hidden 4096] [--width
+    11008]
 
-A random Llama-shaped bfloat16 checkpoint of each depth is written, indexed on 8 blocks of 128 tokens and cut to half its
-channels without repair, the copy and the cut twice in turn, every command in a process of its own and, where a memory
-cgroup can be made (Linux, root), under a hard limit on it; elsewhere under one on private memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two
-copies. `--in-memory` also lets `from_pretrained` and `loss.backward()` try the same under the same limit.
+A random Llama-shaped bfloat16 checkpoint of each depth is written, indexed on 8 blocks of 128 tokens and cut
+to half its channels without repair, the copy and the cut twice in turn, every command in a process of its own
+and, where a memory cgroup can be made (Linux, root), under a hard limit on it; elsewhere under one on private
+memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two copies. `--in-memory` also lets
+`from_pretrained` and `loss.backward()` try the same under the same limit.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from conftest import ROOT
+from helpers.tiny_models import ROOT
 from streamed import SHAPE, SURGEON, index_command, random_checkpoint
 
-from surgery.checkpoint import Checkpoint
-from surgery.devices import parse_bytes
+from surgery.byte_units import parse_bytes
+from surgery.checkpoint.reader import Checkpoint
 
 CGROUP = Path("/sys/fs/cgroup/memory/surgeon-benchmark")
 CHILD = """
@@ -123,7 +126,7 @@ def measure(layers: int, options: argparse.Namespace, scratch: Path) -> dict[str
             raise SystemExit(f"{name} failed under {options.limit}: {talk}")
         best = min(seconds, found.get(name, {"seconds": seconds})["seconds"])
         found[name] = {"peak": peak, "seconds": best}
-    found["foretold"] = {"peak": told["costs"]["host_bytes"], **told["seconds"]}
+    found["estimated"] = {"peak": told["costs"]["host_bytes"], **told["seconds"]}
     moved = (
         checkpoint.nbytes + 2 * Checkpoint.open(scratch / "cut").nbytes
     )  # the load gate reads the cut again
@@ -152,10 +155,13 @@ def main() -> None:
             found = measure(layers, options, Path(name))
         print(json.dumps(found))
         print(
-            f"{found['parameters'] / 1e9:.2f} B parameters, {found['bytes'] / gib:.1f} GiB, limit {options.limit}, "
+            f"{found['parameters'] / 1e9:.2f} B parameters, {found['bytes'] / gib:.1f} GiB, "
+            f"limit {options.limit}, "
             f"--memory {options.memory}\n"
-            f"  index  peak {found['index']['peak'] / gib:.2f} GiB (foretold {found['foretold']['peak'] / gib:.2f} above the "
-            f"libraries), {found['index']['seconds']:.0f} s (foretold {found['foretold']['compute']:.0f} s of arithmetic)\n"
+            f"  index  peak {found['index']['peak'] / gib:.2f} GiB "
+            f"(estimated {found['estimated']['peak'] / gib:.2f} above the libraries), "
+            f"{found['index']['seconds']:.0f} s "
+            f"(estimated {found['estimated']['compute']:.0f} s of arithmetic)\n"
             f"  prune  peak {found['prune']['peak'] / gib:.2f} GiB, {found['prune']['seconds']:.0f} s: "
             f"{found['prune']['of_copy_speed']:.2f} of a file copy's bytes read and written a second"
         )

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/speed.py DENSE PRUNED [PRUNED ...] [--prompt 512] [--new 64] [--rounds 5]
 
-Each is loaded with AutoModelForCausalLM in its own dtype; every round times all of them, and medians are printed with
-their ratio to the first.
+Each is loaded with AutoModelForCausalLM in its own dtype; every round times all of them, and medians are
+printed with their ratio to the first.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ def main() -> None:
     }
     base = medians[options.models[0]]
     print(
-        f"{'model':<40} {'parameters':>12} {'prefill tok/s':>14} {'ratio':>6} {'decode tok/s':>13} {'ratio':>6}"
+        f"{'model':<40} {'parameters':>12} {'prefill tok/s':>14} {'ratio':>6} "
+        f"{'decode tok/s':>13} {'ratio':>6}"
     )
     for name, (prefill, decode) in medians.items():
         count = sum(p.numel() for p in models[name].parameters())
         print(
-            f"{name[-40:]:<40} {count / 1e6:>10.1f} M {prefill:>14.1f} {prefill / base[0]:>6.2f} {decode:>13.2f} "
+            f"{name[-40:]:<40} {count / 1e6:>10.1f} M {prefill:>14.1f} {prefill / base[0]:>6.2f} "
+            f"{decode:>13.2f} "
             f"{decode / base[1]:>6.2f}"
         )
 

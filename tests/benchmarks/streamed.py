@@ -2,10 +2,10 @@
 
     python tests/benchmarks/streamed.py [--time] [--memory]
 
-Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune`, with and without repair, on a random 24-layer
-Llama-shaped checkpoint of at least 2 GiB in bfloat16, each in its own process; the peak resident size is compared with the checkpoint's.
-Time: streamed LP on SmolLM2 against an ordinary in-memory `loss.backward()` with parameter gradients, same tokens,
-same dtype, in turn, each in a process of its own.
+Memory: `surgeon index` (8 blocks of 128 tokens) and `surgeon prune`, with and without repair, on a random
+24-layer Llama-shaped checkpoint of at least 2 GiB in bfloat16, each in its own process; the peak resident
+size is compared with the checkpoint's. Time: streamed LP on SmolLM2 against an ordinary in-memory
+`loss.backward()` with parameter gradients, same tokens, same dtype, in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from conftest import ROOT, byte_tokenizer
+from helpers.tiny_models import ROOT, byte_tokenizer
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from surgery.checkpoint import Checkpoint
-from surgery.devices import micro_batch
-from surgery.indexing import RunOptions
-from surgery.machine import measure_machine
-from surgery.sizes import Sizes
-from surgery.skeleton import Skeleton
-from surgery.statistics import ChannelStatistics
-from surgery.stream import StreamedModel
-from surgery.tokens import TokenStream
-from surgery.writer import ShardWriter, TensorSpec
+from surgery.budget.budget import largest_micro_batch
+from surgery.budget.machine import measure_machine
+from surgery.budget.model_size import ModelSize
+from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
+from surgery.engine.device import default_memory
+from surgery.engine.loss import next_token_loss
+from surgery.engine.open_model import Model
+from surgery.engine.run_options import RunOptions
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream
+from surgery.index.statistics import ChannelStatistics
 
 MIB = 1 << 20
 SURGEON = [sys.executable, "-m", "surgery"]
 PLENTY = 1 << 40
 SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct"
-STREAMED = {"every layer computed again": 0, "activations kept": PLENTY}  # bytes for what the backward needs
+STREAMED = {"every layer recomputed": 0, "activations cached": PLENTY}  # bytes for cached activations
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -98,7 +100,11 @@ def memory() -> None:
     python = sys.executable
     bare = peak([python, "-c", "pass"])
     imports = peak(
-        [python, "-c", "import torch, transformers, accelerate, datasets, surgery.prune, surgery.indexing"]
+        [
+            python,
+            "-c",
+            "import torch, transformers, accelerate, datasets, surgery.pruning.prune, surgery.index.build",
+        ]
     )
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as scratch:
         folder = Path(scratch) / "random"
@@ -111,7 +117,8 @@ def memory() -> None:
         prune += ["--out", f"{scratch}/cut", "--overwrite", "--quiet", "--memory"]
         print(f"checkpoint                      {size / MIB:8.0f} MiB")
         print(
-            f"interpreter                     {bare / MIB:8.0f} MiB, with the libraries imported {imports / MIB:.0f}"
+            f"interpreter                     {bare / MIB:8.0f} MiB, "
+            f"with the libraries imported {imports / MIB:.0f}"
         )
         commands = {
             "index": (index, 1 / 3),
@@ -124,24 +131,25 @@ def memory() -> None:
             bound = f" (bound {limit:.3f})" if limit else ""
             print(
                 f"{name + ' peak':<31} {used / MIB:8.0f} MiB; above the interpreter "
-                f"{(used - bare) / size:.3f} of the checkpoint, above the imports {(used - imports) / size:.3f}{bound}"
+                f"{(used - bare) / size:.3f} of the checkpoint, "
+                f"above the imports {(used - imports) / size:.3f}{bound}"
             )
 
 
 def streamed_lp(
-    checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, graph_bytes: int
+    checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, cache_bytes: int
 ) -> list[torch.Tensor]:
     """LP of every layer from the streamed engine, building the model included."""
     device = torch.device("cpu")
-    model = StreamedModel(checkpoint, device, dtype)
-    step = micro_batch(ids.shape[1], device)
-    stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, graph_bytes=graph_bytes)
+    model = StreamedModel(Model(checkpoint, RunOptions(device, dtype, default_memory())))
+    step = largest_micro_batch(ids.shape[1], "cpu")
+    stream = TokenStream(model, ids, micro_batch=step, keep_inputs=True, cache_bytes=cache_bytes)
     count = len(model.layers)
-    for number, layer in model.walk(range(count)):
+    for number, layer in model.stream_layers(range(count)):
         stream.forward(number, layer)
-    stream.loss(with_gradient=True)
+    next_token_loss(stream, with_gradient=True)
     scores = [torch.empty(0)] * count
-    for number, layer in model.walk(reversed(range(count))):
+    for number, layer in model.stream_layers(reversed(range(count))):
         width = layer.mlp.down_proj.in_features
         sums = ChannelStatistics(int(width), *ids.shape, device)
         stream.backward(number, layer, lambda flow, sums=sums: sums.add(flow.first_block, flow.u, flow.s))
@@ -150,7 +158,9 @@ def streamed_lp(
 
 
 def in_memory_lp(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """LP from the whole model and an ordinary backward pass, parameters requiring gradients, loading included."""
+    """LP from the whole model and an ordinary backward pass, parameters requiring gradients, loading
+    included.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     seen: list[torch.Tensor] = []
 
@@ -161,7 +171,7 @@ def in_memory_lp(folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> list[to
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(keep)
     sums = [torch.zeros(model.config.intermediate_size) for _ in model.model.layers]
-    step = micro_batch(ids.shape[1], torch.device("cpu"))
+    step = largest_micro_batch(ids.shape[1], "cpu")
     for rows in ids.split(step):
         seen.clear()
         logits = model(rows, use_cache=False).logits[:, :-1]
@@ -194,22 +204,22 @@ def measure(kind: str, dtype: torch.dtype, result: str) -> None:
 
 
 def timing(rounds: int = 3) -> None:
-    """Print ratios of scoring time on SmolLM2, 8 blocks of 512 tokens, both dtypes: to in-memory and to the floor.
+    """Print ratios of scoring time on SmolLM2, 8 blocks of 512 tokens, both dtypes: to in-memory and to the
+    floor.
 
-    Each way runs in a process of its own, in turn, its imports not counted. The floor is the operations that are needed
-    once each, over the rate of this machine's matrix products, measured in each round. Then how far the ranks of LP in
-    bfloat16 are those in float32.
+    Each way runs in a process of its own, in turn, its imports not counted. The floor is the operations that
+    are needed once each, over the rate of this machine's matrix products, measured in each round. Then how
+    far the ranks of LP in bfloat16 are those in float32.
     """
     checkpoint, ids = Checkpoint.open(SMOLLM2), calibration_ids()
     scores: list[list[torch.Tensor]] = []
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        options = RunOptions(torch.device("cpu"), dtype, PLENTY)
-        skeleton = Skeleton(checkpoint, dtype)
-        sizes = Sizes.of(skeleton, dtype, ids.shape[1])
+        opened = Model(checkpoint, RunOptions(torch.device("cpu"), dtype, PLENTY))
+        sizes = ModelSize.of(opened.meta_model, dtype, ids.shape[1])
         needed = 4.0 * ids.numel() * (sizes.active + sizes.attention + sizes.head)
         ratios: dict[str, list[float]] = {f"{kind}, over in-memory backward": [] for kind in STREAMED}
-        ratios["activations kept, over the floor"] = []
+        ratios["activations cached, over the floor"] = []
         worst = 0.0
         with tempfile.NamedTemporaryFile() as result:
 
@@ -227,8 +237,8 @@ def timing(rounds: int = 3) -> None:
                     ratios[f"{kind}, over in-memory backward"].append(seconds / usual)
                     pairs = zip(ours, theirs, strict=True)
                     worst = max(worst, *(float((a - b).abs().max() / b.max()) for a, b in pairs))
-                floor = needed / measure_machine(checkpoint, skeleton, options).flops
-                ratios["activations kept, over the floor"].append(seconds / floor)
+                floor = needed / measure_machine(opened).flops
+                ratios["activations cached, over the floor"].append(seconds / floor)
         for kind, found in ratios.items():
             print(
                 f"streamed LP, {name:8}, {kind}: median {statistics.median(found):.2f} "
@@ -240,12 +250,15 @@ def timing(rounds: int = 3) -> None:
     for place, what in enumerate(("rank correlation", "top 1% in common", "top half in common")):
         found = [layer[place] for layer in agreement]
         print(
-            f"LP in bfloat16 against float32, {what}: median {statistics.median(found):.4f} (min {min(found):.4f})"
+            f"LP in bfloat16 against float32, {what}: "
+            f"median {statistics.median(found):.4f} (min {min(found):.4f})"
         )
 
 
 def ranks_agree(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float, float]:
-    """Spearman's correlation of a layer's scores [F], and what its best hundredth and half have in common, in 0..1."""
+    """Spearman's correlation of a layer's scores [F], and what its best hundredth and half have in common, in
+    0..1.
+    """
     ranks = torch.stack([scores.double().argsort().argsort().double() for scores in (one, other)])
     common = []
     for best in (max(1, len(one) // 100), len(one) // 2):

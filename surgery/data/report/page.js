@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const report = JSON.parse(document.getElementById("report-data").textContent);
-  // Okabe-Ito colours, lightened where the ground is dark; every role has a marker of its own besides.
+  // Okabe-Ito colours, lighter on a dark background; every style also has its own marker.
   const LIGHT = {
     text: "#1a1d21", soft: "#555d66", grid: "#e3e6ea", card: "#f6f7f9",
     roles: { core: "#0072b2", points: "#d55e00", control: "#6b7280", dashed: "#009e73" },
@@ -13,7 +13,7 @@
     cycle: ["#56b4e9", "#f0883e", "#3fcf9f", "#d99cc4", "#e6c229", "#b7d8ee", "#ffffff"],
   };
   const MARKERS = { core: "circle", points: "triangle", control: "rect", dashed: "rectRot" };
-  const CYCLE_MARKERS = ["circle", "triangle", "rectRot", "rect", "star", "crossRot", "cross"];
+  const CYCLE_MARKERS = ["circle", "triangle", "rectRot", "rect", "star", "crossRot", "cross", "rectRounded"];
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   let printing = false;
   const theme = () => (dark.matches && !printing ? DARK : LIGHT);
@@ -113,7 +113,7 @@
     };
   }
 
-  // A dashed upright line where the figure has a mark, as at 1% of the channels.
+  // A dashed vertical line at the figure's mark.
   const markLine = {
     id: "mark",
     afterDatasetsDraw(chart) {
@@ -236,7 +236,7 @@
     row.appendChild(made);
   }
 
-  // The chart's numbers as a table, made when it is opened.
+  // The chart's numbers as a table, filled when it is opened.
   function fill(details, figure) {
     if (!details.open) return;
     const table = document.createElement("table");

@@ -1,0 +1,81 @@
+"""What an index takes: bytes moved, operations, memory; and how a budget is divided for it.
+
+Symbols: N blocks of T tokens, L layers, D hidden_size, F the FFN channels a token goes through in a layer, V
+vocabulary, s bytes of the compute dtype. Estimates err upwards; `tests/benchmarks/scale.py` puts them beside
+what was used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.budget.budget import Budget, Cost, largest_micro_batch
+from surgery.budget.model_size import ModelSize
+from surgery.engine.run_options import RunOptions
+from surgery.model.meta_model import MetaModel
+
+ABLATION_BLOCKS = 8  # calibration blocks that each candidate super weight is measured on
+MAX_ABLATIONS = 12  # candidates measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCost(Cost):
+    """What one index takes. `hidden_bytes` are stored layer inputs and the blocks that run without a super
+    weight.
+
+    `cache_bytes` may be spent on activations that the backward pass would recompute, which is expected to be
+    enough for `cached_layers` layers. `flops` are one forward pass, one backward pass to the activations, and
+    the recomputation.
+    """
+
+    cache_bytes: int
+    cached_layers: int
+
+
+def index_cost(
+    meta_model: MetaModel, blocks: int, block_size: int, run: RunOptions, second_order: bool = False
+) -> IndexCost:
+    """Cost of indexing `blocks` x `block_size` tokens within `run.memory`.
+
+    On a GPU the memory that is free there is divided in the same way, and `run.memory` is for the host's
+    part. Raises MemoryBudgetError, naming the smallest budget that would do, when one block in one layer
+    exceeds it.
+    """
+    size = ModelSize.of(meta_model, run.dtype, block_size, run.device.type)
+    budget = Budget.of(run, free_only=True)
+    tokens = blocks * block_size
+    on_device = budget.on_device
+    resident = size.resident_bytes(blocks, second_order, merging=not on_device)  # merging is the host's work
+    smallest = resident + size.micro_batch_bytes(1)
+    budget.check(smallest)
+    micro_batch = largest_micro_batch(block_size, run.device.type)
+    while micro_batch > 1 and resident + size.micro_batch_bytes(micro_batch) > budget.limit:
+        micro_batch //= 2
+    used = resident + size.micro_batch_bytes(micro_batch)
+    stored_tokens = (size.layers + 1) * tokens + MAX_ABLATIONS * min(ABLATION_BLOCKS, blocks) * block_size
+    hidden = stored_tokens * size.hidden * run.dtype.itemsize
+    place = budget.place(hidden * (2 if on_device else 1), used)  # a GPU's other half is for activations
+    if on_device and place != "device":
+        place = "memory" if hidden <= budget.host else "disk"
+    used += hidden * (place == budget.first_place)
+    cache = 0 if second_order else max(0, budget.usable - used) // (2 if on_device else 1)
+    per_layer = size.kept_token * tokens
+    cache *= per_layer > 0  # no operation of the model is expensive
+    cached = min(size.layers, cache // max(1, per_layer))
+    used += cached * per_layer
+    forward = 2.0 * tokens * (size.active + size.attention)
+    spared = (forward - 2.0 * tokens * size.again) * cached / max(1, size.layers)
+    pinned = 2 * size.layer + size.merging
+    return IndexCost(
+        micro_batch=micro_batch,
+        hidden_bytes=hidden,
+        hidden_on=place,
+        cache_bytes=cache,
+        cached_layers=cached,
+        host_bytes=pinned + hidden * (place == "memory") if on_device else used,
+        device_bytes=used if on_device else 0,
+        smallest_bytes=pinned if on_device else smallest,
+        read_bytes=2 * size.layers_stored + 2 * size.other_stored,
+        write_bytes=hidden if place == "disk" else 0,
+        flops=3 * forward - spared + 4.0 * tokens * size.head,
+    )

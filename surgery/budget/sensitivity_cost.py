@@ -1,0 +1,57 @@
+"""What measuring sensitivity takes: one forward pass with five pruned copies of every layer's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.budget.budget import Budget, largest_micro_batch
+from surgery.budget.model_size import ModelSize
+from surgery.budget.repair_cost import solve_bytes
+from surgery.engine.device import TOKENS_PER_STEP
+from surgery.engine.run_options import RunOptions
+
+FRACTIONS = (0.0625, 0.125, 0.25, 0.5, 0.75)  # of the width kept
+MEASURE_TOKENS = 2048  # of calibration text that each branch runs
+FIT_BLOCKS = 32  # calibration blocks that the branches are refitted on
+
+
+@dataclass(frozen=True)
+class SensitivityCost:
+    """`resident_bytes` beside the branches, `branch_bytes` of all branches, stored in `branches_on` memory or
+    disk.
+    """
+
+    micro_batch: int
+    resident_bytes: int
+    branch_bytes: int
+    branches_on: str
+
+
+def measured_blocks(blocks: int, block_size: int) -> int:
+    """Calibration blocks that each branch runs: MEASURE_TOKENS, at most a quarter of all, at least one."""
+    return max(1, min(MEASURE_TOKENS // block_size, blocks // 4))
+
+
+def sensitivity_cost(size: ModelSize, blocks: int, block_size: int, run: RunOptions) -> SensitivityCost:
+    """Cost of measuring sensitivity on calibration blocks within `run.memory`; branches go to disk where they
+    must.
+    """
+    budget = Budget.of(run)
+    tokens = max(TOKENS_PER_STEP[run.device.type], block_size)
+    token_bytes = run.dtype.itemsize * size.hidden
+    streams = token_bytes * (FIT_BLOCKS * block_size + MEASURE_TOKENS)
+    matrices = sensitivity_bytes(size.widest, size.hidden)
+    layers = 3 * size.layer + size.merging + size.saved_token * tokens + matrices
+    resident = streams + max(layers, size.other_resident + size.compared_bytes(MEASURE_TOKENS))
+    branches = size.layers * len(FRACTIONS) * measured_blocks(blocks, block_size) * block_size * token_bytes
+    place = budget.place(branches, resident)
+    return SensitivityCost(largest_micro_batch(block_size, run.device.type), resident, branches, place)
+
+
+def sensitivity_bytes(width: int, outputs: int) -> int:
+    """Bytes of matrices that measuring a layer of F = `width` channels and D = `outputs` takes at its peak.
+
+    All channels' moments [F, F] and, for the largest fraction kept, its own moments and what solving takes.
+    """
+    kept = round(max(FRACTIONS) * width)
+    return 8 * (width**2 + kept**2 + outputs * (width + kept)) + solve_bytes(kept, outputs)

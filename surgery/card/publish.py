@@ -1,0 +1,52 @@
+"""Write the model card of a finished folder, and update card and manifest together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.manifest import MANIFEST, dump_manifest, read_manifest
+from surgery.checkpoint.output_folder import replace_text
+from surgery.checkpoint.reader import Checkpoint
+
+
+def write_card(
+    folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, template: str | None = None
+) -> None:
+    """Write README.md, the model card, from the manifest and the card of the source `checkpoint`."""
+    from surgery.card.render import render_card
+
+    source_card = None
+    if "README.md" in checkpoint.file_names:
+        size = checkpoint.source.size("README.md")
+        source_card = bytes(checkpoint.source.read("README.md", 0, size)).decode("utf-8", errors="replace")
+    (folder / "README.md").write_text(render_card(manifest, source_card, template), encoding="utf-8")
+
+
+def name_repo(folder: Path, repo: str) -> None:
+    """Record in surgeon.json and the card of a finished folder the Hub id it is published under."""
+    manifest = read_manifest(folder)
+    if manifest.get("repo") != repo:
+        manifest["repo"] = repo
+        _rewrite(folder, manifest)
+
+
+def record_tasks(folder: Path, found: dict[str, Any]) -> None:
+    """Add task results to surgeon.json and the card; results of other tasks stay."""
+    manifest = read_manifest(folder)
+    measurements = manifest.setdefault("measurements", {})
+    earlier = measurements.get("tasks", {})
+    merged = {key: {**earlier.get(key, {}), **found[key]} for key in ("settings", "results")}
+    measurements["tasks"] = {**found, **merged}
+    _rewrite(folder, manifest)
+
+
+def _rewrite(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replace surgeon.json and the card; the metadata in the existing card stays."""
+    from surgery.card.render import render_card
+
+    card = folder / "README.md"
+    existing = card.read_text(encoding="utf-8") if card.exists() else None
+    text = render_card(manifest, existing)
+    replace_text(folder / MANIFEST, dump_manifest(manifest))
+    replace_text(card, text)

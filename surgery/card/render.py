@@ -1,0 +1,149 @@
+"""Render the model card of a pruned or quantised checkpoint from its manifest and the source's own card."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from typing import Any
+
+PRUNED_TAGS = ["pruned", "structured-pruning", "surgeon"]
+QUANTIZED_TAGS = ["quantized", "surgeon"]
+OBLIGATIONS = {
+    "llama": (
+        "The source is under a Llama community license: display “Built with Llama” where you use this model, "
+        "keep the license and its notice with every copy, and begin the name of any model you make from it "
+        "with “Llama”."
+    ),
+    "gemma": (
+        "The source is under the Gemma Terms of Use: pass them and the use restrictions on with every copy, "
+        "and say that files were changed (config.json and the weights were)."
+    ),
+}
+
+
+def render_card(manifest: dict[str, Any], source_card: str | None = None, template: str | None = None) -> str:
+    """The card's Markdown with its YAML front matter.
+
+    `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
+    README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
+    `manifest`, `front_matter`, `obligation`, `auto_class` and `load_from`; for a pruned model also `method`,
+    `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`
+    and `repaired`.
+    """
+    import jinja2
+
+    quantized = "quantization" in manifest
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
+    environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f} M"
+    variables = {
+        "manifest": manifest,
+        "front_matter": front_matter(manifest, source_card),
+        "obligation": obligation(source_card),
+        "auto_class": manifest.get("auto_class", "AutoModelForCausalLM"),
+        "load_from": manifest.get("repo") or "path/to/this/folder",
+        **({} if quantized else _pruned_variables(manifest)),
+    }
+    name = "quantized_card.md" if quantized else "model_card.md"
+    text = _shipped_template(name) if template is None else template
+    rendered = environment.from_string(text).render(variables)
+    return re.sub(r"\n{3,}", "\n\n", rendered)
+
+
+def _shipped_template(name: str) -> str:
+    return resources.files("surgery").joinpath(f"card/templates/{name}").read_text(encoding="utf-8")
+
+
+def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a template sees of a pruned model besides its manifest."""
+    plan, source, result = manifest["plan"], manifest["source"], manifest["result"]
+    one_width = {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}}
+    widths_differ = plan.get("allocation", "uniform") != "uniform"
+    padded = bool(plan.get("padded"))
+    return {
+        "method": plan.get("method_label") or plan["method"],
+        "paper": plan.get("paper", ""),
+        "percent": f"{100 * plan['sparsity']:.0f}%",
+        "saved": f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
+        "widths": plan.get("widths") or one_width,
+        "widths_differ": widths_differ,
+        "per_layer": widths_differ and not padded,
+        "padded": padded,
+        "repair": plan.get("repair", "none"),
+        "repair_label": manifest.get("repair_label", ""),
+        "repaired": describe_repair(manifest),
+    }
+
+
+def describe_repair(manifest: dict[str, Any]) -> str:
+    """Which matrices repair changed, in how many layers."""
+    entries = manifest.get("repair") or []
+    ffns = sum(any(r["ridge"] is not None for r in entry["ffns"].values()) for entry in entries)
+    attention = sum(bool(entry["attention"] and entry["attention"]["ridge"] is not None) for entry in entries)
+    parts = [f"the FFN's down projection in {ffns} of {len(entries)} layers"]
+    if attention:
+        parts.append(f"the attention's output projection in {attention}")
+    return ", ".join(parts)
+
+
+def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> str:
+    """The card's YAML, by the conventions of the Hub.
+
+    The Hub has no relation "pruned": pruned models get `finetune` and the tag `pruned`. The results in the
+    source's card are left out, because they are not results of this model.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    quantized = "quantization" in manifest
+    own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS
+    inherited = _inherited(source_card)
+    name = manifest["source"]["name"]
+    tags = [tag for tag in inherited.pop("tags", []) if tag not in own_tags]
+    fields: dict[str, Any] = {
+        **inherited,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*tags, *own_tags],
+    }
+    if "/" in name:  # a Hub id; the name of a folder would be a broken link
+        fields |= {"base_model": name, "base_model_relation": "quantized" if quantized else "finetune"}
+    measured = manifest["measurements"].get("pruned")
+    texts = [manifest["calibration"]["name"]] if "calibration" in manifest else []
+    texts += [measured["text"]] if measured else []
+    datasets = list(dict.fromkeys(text.partition(":")[0] for text in texts if "/" in text))
+    if datasets:
+        fields["datasets"] = datasets
+    if measured:
+        fields["model_name"] = (manifest.get("repo") or name).split("/")[-1]
+        fields["eval_results"] = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=measured["text"].partition(":")[0],
+                dataset_name=measured["text"],
+                metric_type=kind,
+                metric_name=f"{kind.replace('_', ' ')} ({measured['block_size']}-token blocks)",
+                metric_value=measured[kind],
+            )
+            for kind in ("perplexity", "bits_per_byte")
+        ]
+    return str(ModelCardData(**fields).to_yaml())
+
+
+def obligation(source_card: str | None) -> str:
+    """What the source's license requires of modified copies; empty if nothing special is known."""
+    data = _inherited(source_card)
+    license_id = str(data.get("license_name") or data.get("license") or "").lower()
+    return next((text for word, text in OBLIGATIONS.items() if license_id.startswith(word)), "")
+
+
+def _inherited(source_card: str | None) -> dict[str, Any]:
+    """The metadata of the source's card that also applies to a modified copy."""
+    from huggingface_hub import ModelCard
+
+    if not source_card or not source_card.startswith("---"):
+        return {}
+    data = ModelCard(source_card, ignore_metadata_errors=True).data.to_dict()
+    keys = ("license", "license_name", "license_link", "language", "tags")
+    return {key: data[key] for key in keys if data.get(key)}

@@ -1,0 +1,65 @@
+"""Terminal tables of what `surgeon ablate` and `surgeon quantize --compare` measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from surgery.cli.terminal import bare_table, short_number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_outcomes(fields: dict[str, Any], console: Console) -> None:
+    """Print the conditions and, if measured, the super activation's trace and next-token probabilities."""
+    table = bare_table(
+        ("condition", "changed", "perplexity", "factor", "bits/byte", "KL"), left=("condition",)
+    )
+    for row in fields["conditions"]:
+        table.add_row(
+            row["condition"],
+            f"{row['changed']:,}",
+            short_number(row["perplexity"]),
+            f"x{row['factor']:.3g}",
+            f"{row['bits_per_byte']:.3f}",
+            f"{row['kl']:.4f}",
+        )
+    console.print(table)
+    console.print(f"{fields['conditions'][0]['tokens']:,} predicted tokens of {fields['text']['name']}")
+    if "trace" in fields:
+        _show_trace(fields["trace"], console)
+    if "stop_words" in fields:
+        _show_stop_words(fields["stop_words"], console)
+
+
+def _show_trace(trace: dict[str, Any], console: Console) -> None:
+    place = trace["weight"]
+    console.print(
+        f"Hidden state at the spike of layer {place['layer']} [{place['row']}, {place['column']}], by "
+        "prompt: with super weights → without"
+    )
+    for layer in sorted({point["layer"] for point in trace["points"]}):
+        here = [point for point in trace["points"] if point["layer"] == layer]
+        if layer < place["layer"]:
+            continue
+        values = "  ".join(f"{p['followed']:>9,.1f} → {p['followed_without']:<9,.1f}" for p in here)
+        console.print(f"  layer {layer:>3}  {values}")
+
+
+def _show_stop_words(found: dict[str, Any], console: Console) -> None:
+    console.print(
+        f"Next token over {found['prompts']} prompts, probability of function words ({found['qualified']} of "
+        f"{found['listed']} are one token): {100 * found['mass']:.1f}% → {100 * found['mass_without']:.1f}% "
+        "without super weights"
+    )
+    table = bare_table(("token", "with", "without", "ratio"), left=("token",))
+    for token, original, without in found["tokens"][:10]:
+        ratio = f"x{without / original:.2f}" if original > 0 else "-"
+        table.add_row(repr(token), f"{100 * original:.2f}%", f"{100 * without:.2f}%", ratio)
+    console.print(table)
+    likeliest = max(found["example"], key=lambda row: row[1])
+    likeliest_without = max(found["example"], key=lambda row: row[2])
+    console.print(
+        f"“Summer is hot. Winter is” → {likeliest[0]!r} ({100 * likeliest[1]:.1f}%); without: "
+        f"{likeliest_without[0]!r} ({100 * likeliest_without[2]:.1f}%)"
+    )

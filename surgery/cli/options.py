@@ -1,0 +1,217 @@
+"""Options that several commands have, and the values they are collected into."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from surgery import defaults
+from surgery.errors import UsageError
+from surgery.plan.methods import METHODS
+from surgery.registry import Registry
+from surgery.repair.methods import REPAIRS
+
+if TYPE_CHECKING:
+    from surgery.checkpoint.push import PushTarget
+    from surgery.engine.open_model import Model
+
+ALLOCATION_NAMES = ("uniform", "global", "score")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class RegisteredName(click.ParamType[str]):
+    """The name of an entry of a registry, those of installed packages included."""
+
+    name = "name"
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.registry:
+            self.fail(f"{value!r} is not one of {', '.join(self.registry)}.", param, ctx)
+        return value
+
+    def shell_complete(
+        self, _ctx: click.Context, _param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        names = [name for name in self.registry if name.startswith(incomplete)]
+        return [click.shell_completion.CompletionItem(name) for name in names]
+
+
+METHOD_NAME, REPAIR_NAME = RegisteredName(METHODS), RegisteredName(REPAIRS)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which revision of MODEL to open, and how to run it."""
+
+    revision: tuple[str, ...]
+    range_reads: bool
+    device: str
+    dtype: str
+    memory: str | None
+
+    def open(self, source: str) -> Model:
+        """Open MODEL. Raises UsageError for several revisions."""
+        from surgery.engine.open_model import open_model
+
+        if len(self.revision) > 1:
+            raise UsageError(
+                "one --revision at a time", where=source, next_step="`surgeon index` takes several"
+            )
+        return open_model(
+            source,
+            revision=self.revision[0] if self.revision else None,
+            device=self.device,
+            dtype=self.dtype,
+            memory=self.memory,
+            range_reads=self.range_reads,
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Which text to calibrate on, and how many of its tokens."""
+
+    calibration: str
+    blocks: int
+    block_size: int
+    seed: int
+    spike_prompt: str | None
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """How to publish a folder."""
+
+    private: bool
+    push_revision: str | None
+    create_pr: bool
+
+    def target(self, repo: str, overwrite: bool) -> PushTarget:
+        """Where to publish, checked to be writable by the account the token belongs to. Raises HubError."""
+        from surgery.checkpoint.push import PushTarget, check_push
+
+        target = PushTarget(repo, self.private, self.push_revision, self.create_pr, overwrite)
+        check_push(target)
+        return target
+
+
+def collected(
+    values: type[Any], name: str, options: list[Callable[[Command], Command]]
+) -> Callable[[Command], Command]:
+    """A decorator that adds options to a command and passes them on as one `name` of class `values`."""
+    fields = [field.name for field in dataclasses.fields(values)]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            mine = {field: given.pop(field) for field in fields}
+            return command(**{name: values(**mine)}, **given)
+
+        found: Any = call
+        for option in reversed(options):
+            found = option(found)
+        return found  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _add(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """A decorator that adds options to a command."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_options = collected(
+    ModelOptions,
+    "how",
+    [
+        click.option("--revision", multiple=True, help="Branch, tag or commit of a Hub model."),
+        click.option(
+            "--range-reads", is_flag=True, help="Read byte ranges from the Hub; store no weight file."
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Compute in float32, bfloat16 or float16; auto: the checkpoint's where it is fast.",
+        ),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory budget above what the libraries take, as 8GiB: hidden states that do not fit spill "
+            "to disk, repair matrices are solved in blocks, and less than the least is refused. "
+            "[default: half of the machine's]",
+        ),
+    ],
+)
+
+calibration_options = collected(
+    CalibrationOptions,
+    "text_options",
+    [
+        click.option(
+            "--calibration",
+            default=defaults.CALIBRATION_TEXT,
+            show_default=True,
+            metavar="NAME|FILE|DATASET",
+            help="Text to calibrate on: wikitext, a text file, or a dataset as ID[:CONFIG[:SPLIT]].",
+        ),
+        click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
+        click.option(
+            "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
+        ),
+        click.option("--seed", default=defaults.SEED, show_default=True, help="Which blocks are drawn."),
+        click.option(
+            "--spike-prompt", help="One more prompt to look for super weights in, besides five of surgeon's."
+        ),
+    ],
+)
+
+talk_options = _add(
+    [
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--quiet", is_flag=True, help="Suppress progress and messages."),
+    ]
+)
+
+output_options = _add(
+    [
+        click.option("--out", type=click.Path(path_type=Path), help="Folder to write."),
+        click.option("--overwrite", is_flag=True, help="Replace the folder if it exists."),
+        click.option(
+            "--dry-run", is_flag=True, help="Say what would be done and what it takes; write nothing."
+        ),
+    ]
+)
+
+resume_option = click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Resume an interrupted run of the same command, or start over.",
+)
+
+push_options = collected(
+    PushOptions,
+    "push_options",
+    [
+        click.option("--private", is_flag=True, help="Make the repo private."),
+        click.option("--push-revision", metavar="BRANCH", help="Branch to push to. [default: main]"),
+        click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+    ],
+)

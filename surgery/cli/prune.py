@@ -1,0 +1,326 @@
+"""`surgeon prune`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.common import (
+    bars,
+    calibration_shape,
+    data_console,
+    discard_journal,
+    index_for,
+    local_path,
+    read_index,
+    read_template,
+    say,
+    say_resuming,
+    show_dry_run,
+)
+from surgery.cli.help import GroupedCommand
+from surgery.cli.options import (
+    CalibrationOptions,
+    ModelOptions,
+    PushOptions,
+    calibration_options,
+    model_options,
+    output_options,
+    push_options,
+    resume_option,
+    talk_options,
+)
+from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options
+
+if TYPE_CHECKING:
+    from surgery.budget.prune_cost import PruneCost
+    from surgery.checkpoint.push import PushTarget
+    from surgery.engine.open_model import Model
+    from surgery.engine.resume import Journal
+    from surgery.index.channel_index import ChannelIndex
+    from surgery.plan.prune_plan import PrunePlan
+    from surgery.pruning.prune import Provenance
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model")
+@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@cut_options
+@eval_options
+@click.option("--card-template", type=click.Path(path_type=Path), help="jinja2 text for the card.")
+@click.option(
+    "--push",
+    "push_to",
+    metavar="[REPO]",
+    is_flag=False,
+    flag_value="auto",
+    help="Publish to this Hub repo. [default name: from the source and the cut]",
+)
+@push_options
+@calibration_options
+@output_options
+@resume_option
+@model_options
+@talk_options
+def prune(
+    model: str,
+    index_folder: str | None,
+    cut: CutOptions,
+    evaluation: EvalOptions,
+    card_template: Path | None,
+    push_to: str | None,
+    push_options: PushOptions,
+    text_options: CalibrationOptions,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    resume: bool,
+    how: ModelOptions,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prune MODEL: choose channels, remove them, write a smaller checkpoint.
+
+    \b
+    surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
+    """
+    from surgery.checkpoint.output_folder import check_destination
+
+    cut = cut.check()
+    template = read_template(card_template)
+    opened = how.open(model)
+    found = read_index(index_folder)
+    check_feasible(opened, cut, calibration_shape(found, text_options))
+    chosen = evaluation.chosen(published=push_to is not None)
+    destination = out or Path(cut.name_for(opened))
+    target = None
+    if not dry_run:
+        needs = opened.checkpoint.nbytes
+        source = local_path(model)
+        check_destination(destination, overwrite=overwrite, source=source, needs_bytes=needs)
+        target = push_target(push_to, destination, push_options, overwrite)
+        check_text(chosen)
+    index = index_for(
+        opened,
+        found,
+        text_options,
+        [cut.method],
+        destination=None if dry_run else destination,
+        resume=resume,
+        quiet=quiet,
+    )
+    plan = plan_for(opened, index, cut, text_options.seed, quiet)
+    sizes, cost = sizes_and_cost(opened, index, plan)
+    show_prune_plan(plan, sizes, as_json)
+    if dry_run:
+        show_prune_dry_run(opened, plan, sizes, cost, as_json)
+        return
+    check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
+    say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
+    say("\n".join(cost_lines(cost)), quiet)
+    from surgery.pruning.prune import Provenance
+
+    journal = open_journal_for(opened, index, plan, destination, resume, quiet)
+    provenance = Provenance(
+        command=canonical_command(opened, index, plan, cut, how, text_options),
+        repo=target.repo if target else None,
+        dense=chosen.measure(opened, quiet) if chosen else None,
+        card_template=template,
+    )
+    manifest = run_prune(opened, index, plan, destination, chosen, provenance, journal, quiet)
+    discard_journal(destination)
+    show_result(manifest, destination, as_json, quiet)
+    publish(destination, target, plan, quiet)
+
+
+def check_prunable(model: Model) -> None:
+    """Raise UnsupportedModelError for a model that can't be pruned."""
+    from surgery.model.families import check_prunable as check
+
+    check(model.checkpoint.config, model.name)
+
+
+def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> None:
+    """Refuse a model, a width or a budget that won't do before anything is computed."""
+    from surgery.pruning.jobs import estimate_prune
+
+    check_prunable(model)
+    estimate_prune(
+        model,
+        sparsity=cut.sparsity,
+        intermediate_size=cut.intermediate_size,
+        multiple_of=cut.multiple_of,
+        allocation=cut.allocation,
+        repair=cut.repair,
+        calibration=calibration,
+    )
+
+
+def check_text(evaluation: EvalOptions | None) -> None:
+    """Refuse a text that can't be read before anything is computed."""
+    from surgery.text import read_text
+
+    if evaluation is not None and evaluation.eval_text is not None:
+        read_text(evaluation.eval_text)
+
+
+def plan_for(model: Model, index: ChannelIndex, options: CutOptions, seed: int, quiet: bool) -> PrunePlan:
+    """The plan that the options ask for."""
+    from surgery.pruning.plan_pruning import plan_pruning
+
+    if options.allocation == "global":
+        say("Measuring the sensitivity of each layer at five widths", quiet)
+    return plan_pruning(model, index, seed=seed, progress=bars(quiet), **vars(options))
+
+
+def sizes_and_cost(model: Model, index: ChannelIndex, plan: PrunePlan) -> tuple[dict[str, int], PruneCost]:
+    """Parameters and bytes before and after a plan, and what carrying it out takes."""
+    from surgery.budget.prune_cost import prune_cost
+    from surgery.cut.ffn_channels import ffn_cut
+    from surgery.cut.tensors import edited_specs
+    from surgery.pruning.jobs import prune_job
+
+    checkpoint = model.checkpoint
+    specs = edited_specs(checkpoint, ffn_cut(model.meta_model, plan).edits)
+    written = sum(spec.nbytes for spec in specs.values())
+    cost = prune_cost(model.meta_model, prune_job(plan, index.input_ids.shape, written), model.run)
+    sizes = {
+        "parameters_before": checkpoint.parameters,
+        "parameters_after": sum(spec.numel for spec in specs.values()),
+        "bytes_before": checkpoint.nbytes,
+        "bytes_after": written,
+        "repair_bytes": cost.repair_bytes,
+        "repair_parts": cost.repair_parts,
+    }
+    return sizes, cost
+
+
+def show_prune_plan(plan: PrunePlan, sizes: dict[str, int], as_json: bool) -> None:
+    """Print a plan, unless JSON is asked for."""
+    from surgery.cli.tables import show_plan
+
+    if not as_json:
+        show_plan(plan, sizes, data_console())
+
+
+def cost_lines(cost: PruneCost) -> list[str]:
+    """What carrying out a plan takes, in words."""
+    from surgery.cli.costs import prune_cost_lines
+
+    return prune_cost_lines(cost)
+
+
+def show_prune_dry_run(
+    model: Model, plan: PrunePlan, sizes: dict[str, int], cost: PruneCost, as_json: bool
+) -> None:
+    """Print what carrying out a plan takes."""
+    fields = {"plan": plan.as_json(), "sizes": sizes}
+    wide = bool(cost.float64_flops)
+    show_dry_run(model, cost, cost_lines(cost), fields, as_json=as_json, wide=wide)
+
+
+def run_prune(
+    model: Model,
+    index: ChannelIndex,
+    plan: PrunePlan,
+    destination: Path,
+    evaluation: EvalOptions | None,
+    provenance: Provenance,
+    journal: Journal,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Write the pruned folder and return its manifest."""
+    from surgery.checkpoint.manifest import read_manifest
+    from surgery.pruning.prune import prune as write
+
+    write(
+        model,
+        index,
+        plan,
+        destination,
+        overwrite=True,  # checked before anything was computed
+        measure=None if evaluation is None else lambda written: evaluation.measure(written, quiet),
+        provenance=provenance,
+        journal=journal,
+        progress=bars(quiet),
+    )
+    return read_manifest(destination)
+
+
+def open_journal_for(
+    model: Model, index: ChannelIndex, plan: PrunePlan, destination: Path, resume: bool, quiet: bool
+) -> Journal:
+    """The journal of this prune; says so when it resumes."""
+    from surgery.pruning.prune import open_journal
+
+    journal = open_journal(model, index, plan, destination, resume=resume)
+    say_resuming(journal, quiet)
+    return journal
+
+
+def push_target(
+    push_to: str | None, destination: Path, options: PushOptions, overwrite: bool
+) -> PushTarget | None:
+    """Where --push goes; without a name, the account's repo named as the folder."""
+    if push_to is None:
+        return None
+    from surgery.checkpoint.push import account_name
+
+    repo = f"{account_name()}/{destination.name}" if push_to == "auto" else push_to
+    return options.target(repo, overwrite)
+
+
+def publish(destination: Path, target: PushTarget | None, plan: PrunePlan, quiet: bool) -> None:
+    """Push the folder, where that was asked for."""
+    if target is not None:
+        from surgery.checkpoint.push import push_folder
+
+        report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
+        say(f"Published: {report.url}", quiet)
+
+
+def show_result(manifest: dict[str, Any], destination: Path, as_json: bool, quiet: bool) -> None:
+    """Print the manifest, or what pruning cost where it was measured."""
+    measured = manifest["measurements"]
+    if as_json:
+        click.echo(json.dumps(manifest))
+    elif "pruned" in measured:
+        dense, pruned = measured["dense"], measured["pruned"]
+        click.echo(f"Perplexity {dense['perplexity']:.2f} → {pruned['perplexity']:.2f} on {dense['text']}")
+    say(f"Checkpoint written to {destination}", quiet)
+
+
+def canonical_command(
+    model: Model,
+    index: ChannelIndex,
+    plan: PrunePlan,
+    options: CutOptions,
+    how: ModelOptions,
+    text: CalibrationOptions,
+) -> str:
+    """The command that makes the same checkpoint again, free of paths of this machine."""
+    checkpoint, calibration = model.checkpoint, index.calibration
+    words = ["surgeon", "prune", checkpoint.name]
+    if checkpoint.revision:
+        words += ["--revision", checkpoint.revision]
+    if len(plan.widths) == 1 and plan.allocation == "uniform":
+        words += ["--intermediate-size", str(plan.width_after)]
+    else:
+        size = options.intermediate_size
+        words += ["--sparsity", str(options.sparsity)] if size is None else ["--intermediate-size", str(size)]
+        words += ["--multiple-of", str(options.multiple_of)] if options.multiple_of else []
+    if plan.allocation != "uniform":
+        words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
+    seed = plan.seed if plan.method == "random" else calibration["seed"]
+    words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(seed)]
+    words += ["--spike-prompt", text.spike_prompt] if text.spike_prompt else []
+    words += ["--memory", how.memory] if how.memory else []
+    if options.protect is not None:
+        words.append("--protect" if plan.protect else "--no-protect")
+    words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
+    words += ["--block-size", str(calibration["block_size"]), "--dtype", index.run["dtype"]]
+    return shlex.join(words)

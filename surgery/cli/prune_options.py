@@ -1,0 +1,136 @@
+"""The options of `surgeon prune`: what to prune, and what to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery import defaults
+from surgery.cli.common import bars
+from surgery.cli.options import ALLOCATION_NAMES, METHOD_NAME, REPAIR_NAME, collected
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.engine.open_model import Model
+
+PUSH_EVAL_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """What to prune, as the command line says it."""
+
+    sparsity: float | None
+    intermediate_size: int | None
+    multiple_of: int | None
+    method: str
+    allocation: str
+    pad: bool
+    repair: str
+    protect: bool | None
+
+    def check(self) -> CutOptions:
+        """These options, 50% where no size is given. Raises UsageError when they contradict each other."""
+        if self.sparsity is not None and self.intermediate_size is not None:
+            raise UsageError("give --sparsity or --intermediate-size, not both")
+        if self.pad and self.allocation == "uniform":
+            raise UsageError(
+                "--pad makes layers of different width alike", next_step="use it with --allocation global"
+            )
+        if self.sparsity is None and self.intermediate_size is None:
+            return CutOptions(defaults.SPARSITY, *list(vars(self).values())[1:])
+        return self
+
+    def name_for(self, model: Model) -> str:
+        """Folder and repo name: source, method, percent removed or width kept."""
+        size = f"w{self.intermediate_size}" if self.sparsity is None else str(round(100 * self.sparsity))
+        return f"{model.short_name}-{self.method}-{size}"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Which text to measure on before and after, and how much of it; "none" for not at all."""
+
+    eval_text: str | None
+    eval_blocks: int | None
+
+    def chosen(self, published: bool) -> EvalOptions | None:
+        """What to measure on, None for nothing: a published card must say what pruning cost."""
+        if self.eval_text is None and published:
+            return EvalOptions(defaults.EVALUATION_TEXT, self.eval_blocks or PUSH_EVAL_BLOCKS)
+        return None if self.eval_text in (None, "none") else self
+
+    def measure(self, model: Model, quiet: bool) -> dict[str, Any]:
+        """Perplexity of a model on the text."""
+        from surgery.evaluate.perplexity import perplexity
+
+        text = self.eval_text or defaults.EVALUATION_TEXT
+        return perplexity(model, text, blocks=self.eval_blocks, progress=bars(quiet)).as_json()
+
+
+cut_options = collected(
+    CutOptions,
+    "cut",
+    [
+        click.option(
+            "--sparsity", type=float, help="Fraction of FFN channels to remove, 0 to 1. [default: 0.5]"
+        ),
+        click.option("--intermediate-size", type=int, help="Exact width to keep, in place of --sparsity."),
+        click.option(
+            "--method",
+            type=METHOD_NAME,
+            default=defaults.METHOD,
+            show_default=True,
+            metavar="NAME",
+            help=f"How channels are ranked: {', '.join(METHOD_NAME.registry)}.",
+        ),
+        click.option(
+            "--allocation",
+            type=click.Choice(ALLOCATION_NAMES),
+            default=defaults.ALLOCATION,
+            show_default=True,
+            help="One width for all layers, which loads everywhere; or one width each, which needs a "
+            "loader, by the measured sensitivity of layers (global) or by the scores alone (score).",
+        ),
+        click.option(
+            "--pad",
+            is_flag=True,
+            help="With widths per layer: zero-pad to the widest, which loads everywhere.",
+        ),
+        click.option(
+            "--repair",
+            type=REPAIR_NAME,
+            default=defaults.REPAIR,
+            show_default=True,
+            metavar="NAME",
+            help="How weights that stay are refitted on the calibration text: "
+            f"{', '.join(REPAIR_NAME.registry)}. lstsq refits each layer by itself, lstsq-acc makes up for "
+            "the layers before it too, bias puts back only the mean.",
+        ),
+        click.option(
+            "--protect/--no-protect",
+            default=None,
+            help="Never remove supernodes and super-weight columns. "
+            "[default: for the scar, lp and obs-loss methods]",
+        ),
+        click.option(
+            "--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]"
+        ),
+    ],
+)
+eval_options = collected(
+    EvalOptions,
+    "evaluation",
+    [
+        click.option(
+            "--eval",
+            "eval_text",
+            metavar="FILE|DATASET|none",
+            help="Measure before and after on this text. "
+            "[default: none; with --push, 16 blocks of wikitext-test]",
+        ),
+        click.option("--eval-blocks", type=int, help="Blocks of it to use. [default: all]"),
+    ],
+)

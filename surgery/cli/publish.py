@@ -1,0 +1,90 @@
+"""`surgeon push` and `surgeon card`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from surgery.checkpoint.manifest import read_manifest
+from surgery.cli.common import read_template, say
+from surgery.cli.help import GroupedCommand
+from surgery.cli.options import PushOptions, push_options
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("repo")
+@push_options
+@click.option("--overwrite", is_flag=True, help="Replace a repo that surgeon did not write.")
+@click.option("--dry-run", is_flag=True, help="Print files, sizes and the card; publish nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", is_flag=True, help="Suppress messages.")
+def push(
+    folder: Path,
+    repo: str,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    push_options: PushOptions,
+) -> None:
+    """Publish the finished folder DIR to the Hub repo REPO, in one commit, after verification.
+
+    \b
+    surgeon push smaller me/smaller
+    """
+    from surgery.card.publish import name_repo
+    from surgery.checkpoint.push import push_folder
+    from surgery.checkpoint.source import LocalFolder
+    from surgery.pruning.verify import verify_folder
+    from surgery.quantize.compressed_tensors import check_packed_loads
+
+    manifest = read_manifest(folder)
+    if dry_run:
+        sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
+        if as_json:
+            click.echo(json.dumps({"repo": repo, "files": sizes}))
+            return
+        for name, size in sizes.items():
+            click.echo(f"{size:>14,}  {name}")
+        click.echo(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, to {repo}\n")
+        click.echo((folder / "README.md").read_text(encoding="utf-8"), nl=False)
+        return
+    target = push_options.target(repo, overwrite)
+    if manifest.get("quantization", {}).get("packed"):
+        check_packed_loads(folder)
+    else:
+        verify_folder(folder)
+    name_repo(folder, repo)
+    report = push_folder(folder, target, f"Upload {folder.name} with surgeon", lambda text: say(text, quiet))
+    if as_json:
+        click.echo(json.dumps({"url": report.url, "files": report.files}))
+    else:
+        click.echo(report.url)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--card-template", type=click.Path(path_type=Path), help="jinja2 template to use in place of surgeon's."
+)
+@click.option("--stdout", is_flag=True, help="Print the card; write nothing.")
+def card(folder: Path, card_template: Path | None, stdout: bool) -> None:
+    """Write the model card of DIR again, from its surgeon.json.
+
+    \b
+    surgeon card smaller --stdout
+    """
+    from surgery.card.render import render_card
+
+    manifest = read_manifest(folder)
+    existing = folder / "README.md"
+    source_card = existing.read_text(encoding="utf-8") if existing.exists() else None
+    text = render_card(manifest, source_card, read_template(card_template))
+    if stdout:
+        click.echo(text, nl=False)
+    else:
+        existing.write_text(text, encoding="utf-8")
+        say(f"Card written to {existing}", False)

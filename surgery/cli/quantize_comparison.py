@@ -1,0 +1,90 @@
+"""`surgeon quantize --compare`: many schemes side by side, without writing a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.common import bars, data_console, say, show_dry_run
+from surgery.cli.options import CalibrationOptions
+from surgery.cli.quantize_inputs import calibration_blocks, known_super_weights
+
+if TYPE_CHECKING:
+    from surgery.engine.open_model import Model
+    from surgery.quantize.rounding import Scheme
+
+WAYS = (
+    ("RTN", "none", False),
+    ("RTN, super weights put back", "restore", False),
+    ("RTN, clipped", "none", True),
+    ("RTN, clipped, super weights put back", "restore", True),
+    ("RTN, their module left whole", "module", False),
+)
+
+
+def compared(
+    model: Model,
+    schemes: list[Scheme],
+    on: tuple[str, int | None],
+    index_folder: str | None,
+    text: CalibrationOptions,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Every scheme in every one of WAYS, measured on a text (spec, blocks)."""
+    from surgery.evaluate.ablation import Condition, ablation_cost, run_ablations
+    from surgery.evaluate.perplexity import evaluation_blocks
+    from surgery.quantize.plan import plan_quantization
+    from surgery.quantize.write import input_power, rounding_edits
+
+    blocks = evaluation_blocks(model, *on)
+    ablation_cost(model, len(schemes) * len(WAYS), *blocks.ids.shape)  # refused before any work
+    weights = known_super_weights(model, index_folder, text, quiet)
+    power = input_power(model, calibration_blocks(model, text), bars(quiet))
+    conditions = []
+    for scheme in schemes:
+        for way, handling, clipping in WAYS:
+            plan = plan_quantization(model.meta_model, weights, scheme, handling, clipping)
+            edits = rounding_edits(model.meta_model, plan, power)
+            conditions.append(Condition(f"{scheme.name}: {way}", scheme.name, edits))
+    say(f"Measuring {len(conditions)} ways on {len(blocks.ids)} blocks of {blocks.name}", quiet)
+    outcomes = run_ablations(model, conditions, blocks, bars(quiet))
+    return {
+        "text": blocks.as_json(),
+        "super_weights": weights,
+        "conditions": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def show_comparison_cost(
+    model: Model, schemes: list[Scheme], on: tuple[str, int | None], as_json: bool
+) -> None:
+    """Print what a comparison takes."""
+    from surgery.cli.costs import pass_cost_lines
+    from surgery.evaluate.ablation import ablation_cost
+    from surgery.evaluate.perplexity import evaluation_blocks
+
+    blocks = evaluation_blocks(model, *on)
+    names = [f"{scheme.name}: {way}" for scheme in schemes for way, *_ in WAYS]
+    cost = ablation_cost(model, len(names), *blocks.ids.shape)
+    show_dry_run(model, cost, [*names, *pass_cost_lines(cost)], {"conditions": names}, as_json=as_json)
+
+
+def save_comparison(folder: Path, fields: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Write and print a comparison."""
+    from surgery.card.figures import save_ablations
+    from surgery.checkpoint.output_folder import complete_folder
+    from surgery.cli.ablation_table import show_outcomes
+
+    with complete_folder(folder) as partial:
+        text = json.dumps(fields, indent=1) + "\n"
+        (partial / "quantization.json").write_text(text, encoding="utf-8")
+        save_ablations(partial, fields)
+    if as_json:
+        click.echo(json.dumps(fields))
+    else:
+        show_outcomes(fields, data_console())
+    say(f"Table and plot written to {folder}", quiet)

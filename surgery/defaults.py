@@ -1,0 +1,13 @@
+"""Defaults that the library and the command line share; each stands here once."""
+
+from __future__ import annotations
+
+METHOD = "lp-hybrid"
+REPAIR = "lstsq-acc"
+ALLOCATION = "uniform"
+SPARSITY = 0.5
+CALIBRATION_TEXT = "wikitext"
+EVALUATION_TEXT = "wikitext-test"
+BLOCKS = 64
+BLOCK_SIZE = 512
+SEED = 42

@@ -1,0 +1,175 @@
+"""Data parallelism over token blocks: sharding and collectives for processes started by torchrun.
+
+With one process every function is a no-op. The backend is gloo on CPUs and NCCL on GPUs. Rank and world size
+come from the environment that torchrun sets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from surgery.errors import DistributedError
+
+if TYPE_CHECKING:
+    from surgery.checkpoint.reader import Checkpoint
+
+
+TIMEOUT = timedelta(hours=2)  # long enough for a rank with a slow disk
+
+
+def world_size() -> int:
+    """Number of processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+
+
+def rank() -> int:
+    """Rank of this process, from 0. Rank 0 writes files and messages."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+
+
+def init(device: torch.device) -> None:
+    """Initialise the process group once; a no-op for one process.
+
+    Raises DistributedError when the other processes can't be reached.
+    """
+    if world_size() > 1 and not distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        with translate_errors():
+            distributed.init_process_group(backend, timeout=TIMEOUT)
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface that routes to `host`; None when it can't be determined.
+
+    By default gloo uses the interface that the local host name resolves to, which is often the loopback.
+    """
+    import psutil
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs()
+    names = [name for name, found in interfaces.items() for entry in found if entry.address == address]
+    return names[0] if names else None
+
+
+@contextlib.contextmanager
+def translate_errors() -> Iterator[None]:
+    """Raise DistributedError, with a one-line message, for a RuntimeError of torch.distributed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DistributedError(
+            "the connection to another process of this job failed",
+            where=f"rank {rank()} of {world_size()}",
+            found=str(error).splitlines()[0][:200],
+            next_step="look for the first rank that failed; the same command goes on where the job stopped",
+        ) from error
+
+
+def destroy() -> None:
+    """Destroy the process group, if there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def shard(blocks: int) -> slice:
+    """This rank's contiguous slice of `blocks` blocks; slice lengths differ by at most one."""
+    size, remainder = divmod(blocks, world_size())
+    start = rank() * size + min(rank(), remainder)
+    return slice(start, start + size + (rank() < remainder))
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; returns `values`. Raises DistributedError."""
+    if world_size() > 1:
+        with translate_errors():
+            distributed.all_reduce(values)
+    return values
+
+
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Maximum over ranks, in place; returns `values`. Raises DistributedError."""
+    if world_size() > 1:
+        with translate_errors():
+            distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values
+
+
+def all_reduce_min(values: torch.Tensor) -> torch.Tensor:
+    """Minimum over ranks, in place; returns `values`. Raises DistributedError."""
+    if world_size() > 1:
+        with translate_errors():
+            distributed.all_reduce(values, distributed.ReduceOp.MIN)
+    return values
+
+
+def all_true(known: list[bool], device: torch.device) -> list[bool]:
+    """Elementwise AND of `known` over all ranks. Raises DistributedError."""
+    flags = torch.tensor(known, dtype=torch.int32, device=device)
+    return [bool(flag) for flag in all_reduce_min(flags).tolist()]
+
+
+class BroadcastReader:
+    """Reads each tensor on one rank, in rotation, and broadcasts it to the others.
+
+    All ranks must request the same tensors in the same order, from one thread at a time. The broadcasts use a
+    gloo group of their own, so that they do not interleave with all-reduces of another thread. Raises
+    DistributedError.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.turn = 0
+        self.nbytes = 0  # bytes this rank read
+        self.group: Any = None
+        if world_size() > 1:
+            with translate_errors():
+                self.group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` as stored, as `Checkpoint.read` returns it."""
+        if self.group is None:
+            return self.checkpoint.read(name)
+        entry, owner = self.checkpoint.tensors[name], self.turn % world_size()
+        self.turn += 1
+        if owner == rank():
+            tensor = self.checkpoint.read(name)
+            self.nbytes += entry.nbytes
+        else:
+            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        if entry.nbytes:
+            with translate_errors():
+                distributed.broadcast(tensor.view(-1).view(torch.uint8), owner, group=self.group)
+        return tensor
+
+
+def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """Concatenate rows [n, ...] of all ranks in rank order; n may differ by rank. Raises DistributedError."""
+    if world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * world_size()
+    with translate_errors():
+        distributed.all_gather_object(gathered, values.cpu())
+    return torch.cat(gathered).to(values.device)
+
+
+def barrier() -> None:
+    """Wait until every rank has reached this call. Raises DistributedError."""
+    if world_size() > 1:
+        with translate_errors():
+            distributed.barrier()

@@ -1,0 +1,95 @@
+"""open_model: open a folder, a Hub id or a GGUF file as a Model, the input of every operation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from surgery.checkpoint.gguf import GgufCheckpoint
+from surgery.checkpoint.hub import open_hub
+from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.source import LocalFolder
+from surgery.engine.run_options import DTYPE_OPTIONS, RunOptions, check_dtype
+from surgery.errors import CheckpointError, UsageError
+from surgery.model.meta_model import MetaModel
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass
+class Model:
+    """A checkpoint and its run options. The transformers model is built once, on first use."""
+
+    checkpoint: Checkpoint
+    run: RunOptions
+
+    @cached_property
+    def meta_model(self) -> MetaModel:
+        """The model on the meta device. Raises UnsupportedModelError for a model that surgeon can't index."""
+        return MetaModel(self.checkpoint, self.run.dtype)
+
+    @property
+    def name(self) -> str:
+        """The folder's name or the Hub id."""
+        return self.checkpoint.name
+
+    @property
+    def short_name(self) -> str:
+        """The name without the account; default output folders are named after it."""
+        return self.name.split("/")[-1]
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder on this machine; None for a Hub model or a GGUF file."""
+        source = self.checkpoint.source
+        return source.path if type(source) is LocalFolder and not self.checkpoint.stored_form else None
+
+    def written(self, folder: Path) -> Model:
+        """Open a `folder` written from this model, with the same run options. Raises CheckpointError."""
+        return Model(Checkpoint.open(folder), self.run)
+
+
+def open_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: str | int | None = None,
+    range_reads: bool = False,
+) -> Model:
+    """Open a local checkpoint folder, a .gguf file, or `org/name` on the Hub at a revision.
+
+    - `device`: auto, cpu, cuda, cuda:N or mps.
+    - `dtype`: auto, float32, bfloat16 or float16. A GGUF file is dequantised to it, to bfloat16 for auto.
+    - `memory`: a budget in bytes or as "8GiB"; by default half of the machine's memory.
+    - `range_reads`: read a Hub checkpoint's weights in byte ranges and do not store them.
+
+    No weight is read yet. Raises CheckpointError for what can't be read, HubError for a failed Hub request,
+    UsageError for invalid options.
+    """
+    checkpoint = open_checkpoint(source, revision=revision, dtype=dtype, range_reads=range_reads)
+    return Model(checkpoint, RunOptions.choose(checkpoint, device, dtype, memory))
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, dtype: str = "auto", range_reads: bool = False
+) -> Checkpoint:
+    """The checkpoint that `open_model` opens; arguments and errors as there."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError("--revision is for models on the Hub", where=str(source))
+        return Checkpoint.open(path)
+    if path.is_file() and path.suffix == ".gguf":
+        check_dtype(dtype)
+        return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
+    if not HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(
+            "no such model folder",
+            where=str(source),
+            next_step="give a folder holding config.json, a .gguf file, or a Hub id as org/name",
+        )
+    return open_hub(str(source), revision, ranges=range_reads)

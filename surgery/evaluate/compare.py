@@ -1,0 +1,247 @@
+"""Compares pruning plans of one model in memory, without writing checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.budget.budget import largest_micro_batch
+from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
+from surgery.card.figures import save_comparison
+from surgery.cut.ffn_channels import ffn_cut
+from surgery.cut.slice_edits import mask_members
+from surgery.cut.tensors import edited_specs
+from surgery.engine.hooks import preserved
+from surgery.engine.loss import measure_divergence
+from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream
+from surgery.index.channel_index import ChannelIndex
+from surgery.plan.prune_plan import PrunePlan
+from surgery.progress import Progress, no_progress
+from surgery.pruning.jobs import comparison_job, kept_widths
+from surgery.repair.dense_reference import DenseReference
+from surgery.repair.layer_repair import LayerRepair, dense_reference
+from surgery.repair.methods import REPAIRS
+from surgery.text import TokenBlocks
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """Measurements of one plan on one text.
+
+    `perplexity` and `bits_per_byte` are defined as for `surgeon eval`. `kl` is the mean over tokens of
+    KL(dense || pruned) in nats. `parameters` counts those of the written checkpoint. `seconds` is the time
+    that pruning and repair take if the plan runs alone, without the measurement.
+    """
+
+    method: str
+    repair: str
+    allocation: str
+    sparsity: float
+    text: str
+    perplexity: float
+    bits_per_byte: float
+    kl: float
+    parameters: int
+    seconds: float
+
+
+class Comparison:
+    """Measures pruning plans of one model on `texts`, several plans per pass over the layers.
+
+    All plans share the dense model's streams: those of the texts, for the KL divergence, and that of the
+    calibration text, for repair targets. Each plan edits the resident layer, which is restored afterwards.
+    """
+
+    def __init__(self, opened: Model, index: ChannelIndex, texts: list[TokenBlocks]) -> None:
+        self.opened = opened
+        self.index = index
+        self.texts = texts
+        self.rows: list[ComparisonRow] = []
+
+    def add(
+        self,
+        plans: list[PrunePlan],
+        progress: Progress[Any] = no_progress,
+        journal: Journal | None = None,
+    ) -> list[ComparisonRow]:
+        """Measure the dense model and each plan, with as many plans per pass as memory allows.
+
+        With `journal`, an interrupted run resumes after the last finished pass. Returns `rows`. Raises
+        MemoryBudgetError.
+        """
+        together, self.cost = share_passes(self.opened, self.job(plans))
+        for start in range(0, max(1, len(plans)), together):
+            step = f"pass {start}"
+            if journal is not None and step in journal:
+                self.rows += [ComparisonRow(**row) for row in journal.load(f"pass-{start}")[0]["rows"]]
+                continue
+            before = len(self.rows)
+            self._run_pass(plans[start : start + together], with_dense=start == 0, progress=progress)
+            if journal is not None:
+                journal.save(f"pass-{start}", {"rows": [asdict(row) for row in self.rows[before:]]})
+                journal.mark(step)
+        return self.rows
+
+    def job(self, plans: list[PrunePlan]) -> PruneJob:
+        """The job of measuring all plans in one pass."""
+        widths = [kept_widths(plan) for plan in plans]
+        kept = [
+            {name: max(layer[name] for layer in layers) for name in layers[0]}
+            for layers in zip(*widths, strict=True)
+        ]
+        repairs = {plan.repair for plan in plans}
+        tokens = text_tokens(self.texts)
+        return comparison_job(kept, repairs, self.index.input_ids.shape, len(plans), tokens)
+
+    def _run_pass(self, plans: list[PrunePlan], with_dense: bool, progress: Progress[Any]) -> None:
+        model = StreamedModel(self.opened)
+        with model.other_weights() if self.cost.ends_held else contextlib.nullcontext():
+            self._measure_cuts(model, plans, with_dense, progress)
+
+    def _measure_cuts(
+        self, model: StreamedModel, plans: list[PrunePlan], with_dense: bool, progress: Progress[Any]
+    ) -> None:
+        with model.other_weights():
+            dense = self._streams(model)
+            reference = None
+            if any(REPAIRS.find(plan.repair).changes_weights for plan in plans):
+                reference = dense_reference(model, self.index.input_ids.long(), self.cost)
+            cuts = [_MeasuredCut(model, plan, self._streams(model), reference, self.cost) for plan in plans]
+        shared = 0.0
+        count = len(model.layers)
+        for number, layer in progress(model.stream_layers(range(count)), "layers", count):
+            for stream in dense:
+                stream.forward(number, layer)
+            started = time.monotonic()
+            if reference is not None:
+                reference.run(number, layer)
+            shared += time.monotonic() - started
+            for cut in cuts:
+                with preserved(layer):
+                    cut.layer(number, layer)
+            if reference is not None:
+                reference.step()
+        self._measure(model, dense, cuts, with_dense, shared)
+
+    def _streams(self, model: StreamedModel) -> list[TokenStream]:
+        found = []
+        for blocks in self.texts:
+            step = largest_micro_batch(blocks.ids.shape[1], model.device.type)
+            found.append(TokenStream(model, blocks.ids.long(), micro_batch=step, place=self.cost.hidden_on))
+        return found
+
+    def _measure(
+        self,
+        model: StreamedModel,
+        dense: list[TokenStream],
+        cuts: list[_MeasuredCut],
+        with_dense: bool,
+        shared: float,
+    ) -> None:
+        """Append the rows of one pass, one per plan and text; those of the dense model first, if wanted."""
+        names = [(c.plan.method, c.plan.repair, c.plan.allocation, c.plan.sparsity) for c in cuts]
+        seconds = [c.seconds + shared * c.repairs for c in cuts]
+        parameters = [c.parameters for c in cuts]
+        columns = [cut.streams for cut in cuts]
+        if with_dense:
+            names.insert(0, ("dense", "none", "none", 0.0))
+            seconds.insert(0, 0.0)
+            parameters.insert(0, self.opened.checkpoint.parameters)
+            columns.insert(0, dense)
+        found = [
+            measure_divergence(model, dense[place], [streams[place] for streams in columns])
+            for place in range(len(self.texts))
+        ]
+        for place, name in enumerate(names):
+            for blocks, measured in zip(self.texts, found, strict=True):
+                loss = measured[place]
+                bits = loss.nats / math.log(2) / blocks.predicted_bytes
+                row = (*name, blocks.name, loss.perplexity, bits, loss.kl, parameters[place], seconds[place])
+                self.rows.append(ComparisonRow(*row))
+
+
+class _MeasuredCut:
+    """One plan in a pass over the layers, with the streams of the texts through the pruned layers."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        plan: PrunePlan,
+        streams: list[TokenStream],
+        reference: DenseReference | None,
+        cost: PruneCost,
+    ) -> None:
+        self.plan = plan
+        self.streams = streams
+        self.seconds = 0.0
+        cut, repair = ffn_cut(model.meta_model, plan), REPAIRS.find(plan.repair)
+        specs = edited_specs(model.checkpoint, cut.edits)
+        self.parameters = sum(spec.numel for spec in specs.values())
+        self.repairs = repair.changes_weights
+        self.edit: Callable[[int, nn.Module], object] = mask_members(cut.groups, cut.kept)
+        if self.repairs:
+            assert reference is not None
+            self.edit = LayerRepair(reference, cut, repair, cost.matrix_bytes).layer
+
+    def layer(self, number: int, layer: nn.Module) -> None:
+        """Prune the resident layer and run this plan's texts through it."""
+        started = time.monotonic()
+        self.edit(number, layer)
+        self.seconds += time.monotonic() - started
+        for stream in self.streams:
+            stream.forward(number, layer)
+
+
+def text_tokens(texts: list[TokenBlocks]) -> int:
+    """Number of tokens of all texts."""
+    return sum(blocks.ids.numel() for blocks in texts)
+
+
+def share_passes(opened: Model, job: PruneJob) -> tuple[int, PruneCost]:
+    """(plans per pass, cost of one pass): the number of plans is halved while hidden states would go to disk.
+
+    Raises MemoryBudgetError.
+    """
+    together, each = max(1, job.cuts), job.text_tokens // (job.cuts + 1)
+    while True:
+        single_pass = replace(job, cuts=together, text_tokens=each * (together + 1))
+        cost = prune_cost(opened.meta_model, single_pass, opened.run)
+        if cost.hidden_on != "disk" or together == 1:
+            return together, cost
+        together = (together + 1) // 2
+
+
+def save_rows(rows: list[ComparisonRow], folder: Path) -> None:
+    """Write compare.csv, compare.md and compare.png into an existing folder."""
+    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(ComparisonRow.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (folder / "compare.md").write_text(markdown(rows), encoding="utf-8")
+    save_comparison(folder / "compare.png", [asdict(row) for row in rows])
+
+
+def markdown(rows: list[ComparisonRow]) -> str:
+    """The rows as a Markdown table: a line per plan, a perplexity column per text, KL of the first text."""
+    texts = list(dict.fromkeys(row.text for row in rows))
+    headings = ["method", "repair", "allocation", "removed", *texts, "KL", "parameters", "seconds"]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    for place in range(0, len(rows), len(texts)):
+        cut = rows[place : place + len(texts)]
+        first = cut[0]
+        cells = [first.method, first.repair, first.allocation, f"{100 * first.sparsity:.0f}%"]
+        cells += [f"{row.perplexity:.1f}" for row in cut]
+        cells += [f"{first.kl:.3f}", f"{first.parameters / 1e6:.1f} M", f"{first.seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,372 @@
+"""Builds a ChannelIndex (`surgeon index`) in one forward and one backward pass over the layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery import defaults
+from surgery.budget.index_cost import ABLATION_BLOCKS, MAX_ABLATIONS, index_cost
+from surgery.checkpoint.manifest import source_json
+from surgery.engine import distributed
+from surgery.engine.disk_errors import in_layer
+from surgery.engine.loss import next_token_loss
+from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import FfnActivations, TokenStream
+from surgery.errors import CalibrationError, NumericsError
+from surgery.index import supernodes
+from surgery.index.calibration import Calibration, calibrate
+from surgery.index.channel_index import (
+    ChannelIndex,
+    FfnIndex,
+    LayerIndex,
+    layer_from,
+    layer_tensors,
+    sample_tensors,
+)
+from surgery.index.second_order import SecondOrder
+from surgery.index.spike_detector import SuperWeightDetector
+from surgery.index.statistics import FfnStatistics, LayerStatistics, weight_norms, weight_range
+from surgery.index.super_weights import SuperWeight
+from surgery.model.ffn import Ffn, ffn_named
+from surgery.progress import Progress, no_progress
+
+
+def build_index(
+    model: Model,
+    text: str | Calibration = defaults.CALIBRATION_TEXT,
+    *,
+    blocks: int = defaults.BLOCKS,
+    block_size: int = defaults.BLOCK_SIZE,
+    seed: int = defaults.SEED,
+    spike_prompt: str | None = None,
+    second_order: bool = False,
+    save_samples: bool = False,
+    broadcast_reads: bool = False,
+    journal: Journal | None = None,
+    progress: Progress[Any] = no_progress,
+) -> ChannelIndex:
+    """Index a model on calibration text: one forward and one backward pass, one decoder layer resident.
+
+    `text`, `blocks`, `block_size`, `seed` and `spike_prompt` are the arguments of `calibrate`; if `text` is a
+    Calibration, the other four are not used. `second_order` adds the statistics that methods like `obs` need,
+    which takes F x F matrices. `save_samples` adds the samples that merging needs. With `broadcast_reads` one
+    process reads each tensor and sends it to the other processes. With `journal`, an interrupted run resumes
+    after the last finished layer; the result is bitwise the same.
+
+    Raises CalibrationError as `calibrate` does and for fewer blocks than processes, MemoryBudgetError for a
+    budget that is too small, and NumericsError, which names the layer, when hidden states or gradients are
+    not finite.
+    """
+    calibration = text
+    if isinstance(calibration, str):
+        calibration = calibrate(
+            model, calibration, blocks=blocks, block_size=block_size, seed=seed, spike_prompt=spike_prompt
+        )
+    run, drawn = model.run, calibration.blocks
+    streamed = StreamedModel(model)
+    distributed.init(run.device)
+    local_ids = drawn.ids[distributed.shard(len(drawn.ids))].long()
+    if len(drawn.ids) < distributed.world_size():
+        raise CalibrationError(
+            "fewer blocks than processes",
+            expected=f"--blocks {distributed.world_size()} or more",
+            found=str(len(drawn.ids)),
+        )
+    if broadcast_reads:
+        streamed.read = distributed.BroadcastReader(streamed.checkpoint).read
+    cost = index_cost(streamed.meta_model, len(local_ids), local_ids.shape[1], run, second_order)
+    done = _done_everywhere(journal, run.device)
+    stream = detector = None
+    if not done["index"]:
+        with streamed.other_weights():
+            stream = TokenStream(
+                streamed,
+                local_ids,
+                micro_batch=cost.micro_batch,
+                keep_inputs=True,
+                place=cost.hidden_on,
+                cache_bytes=cost.cache_bytes,
+                journal=journal.folder if journal is not None else None,
+            )
+            if not done["forward"]:
+                detector = SuperWeightDetector(streamed, calibration.prompts)
+    forward = _forward(streamed, stream, detector, cost.hidden_on, journal, progress)
+    layers = _backward(
+        streamed, stream, forward.maxima, len(drawn.ids), (second_order, save_samples), journal, progress
+    )
+    if journal is not None:
+        journal.mark("index")
+        journal.forget("hidden.bin", "gradients.bin")
+    tokens = int(drawn.ids.shape[0] * (drawn.ids.shape[1] - 1))
+    return ChannelIndex(
+        source=source_json(streamed.checkpoint),
+        calibration=drawn.as_json(),
+        run=run.as_json(),
+        loss={"nats": forward.nats, "tokens": tokens, "perplexity": math.exp(forward.nats / tokens)},
+        layers=layers,
+        super_weights=forward.super_weights,
+        echoes=forward.echoes,
+        input_ids=drawn.ids,
+        widths=streamed.meta_model.widths(),
+        keys={ffn.kind: ffn.site.width_key for ffns in streamed.meta_model.ffns for ffn in ffns},
+    )
+
+
+def _done_everywhere(journal: Journal | None, device: torch.device) -> dict[str, bool]:
+    """Whether the journals of all processes hold the whole index, and its forward pass.
+
+    A process whose journal holds a step that another process lacks clears its journal and starts over.
+    """
+    steps = ("index", "forward")
+    known = [journal is not None and step in journal for step in steps]
+    done = dict(zip(steps, distributed.all_true(known, device), strict=True))
+    if journal is not None and known != list(done.values()):
+        # Its backward steps can't be used: another process lacks them, or the saved hidden states are gone.
+        journal.start_over()
+    return done
+
+
+@dataclass(frozen=True)
+class _ForwardResult:
+    """Results of the forward pass.
+
+    `nats` is the summed loss; `maxima` the largest activations of the first prompt, per layer.
+    """
+
+    nats: float
+    super_weights: list[SuperWeight]
+    echoes: list[SuperWeight]
+    maxima: list[dict[str, float]]
+
+
+def _forward(
+    model: StreamedModel,
+    stream: TokenStream | None,
+    detector: SuperWeightDetector | None,
+    place: str,
+    journal: Journal | None,
+    progress: Progress[Any],
+) -> _ForwardResult:
+    """Run all blocks through the layers, and compute the loss and its gradient.
+
+    For layers that the journal lists as done, only the prompts and the ablation branches run. Without a
+    detector the whole result is loaded from the journal.
+    """
+    if detector is None:
+        assert journal is not None
+        fields, _ = journal.load("forward")
+        weights, echoes = (
+            [SuperWeight.from_json(w) for w in fields[key]] for key in ("super_weights", "echoes")
+        )
+        return _ForwardResult(fields["nats"], weights, echoes, fields["maxima"])
+    assert stream is not None
+    ablations = _Ablations(model, stream, place)
+    count = len(model.layers)
+    for number, layer in progress(model.stream_layers(range(count)), "forward", count):
+        for candidate in detector.forward(number, layer):
+            ablations.start(candidate, number)
+        ablations.forward(number, layer)
+        if journal is None or f"forward {number}" not in journal:
+            with in_layer(number):
+                stream.forward(number, layer)
+                if journal is not None:
+                    journal.mark(f"forward {number}")
+    with model.other_weights():
+        nats = next_token_loss(stream, with_gradient=True)
+        effects = ablations.finish(nats)
+    weights, echoes = detector.finish(model.checkpoint.config)
+    found = _ForwardResult(
+        float(distributed.all_reduce_sum(nats.sum().to(model.device))),
+        [replace(w, ablation=effects.get(w.place, {})) for w in weights],
+        [replace(w, ablation=effects.get(w.place, {})) for w in echoes],
+        detector.maxima,
+    )
+    if journal is not None:
+        kinds = {"super_weights": found.super_weights, "echoes": found.echoes}
+        listed = {key: [weight.as_json() for weight in entries] for key, entries in kinds.items()}
+        journal.save("forward", {"nats": found.nats, "maxima": found.maxima, **listed})
+        journal.mark("forward")
+    return found
+
+
+def _backward(
+    model: StreamedModel,
+    stream: TokenStream | None,
+    maxima: list[dict[str, float]],
+    all_blocks: int,
+    extras: tuple[bool, bool],
+    journal: Journal | None,
+    progress: Progress[Any],
+) -> list[LayerIndex]:
+    """Backpropagate through all layers and compute their statistics.
+
+    Layers that the journals of all processes hold are loaded from the journal.
+    """
+    count = len(model.layers)
+    layers: list[LayerIndex | None] = [None] * count
+    known = [journal is not None and f"backward {number}" in journal for number in range(count)]
+    in_all_journals = distributed.all_true(known, model.device)
+    for number in range(count):
+        if journal is not None and in_all_journals[number]:
+            fields, tensors = journal.load(f"layer-{number}")
+            layers[number] = layer_from(number, fields, tensors, fields["tokens"])
+    remaining = [number for number in reversed(range(count)) if layers[number] is None]
+    for number, layer in progress(model.stream_layers(remaining), "backward", len(remaining)):
+        assert stream is not None
+        found = _index_layer(model, stream, number, layer, maxima[number], all_blocks, *extras)
+        layers[number] = found
+        if journal is not None:
+            fields = {**found.summary(), "tokens": all_blocks * stream.ids.shape[1]}
+            tensors = {**layer_tensors(number, found), **sample_tensors(number, found)}
+            with in_layer(number):
+                journal.save(f"layer-{number}", fields, tensors)
+                journal.mark(f"backward {number}")
+            # Otherwise a faster process overwrites its gradients, and a resumed run can't repeat this layer.
+            distributed.barrier()
+    return [layer for layer in layers if layer is not None]
+
+
+def index_fingerprint(
+    model: Model, calibration: Calibration, second_order: bool = False, save_samples: bool = False
+) -> dict[str, Any]:
+    """Everything that a run of `build_index` depends on.
+
+    These are the source and its files, tokens, prompts, options, versions and processes. Two runs with equal
+    fingerprints give the same index, so one may resume the other.
+    """
+    return {
+        "source": source_json(model.checkpoint),
+        "files": model.checkpoint.file_fingerprints(),
+        "calibration": calibration.blocks.as_json(),
+        "prompts": [ids.tolist() for ids in calibration.prompts],
+        "run": model.run.as_json(),
+        "memory": model.run.memory,
+        "second_order": second_order,
+        "save_samples": save_samples,
+        "processes": [distributed.rank(), distributed.world_size()],
+    }
+
+
+def _index_layer(
+    model: StreamedModel,
+    stream: TokenStream,
+    number: int,
+    layer: nn.Module,
+    maxima: dict[str, float],
+    all_blocks: int,
+    second_order: bool,
+    save_samples: bool,
+) -> LayerIndex:
+    """Backpropagate through a resident layer and compute its statistics.
+
+    Raises NumericsError, which names the layer, when a statistic is not finite.
+    """
+    ffns = model.ffns(number)
+    blocks, block_size = stream.ids.shape
+    sums = LayerStatistics(ffns, blocks, block_size, model.device, all_blocks)
+    if second_order:
+        moments = SecondOrder(ffns, layer, model.device)
+
+        def observe(activations: FfnActivations) -> None:
+            sums.add(activations)
+            moments.add(activations)
+
+        with moments.watching():
+            stream.backward(number, layer, observe, moments.gradients)
+    else:
+        stream.backward(number, layer, sums.add)
+    finished = sums.finish(with_positions=save_samples)
+    for name, values in (moments.finish() if second_order else {}).items():
+        finished[name].values.update(values)
+    found = {}
+    for ffn in ffns:
+        statistics = finished[ffn.name]
+        if not all(value.isfinite().all() for value in statistics.values.values()):
+            raise NumericsError(
+                "NaN or infinity in the channel statistics",
+                where=f"layer {number}",
+                next_step="use --dtype float32, or check the checkpoint's weights",
+            )
+        ffn_index = found[ffn.name] = index_ffn(ffn, statistics, block_size)
+        if save_samples:
+            ffn_index.sample = statistics.sampled_q.cpu()
+            ffn_index.positions = None if statistics.positions is None else statistics.positions.cpu()
+        if ffn.stacked:
+            model.malloc.trim()  # each expert frees matrices that malloc would otherwise not return
+    return LayerIndex(found, maxima)
+
+
+def index_ffn(ffn: Ffn, statistics: FfnStatistics, block_size: int) -> FfnIndex:
+    """Index of one FFN, whose weights are resident: adds weight norms, supernodes and halo to its statistics.
+
+    `block_size` is the number of tokens in a block.
+    """
+    values, down = dict(statistics.values), ffn.down_weight()
+    values |= weight_norms(*ffn.in_weights(), down)
+    values["weight_range"] = weight_range(*ffn.in_weights(), down)
+    # An expert that no token was routed to has no loss proxy, and therefore no supernodes.
+    has_tokens = statistics.tokens > 0
+    core = supernodes.supernodes(values["loss_proxy"]) if has_tokens else torch.empty(0, dtype=torch.long)
+    device_core, q = core.to(down.device), statistics.sampled_q
+    values["halo_connectivity"] = supernodes.connectivity(down, device_core).cpu()
+    values["halo_redundancy"] = supernodes.redundancy(q, device_core).cpu()
+    published = supernodes.redundancy(q / (block_size - 1), device_core, supernodes.PUBLISHED_EPSILON)
+    values["halo_redundancy_published"] = published.cpu()
+    return FfnIndex(values, core, statistics.tokens, kind=ffn.kind, expert=ffn.expert)
+
+
+class _Ablations:
+    """Ablates candidate super weights.
+
+    For each candidate, a copy of the first blocks runs through the remaining layers with the weight set to
+    zero. The loss of these blocks is compared with the loss of the unchanged model.
+    """
+
+    def __init__(self, model: StreamedModel, stream: TokenStream, place: str) -> None:
+        self.model = model
+        self.stream = stream
+        self.place = place
+        self.branches: list[tuple[SuperWeight, TokenStream]] = []
+
+    def start(self, weight: SuperWeight, number: int) -> None:
+        """Copy the hidden states before layer `number`; at most MAX_ABLATIONS candidates are measured."""
+        if len(self.branches) < MAX_ABLATIONS:
+            self.branches.append((weight, self.stream.fork(ABLATION_BLOCKS, number, self.place)))
+
+    def forward(self, number: int, layer: nn.Module) -> None:
+        """Run every branch through the resident layer, with its weight set to zero if it is in this layer."""
+        for weight, branch in self.branches:
+            if weight.layer != number:
+                branch.forward(number, layer)
+                continue
+            parameter = ffn_named(self.model.ffns(number), weight.ffn).down_weight()
+            value = parameter[weight.row, weight.column].clone()
+            parameter[weight.row, weight.column] = 0
+            branch.forward(number, layer)
+            parameter[weight.row, weight.column] = value
+
+    def finish(self, nats: torch.Tensor) -> dict[tuple[int, str, int, int], dict[str, float]]:
+        """Perplexity with and without each weight, on the same tokens, by the weight's place.
+
+        `nats` [N] is the loss of each block in the unchanged model.
+        """
+        effects = {}
+        for weight, branch in self.branches:
+            tokens = branch.ids.shape[0] * (branch.ids.shape[1] - 1)
+            intact = math.exp(float(nats[: len(branch.ids)].sum()) / tokens)
+            # The loss per token of a destroyed model can overflow exp.
+            ablated = math.exp(min(700.0, float(next_token_loss(branch).sum()) / tokens))
+            effects[weight.place] = {
+                "perplexity": intact,
+                "perplexity_without": ablated,
+                "factor": ablated / intact,
+                "tokens": tokens,
+            }
+        return effects

@@ -1,0 +1,84 @@
+"""plan_pruning: from a model and its index to a plan, measuring sensitivity where the allocation needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery import defaults
+from surgery.budget.model_size import ModelSize
+from surgery.budget.sensitivity_cost import sensitivity_cost
+from surgery.engine.open_model import Model
+from surgery.engine.streamed_model import StreamedModel
+from surgery.index.channel_index import ChannelIndex
+from surgery.model.families import check_prunable
+from surgery.plan.prune_plan import PrunePlan, channel_orders, make_plan
+from surgery.progress import Progress, no_progress
+from surgery.repair.methods import REPAIRS
+from surgery.repair.sensitivity import measure_sensitivity
+
+
+def plan_pruning(
+    model: Model,
+    index: ChannelIndex,
+    *,
+    sparsity: float | None = None,
+    intermediate_size: int | None = None,
+    method: str = defaults.METHOD,
+    allocation: str = defaults.ALLOCATION,
+    repair: str = defaults.REPAIR,
+    pad: bool = False,
+    protect: bool | None = None,
+    multiple_of: int | None = None,
+    seed: int = defaults.SEED,
+    sensitivity: list[torch.Tensor] | None = None,
+    progress: Progress[Any] = no_progress,
+) -> PrunePlan:
+    """Choose the channels that stay, as `surgeon prune` does; nothing is written.
+
+    Half of the channels go unless `sparsity` (in [0, 1)) or `intermediate_size` says otherwise. `method`
+    ranks channels, `allocation` is "uniform", "global" (widths by measured sensitivity) or "score", `repair`
+    names how what stays is refitted; see `make_plan` for the others. `sensitivity`, as `sensitivity_of`
+    returns it, is measured where it is needed and not given. Raises IndexMismatchError for an index of
+    another model, PlanError for a cut that can't be made.
+    """
+    check_prunable(model.checkpoint.config, model.name)
+    index.check_source(model.checkpoint)
+    REPAIRS.find(repair)
+    if sparsity is None and intermediate_size is None:
+        sparsity = defaults.SPARSITY
+    if allocation == "global" and sensitivity is None:
+        sensitivity = sensitivity_of(
+            model, index, method=method, seed=seed, protect=protect, progress=progress
+        )
+    return make_plan(
+        index,
+        method=method,
+        sparsity=sparsity,
+        width=intermediate_size,
+        multiple_of=multiple_of,
+        seed=seed,
+        allocation=allocation,
+        pad=pad,
+        repair=repair,
+        sensitivity=sensitivity,
+        protect=protect,
+    )
+
+
+def sensitivity_of(
+    model: Model,
+    index: ChannelIndex,
+    *,
+    method: str = defaults.METHOD,
+    seed: int = defaults.SEED,
+    protect: bool | None = None,
+    progress: Progress[Any] = no_progress,
+) -> list[torch.Tensor]:
+    """What pruning each layer costs at every width, [F + 1] a layer, on the index's calibration blocks."""
+    orders = channel_orders(index, method, seed, protect)
+    blocks, block_size = index.input_ids.shape
+    size = ModelSize.of(model.meta_model, model.run.dtype, block_size)
+    cost = sensitivity_cost(size, blocks, block_size, model.run)
+    return measure_sensitivity(StreamedModel(model), index.input_ids.long(), orders, cost, progress)

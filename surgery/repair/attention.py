@@ -1,0 +1,59 @@
+"""Repair of the linear through which attention writes to the residual stream, before the FFN is repaired."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from surgery.budget.repair_cost import column_blocks
+from surgery.engine.hooks import input_of
+from surgery.engine.token_stream import TokenStream
+from surgery.repair.dense_reference import DenseReference
+from surgery.repair.least_squares import SplitMoments, refit
+from surgery.repair.methods import RepairMethod
+from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
+
+
+def repair_attention(
+    method: RepairMethod,
+    dense: DenseReference,
+    pruned: TokenStream,
+    number: int,
+    layer: nn.Module,
+    first_held: int,
+    budget: int | None,
+    result: LayerRepairResult,
+) -> None:
+    """Refit linear `dense.attention` in place, so that the pruned stream before the FFN comes to the dense
+    one's.
+
+    Its inputs are solved for in several column blocks, one after the other, where `budget` bytes ask for it.
+    Blocks from `first_held` on choose the ridge. What was done is noted in `result`.
+    """
+    name = dense.attention
+    assert name is not None
+    linear = layer.get_submodule(name)
+    parameter = linear.weight
+    assert isinstance(parameter, torch.Tensor)
+    transposed = type(linear).__name__ == "Conv1D"
+    weight = parameter.data.t() if transposed else parameter.data
+    device = dense.model.device
+    bias = getattr(linear, "bias", None)
+    for block in column_blocks(weight.shape[1], len(weight), budget):
+        size = weight[:, block].shape[1]
+        moments = SplitMoments.zeros(len(weight), size, device, first_held)
+        for part, calls in zip(pruned.slices, pruned.calls, strict=True):
+            entering = pruned.store.get(0, part, device)
+            entered = input_of(linear, partial(dense.model.run_layer, layer, entering, calls[number]))
+            target = dense.before.get(0, part, device) - entering
+            wanted = target if bias is None else target - bias
+            weights = method.weights(dense.leaving.get(0, part, device))
+            moments.add(part, entered, wanted, weight, weights, columns=block)
+        found = refit(moments, lambda m, ridge: method.solved(m, ridge, has_bias=False))
+        if found.change is not None:
+            columns = torch.arange(weight.shape[1], device=device)[block]
+            result.note(f"{name}.weight", WeightDelta(found.change, columns, transposed))
+            weight[:, block] = (weight[:, block].to(found.change) + found.change).to(weight.dtype)
+        result.attention.append(found.without_change())

@@ -1,0 +1,230 @@
+"""LayerRepair: refits what a cut leaves of each layer, from a dense and a pruned stream of calibration
+tokens.
+
+The dense stream runs each layer as it was. The pruned stream runs it once with all its channels, to collect
+moments; the output of the kept and refitted channels is then added without another run. The attention's
+output projection is refitted before the FFN, by the same least squares: it is the first place where the
+damage of earlier layers can be made up for. Where the matrices of all channels exceed the memory budget,
+channels are solved for in column blocks: one pass and one smaller matrix for each block, every block making
+up for what the blocks before it left (block Gauss-Seidel).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from surgery.budget.prune_cost import PruneCost
+from surgery.budget.repair_cost import column_blocks, pass_schedule
+from surgery.cut.groups import Cut
+from surgery.cut.slice_edits import mask_members
+from surgery.engine.hooks import FfnCall
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream, check_finite
+from surgery.model.ffn import Ffn
+from surgery.repair.attention import repair_attention
+from surgery.repair.dense_reference import DenseReference
+from surgery.repair.least_squares import HELD_OUT, Moments, SplitMoments, refit
+from surgery.repair.methods import RepairMethod
+from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
+
+Weights = tuple[torch.Tensor, torch.Tensor | None]  # of a down projection: W [D, F] and its bias [D]
+
+
+class LayerRepair:
+    """Repairs the layers of one cut beside a dense reference; call `layer` for each layer the reference has
+    run.
+
+    With a method that targets the residual stream, inputs are those of the pruned model and targets what
+    brings its residual stream to the dense one's; otherwise each layer is repaired by itself, on the dense
+    model's inputs. `budget` is in bytes, for matrices; None for no limit.
+    """
+
+    def __init__(
+        self, dense: DenseReference, cut: Cut, method: RepairMethod, budget: int | None = None
+    ) -> None:
+        self.model = dense.model
+        self.dense = dense
+        self.method = method
+        self.budget = budget
+        self.kept = cut.kept
+        self.mask = mask_members(cut.groups, cut.kept)
+        blocks = len(dense.stream.ids)
+        follows = method.follows_pruned
+        self.pruned = dense.stream.fork(blocks, 0, place=dense.place) if follows else dense.stream
+        self.first_held = blocks - max(1, blocks // HELD_OUT)
+        self.keeps_deltas = self.model.meta_model.casts_stored_weights
+
+    @property
+    def streams(self) -> list[TokenStream]:
+        """The hidden states that an interrupted repair resumes from."""
+        return [self.dense.stream, *([self.pruned] if self.method.follows_pruned else [])]
+
+    @torch.no_grad()
+    def layer(self, number: int, layer: nn.Module) -> LayerRepairResult:
+        """Repair the resident layer in place, its removed channels set to zero, and move the pruned stream
+        through it.
+        """
+        result = LayerRepairResult(keeps_deltas=self.keeps_deltas)
+        additive = self.method.follows_pruned and self.dense.additive
+        if additive and self.method.fits_attention and self.dense.attention is not None:
+            repair_attention(
+                self.method, self.dense, self.pruned, number, layer, self.first_held, self.budget, result
+            )
+        self._repair_ffns(number, layer, additive, result)
+        if additive:
+            self._add_ffn_output(number)
+        elif self.method.follows_pruned:
+            self.pruned.forward(number, layer)
+        return result
+
+    def _add_ffn_output(self, number: int) -> None:
+        """Move the pruned stream through the FFN: the output of its kept channels is added to the stream
+        before it.
+        """
+        (ffn,) = self.model.ffns(number)
+        kept = self.kept[number, ffn.name].to(self.model.device)
+        weight, bias = ffn.down_weight()[:, kept], ffn.down_bias()
+        finite = torch.ones((), dtype=torch.bool, device=self.model.device)
+        channels = self.dense.channels(len(kept))
+        for part in self.pruned.slices:
+            u = channels.get(0, part, self.model.device, len(kept))
+            output = self.pruned.store.get(0, part, self.model.device) + functional.linear(u, weight, bias)
+            finite &= output.isfinite().all()
+            self.pruned.store.put(0, part, output)
+        check_finite(finite, number)
+
+    def _repair_ffns(self, number: int, layer: nn.Module, additive: bool, result: LayerRepairResult) -> None:
+        """Refit the kept columns of every FFN, a column block in each pass, and zero the removed ones."""
+        ffns = {ffn.name: ffn for ffn in self.model.ffns(number)}
+        outputs = max((len(ffn.down_weight()) for ffn in ffns.values()), default=0)
+        blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
+        passes = pass_schedule(blocks, outputs, self.budget)
+        originals: dict[str, Weights] = {}
+        if len(passes) > 1 and not additive:
+            originals = {name: _weights(ffn) for name, ffn in ffns.items()}
+        for turn, columns in enumerate(passes):
+            last = turn == len(passes) - 1
+            moments = self._ffn_moments(number, layer, additive, columns, originals if turn else {}, last)
+            for name, collected in moments.items():
+                ffn = ffns[name]
+                found = refit(collected, partial(self._solve, ffn.bias_name is not None))
+                result.ffns.setdefault(name, []).append(found.without_change())
+                if found.change is not None:
+                    kept = self.kept[number, name][columns[name]].to(found.change.device)
+                    _apply_change(ffn, kept, found.change, result)
+        self.mask(number, layer)
+
+    def _solve(self, has_bias: bool, moments: Moments, ridge: float) -> torch.Tensor:
+        return self.method.solved(moments, ridge, has_bias)
+
+    def _ffn_moments(
+        self,
+        number: int,
+        layer: nn.Module,
+        additive: bool,
+        columns: dict[str, slice],
+        originals: dict[str, Weights],
+        last: bool,
+    ) -> dict[str, SplitMoments]:
+        """Moments of the kept channels in `columns` of every FFN, and of the outputs wanted of them.
+
+        An FFN is to put out what it did before it was changed (`originals`, once it has been), or in an
+        additive layer what leads to the dense stream. An expert that no token reaches has no moments and
+        stays as it is.
+        """
+        ffns = {ffn.name: ffn for ffn in self.model.ffns(number)}
+        found: dict[str, SplitMoments] = {}
+
+        def use(part: slice, output: torch.Tensor, calls: list[FfnCall]) -> None:
+            aim = self.dense.leaving.get(0, part, self.model.device)
+            weights = self.method.weights(aim)
+            for call in calls:
+                name = call.ffn
+                if name not in columns:
+                    continue
+                ffn, u = ffns[name], call.u
+                kept = self.kept[number, name].to(u.device)
+                bias = ffn.down_bias()
+                if name not in found:
+                    constant, size = self.method.constant or bias is not None, len(kept[columns[name]])
+                    found[name] = SplitMoments.zeros(
+                        call.y.shape[-1], size, u.device, self.first_held, constant
+                    )
+                wanted = call.y
+                if additive:
+                    wanted = wanted.view_as(output) + (aim - output)
+                elif name in originals:
+                    wanted = functional.linear(u, *originals[name])
+                wanted = wanted if bias is None else wanted - bias
+                present = ffn.down_weight()[:, kept]
+                found[name].add(part, u[..., kept], wanted, present, weights, call.tokens, columns[name])
+            if additive and last:  # what moves the pruned stream on without running the layer again
+                (call,) = calls
+                kept = self.kept[number, call.ffn].to(call.u.device)
+                flow = call.u[..., kept].view(
+                    *output.shape[:2], -1
+                )  # some families flatten blocks before the FFN
+                self.dense.channels(len(kept)).put(0, part, flow)
+                self.pruned.store.put(0, part, output - call.y.view_as(output))
+
+        self.pruned.run_observed(number, layer, use)
+        return found
+
+
+def _weights(ffn: Ffn) -> Weights:
+    """Copies of a down projection's weight and bias."""
+    bias = ffn.down_bias()
+    return ffn.down_weight().clone(), None if bias is None else bias.clone()
+
+
+def _apply_change(ffn: Ffn, kept: torch.Tensor, change: torch.Tensor, result: LayerRepairResult) -> None:
+    """Add a change [D, K] of the `kept` columns, or [D, K + 1] with a change of the bias, in double
+    precision.
+    """
+    weight, bias = ffn.down_weight(), ffn.down_bias()
+    columns = change[:, : len(kept)]
+    result.note(ffn.down_name, WeightDelta(columns, kept, ffn.transposed, ffn.expert))
+    if bias is not None and ffn.bias_name is not None:
+        result.note(ffn.bias_name, WeightDelta(change[:, -1], expert=ffn.expert))
+        bias.copy_((bias.to(change) + change[:, -1]).to(bias.dtype))
+    weight[:, kept] = (weight[:, kept].to(change) + columns).to(weight.dtype)
+
+
+class LayerPruner:
+    """Makes a resident layer compute what it will as written; call it with each layer, in order.
+
+    Removed channels are masked and, where the method repairs, what stays is refitted on calibration blocks
+    `ids` [N, T]. `streams` are the hidden states that an interrupted pass resumes from.
+    """
+
+    def __init__(
+        self, model: StreamedModel, cut: Cut, method: RepairMethod, ids: torch.Tensor, cost: PruneCost
+    ) -> None:
+        self.mask = mask_members(cut.groups, cut.kept)
+        self.repair: LayerRepair | None = None
+        if method.changes_weights:
+            self.repair = LayerRepair(dense_reference(model, ids, cost), cut, method, cost.matrix_bytes)
+
+    @property
+    def streams(self) -> list[TokenStream]:
+        """Hidden states between layers; none where nothing is repaired."""
+        return [] if self.repair is None else self.repair.streams
+
+    def __call__(self, number: int, layer: nn.Module) -> LayerRepairResult | None:
+        """Prune a layer; returns what was repaired, None where nothing is to be."""
+        if self.repair is None:
+            self.mask(number, layer)
+            return None
+        self.repair.dense.run(number, layer)
+        result = self.repair.layer(number, layer)
+        self.repair.dense.step()
+        return result
+
+
+def dense_reference(model: StreamedModel, ids: torch.Tensor, cost: PruneCost) -> DenseReference:
+    """Calibration blocks `ids` [N, T] at the input of the first layer."""
+    return DenseReference(model, ids, cost.micro_batch, cost.hidden_on)

@@ -1,0 +1,136 @@
+"""What a repair changed in a layer, and the layer's stored tensors with these changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.model.meta_model import MetaModel
+from surgery.repair.least_squares import Refit
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """What was added to some `columns` [K] of a matrix W [D, F], [D, K], or to a bias, [D], where there are
+    none.
+
+    `transposed`: memory holds W as [F, D]; `expert`: its index in a stack, None for a matrix by itself.
+    """
+
+    added: torch.Tensor
+    columns: torch.Tensor | None = None
+    transposed: bool = False
+    expert: int | None = None
+
+
+@dataclass
+class LayerRepairResult:
+    """What was repaired in one layer: refits by FFN, refits of the attention's output, and changed parameters
+    by name.
+
+    `parameters` are paths inside the layer whose values in memory differ from the checkpoint's. `deltas` are
+    what was added to them, in float64, kept where `keeps_deltas`: where tensors are stored in another dtype
+    than memory has. A matrix solved for in column blocks has one refit for each.
+    """
+
+    ffns: dict[str, list[Refit]] = field(default_factory=dict)
+    attention: list[Refit] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
+    keeps_deltas: bool = True
+
+    def note(self, path: str, delta: WeightDelta) -> None:
+        """Record a change of a parameter."""
+        if self.keeps_deltas:
+            self.deltas.setdefault(path, []).append(delta)
+        if path not in self.parameters:
+            self.parameters.append(path)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of `repair` in surgeon.json."""
+        return {
+            "ffns": {name: _summary(found) for name, found in self.ffns.items()},
+            "attention": _summary(self.attention) if self.attention else None,
+        }
+
+
+def _summary(refits: list[Refit]) -> dict[str, float | int | None]:
+    """Ridge of the first changed block, held-out errors before the first block and after the last."""
+    ridges = [found.ridge for found in refits if found.ridge is not None]
+    fields: dict[str, float | int | None] = {
+        "ridge": ridges[0] if ridges else None,
+        "held_out_before": refits[0].before,
+        "held_out_after": refits[-1].after,
+    }
+    return fields if len(refits) == 1 else {**fields, "parts": len(refits)}
+
+
+def repairable_tensors(meta_model: MetaModel) -> set[str]:
+    """Names of the stored matrices and biases that a repair may change, which can't be written as they are
+    read.
+    """
+    biases = {
+        f"{meta_model.layers_path}.{number}.{ffn.bias_name}"
+        for number, ffns in enumerate(meta_model.ffns)
+        for ffn in ffns
+    }
+    return {
+        stored
+        for stored_parameters in meta_model.layer_parameters
+        for stored_parameter in stored_parameters
+        for stored in stored_parameter.stored
+        if len(meta_model.checkpoint.tensors[stored].shape) > 1 or stored_parameter.targets[0] in biases
+    }
+
+
+def repaired_tensors(
+    meta_model: MetaModel, number: int, result: LayerRepairResult, deferred: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Take a layer's stored tensors out of `deferred`, with repaired values where the layer has them, not cut
+    yet.
+    """
+    prefix = f"{meta_model.layers_path}.{number}."
+    repaired = {prefix + name for name in result.parameters}
+    found = {}
+    for stored_parameter in meta_model.layer_parameters[number]:
+        for place, stored in enumerate(stored_parameter.stored):
+            tensor = deferred.pop(stored, None)
+            if tensor is None:
+                continue
+            target = stored_parameter.targets[0]
+            if target in repaired:
+                resident = meta_model.model.get_parameter(target).data
+                merged = "MergeModulelist" in stored_parameter.steps
+                flipped = "Transpose" in stored_parameter.steps
+                part = resident[place] if merged else resident
+                part = part.transpose(-1, -2) if flipped else part
+                if resident.dtype != tensor.dtype:
+                    deltas = result.deltas[target.removeprefix(prefix)]
+                    mine = [delta for delta in deltas if not merged or delta.expert == place]
+                    tensor = with_deltas(tensor, mine, merged, flipped)
+                    # memory now holds what the file will give back, with removed columns still zero
+                    part.copy_(torch.where(part == 0, part, tensor.to(part)))
+                else:
+                    tensor = part.to(tensor.device).contiguous()
+            found[stored] = tensor
+    return found
+
+
+def with_deltas(tensor: torch.Tensor, deltas: list[WeightDelta], merged: bool, flipped: bool) -> torch.Tensor:
+    """A stored tensor with deltas added in double precision, so that it keeps the digits memory does not
+    have.
+
+    `merged`: each expert is a stored tensor of its own; `flipped`: matrices are stored transposed to memory's
+    layout.
+    """
+    wide = tensor.double()
+    for delta in deltas:
+        one = wide if delta.expert is None or merged else wide[delta.expert]
+        if delta.columns is None:
+            one += delta.added.to(wide)
+        else:
+            upright = one.T if delta.transposed != flipped else one
+            upright[:, delta.columns.to(wide.device)] += delta.added.to(wide)
+    return wide.to(tensor.dtype)

@@ -1,0 +1,247 @@
+"""From Hub to Hub with the real clients, against a Hub on this machine, and what its faults lead to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from helpers.loopback_hub import TOKEN, Fault, LoopbackHub, serving
+from helpers.tiny_models import CALIBRATION
+
+CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [tiny]\n---\n# Tiny\n"
+PRUNE = [
+    "prune",
+    "org/tiny",
+    "--multiple-of",
+    "8",
+    "--range-reads",
+    "--quiet",
+    "--eval",
+    "none",
+    *CALIBRATION,
+]
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("hello", return_tensors="pt")
+print(model.config.intermediate_size, model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1])
+"""
+
+
+@dataclass
+class World:
+    """A loopback Hub, a folder to work in, and a way to run commands against it."""
+
+    hub: LoopbackHub
+    folder: Path
+    outputs: list[str]
+
+    def run(
+        self, *command: str, code: int = 0, home: str = "home", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a Python command in a process of its own that knows only the loopback Hub."""
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(self.folder / home),
+            **environment,
+        }
+        command = (sys.executable, *command)
+        result = subprocess.run(
+            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
+        )
+        self.outputs += [result.stdout, result.stderr]
+        assert result.returncode == code, result.stderr[-3000:]
+        return result
+
+    def surgeon(self, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a surgeon command."""
+        return self.run("-m", "surgery", *arguments, code=code, **environment)
+
+
+@pytest.fixture
+def world(save_tiny: Callable[..., Path], license_text: str) -> Iterator[World]:
+    """A Hub holding org/tiny, a sharded Llama with a card, and a calibration text beside it."""
+    source = save_tiny("llama", shard="60KB")
+    with serving() as hub:
+        files = {p.name: p.read_bytes() for p in source.iterdir()} | {"README.md": CARD.encode()}
+        hub.put("org/tiny", files)
+        (source.parent / "text.txt").write_text(license_text)
+        made = World(hub, source.parent, [])
+        yield made
+        written = [
+            p
+            for p in made.folder.rglob("*")
+            if p.is_file() and "home" not in p.relative_to(made.folder).parts[0]
+        ]
+        leaked = [p for p in written if TOKEN.encode() in p.read_bytes()]
+        leaked += [f for repo in hub.repos for f, data in hub.files(repo).items() if TOKEN.encode() in data]
+        assert not leaked and not any(TOKEN in text for text in made.outputs), leaked
+
+
+def weight_bytes(hub: LoopbackHub) -> int:
+    return sum(count for path, count in hub.bytes_out.items() if path.endswith(".safetensors"))
+
+
+def test_hub_to_hub(world: World) -> None:
+    hub = world.hub
+    size = sum(len(d) for f, d in hub.files("org/tiny").items() if f.endswith(".safetensors"))
+    world.surgeon("index", "org/tiny", "--range-reads", "--out", "index", "--quiet", *CALIBRATION)
+    assert weight_bytes(hub) <= 2.1 * size
+    hub.bytes_out.clear()
+    world.surgeon(*PRUNE, "--index", "index", "--out", "cut", "--push", "me/cut")
+    assert weight_bytes(hub) <= 1.1 * size
+    assert not list((world.folder / "home").rglob("*.safetensors"))
+
+    published = hub.files("me/cut")
+    commits = hub.repos["me/cut"].commits
+    assert [bool(files) for files in commits.values()] == [False, True], "one commit made everything visible"
+    local = {p.name: p.read_bytes() for p in (world.folder / "cut").iterdir()}
+    assert published == local
+    card = published["README.md"].decode()
+    assert "base_model: org/tiny" in card and "license: apache-2.0" in card and "- pruned" in card
+    manifest = json.loads(published["surgeon.json"])
+    assert manifest["source"]["revision"] == hub.repos["org/tiny"].branches["main"]
+
+    loaded = world.run("-c", LOAD, "me/cut", home="empty-home")
+    assert loaded.stdout.split()[0] == "24"
+    before = len(hub.uploaded)
+    world.surgeon("push", "cut", "me/cut")
+    assert len(hub.uploaded) == before, "nothing large went up twice"
+
+
+def test_cached_read_uses_the_ordinary_cache(world: World) -> None:
+    world.surgeon("index", "org/tiny", "--out", "index", "--quiet", *CALIBRATION)
+    assert list((world.folder / "home").rglob("*.safetensors"))
+    offline = {"HF_HUB_OFFLINE": "1"}
+    world.surgeon("index", "org/tiny", "--out", "again", "--quiet", *CALIBRATION, **offline)
+    assert (world.folder / "index/index.safetensors").read_bytes() == (
+        world.folder / "again/index.safetensors"
+    ).read_bytes()
+    missing = world.surgeon("index", "org/other", "--out", "other", *CALIBRATION, code=1, **offline)
+    assert "not in the cache" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("GET", r"resolve/.*safetensors", times=2, drop=True),
+        Fault("GET", r"resolve/.*safetensors", times=2, cut_body=True),
+        Fault("GET", r"resolve/.*safetensors", times=2, status=429, headers={"Retry-After": "0"}),
+        Fault("GET", r"resolve/.*safetensors", times=2, status=500),
+        Fault("PUT", r"/lfs/", times=1, drop=True),
+        Fault("PUT", r"/lfs/", times=1, status=503),
+    ],
+    ids=["range dropped", "range cut short", "429", "500", "upload dropped", "upload 503"],
+)
+def test_passing_faults_end_in_success(fault: Fault, world: World) -> None:
+    world.hub.faults.append(fault)
+    world.surgeon(*PRUNE, "--out", "cut", "--push", "me/cut")
+    assert fault.times == 0
+    assert world.hub.files("me/cut") == {p.name: p.read_bytes() for p in (world.folder / "cut").iterdir()}
+
+
+def test_failures_end_in_one_clear_line(world: World) -> None:
+    hub = world.hub
+    hub.put("org/gated", {"config.json": b"{}"}, gated=True)
+    cases = [
+        (["index", "org/missing"], {}, "no such repo"),
+        (["index", "org/gated"], {}, "ask for access at"),
+        (["index", "org/tiny", "--revision", "nope"], {}, "no such revision"),
+        ([*PRUNE, "--push", "me/cut", "--out", "a"], {"HF_TOKEN": "hf_wrong"}, "log in"),
+        ([*PRUNE, "--push", "me/cut", "--out", "a"], {"HF_TOKEN": ""}, "no token"),
+        ([*PRUNE, "--push", "them/cut", "--out", "b"], {}, "can't write there"),
+        ([*PRUNE, "--push", "me/theirs", "--out", "c"], {}, "not written by surgeon"),
+    ]
+    hub.put("me/theirs", {"model.safetensors": b"precious"})
+    for arguments, environment, message in cases:
+        started = len(hub.requests)
+        result = world.surgeon(*arguments, code=1, **environment)
+        lines = result.stderr.strip().splitlines()
+        assert message in result.stderr and lines[-2].startswith("Error: ") and lines[-1].startswith("Next: ")
+        assert not any("safetensors" in path for _, path in hub.requests[started:]) or "--push" in arguments
+    assert hub.files("me/theirs") == {"model.safetensors": b"precious"}
+    assert "me/cut" not in hub.repos
+    hub.role = "read"
+    result = world.surgeon(*PRUNE, "--push", "me/cut", "--out", "d", code=1)
+    assert "may only read" in result.stderr and not (world.folder / "d").exists()
+
+
+def test_upload_that_keeps_failing_shows_nothing(world: World) -> None:
+    world.hub.faults.append(Fault("PUT", r"/lfs/", times=100, corrupt=True))
+    result = world.surgeon(*PRUNE, "--out", "cut", "--push", "me/cut", code=1)
+    assert "pushing" in result.stderr
+    assert world.hub.files("me/cut") == {}
+    world.hub.faults.clear()
+    world.surgeon("push", "cut", "me/cut")
+    assert "model.safetensors" in world.hub.files("me/cut")
+
+
+def test_changed_file_is_refused(world: World) -> None:
+    hub = world.hub
+    name = next(
+        f
+        for f in hub.files("org/tiny")
+        if f.endswith("00002-of-00004.safetensors")
+        or f.endswith("00002-of-00005.safetensors")
+        or "00002" in f
+    )
+    oid = hub.repos["org/tiny"].commits[hub.repos["org/tiny"].branches["main"]][name]
+    (world.folder / "watch.py").write_text(
+        "import sys, surgery.checkpoint.hub as hub\n"
+        "real = hub.HubRepo._range\n"
+        "def stale(self, file, start, stop):\n"
+        "    if not self.headers_only: self.sizes = {f: s + 8 for f, s in self.sizes.items()}\n"
+        "    return real(self, file, start, stop)\n"
+        "hub.HubRepo._range = stale\n"
+        "from surgery.cli.main import main\nmain()\n"
+    )
+    assert oid in hub.blobs
+    result = world.run(
+        "watch.py", "index", "org/tiny", "--range-reads", "--out", "index", *CALIBRATION, code=1
+    )
+    assert "changed on the Hub" in result.stderr and not (world.folder / "index").exists()
+
+
+def test_branches_and_pull_requests(world: World) -> None:
+    (world.folder / "card.txt").write_text("# {{ method }} of {{ manifest.source.name }}")
+    world.surgeon(*PRUNE, "--out", "own-card", "--card-template", "card.txt")
+    assert (world.folder / "own-card" / "README.md").read_text() == "# LP-hybrid of org/tiny"
+    unmeasured = world.surgeon(
+        *(a for a in PRUNE if a not in ("--eval", "none")), "--push", "me/cut", "--out", "x", code=1
+    )
+    assert "the text can't be loaded" in unmeasured.stderr and "me/cut" not in world.hub.repos
+    world.surgeon(*PRUNE, "--out", "cut", "--eval", "text.txt", "--eval-blocks", "2")
+    assert "| perplexity |" in (world.folder / "cut" / "README.md").read_text()
+    dry = world.surgeon("push", "cut", "me/cut", "--dry-run")
+    assert "model.safetensors" in dry.stdout and "# tiny" in dry.stdout and "me/cut" not in world.hub.repos
+    world.surgeon("push", "cut", "me/cut", "--private", "--push-revision", "half")
+    assert world.hub.repos["me/cut"].private and world.hub.files("me/cut") == {}
+    assert "model.safetensors" in world.hub.files("me/cut", "half")
+    result = world.surgeon("push", "cut", "me/cut", "--create-pr")
+    assert "discussions/1" in result.stdout and world.hub.files("me/cut") == {}
+    assert "model.safetensors" in world.hub.files("me/cut", "refs/pr/1")
+
+
+def test_several_revisions_are_compared(world: World) -> None:
+    files = world.hub.files("org/tiny")
+    world.hub.put("org/tiny", files, branch="step-1")
+    arguments = ["--revision", "step-1", "--revision", "main", "--out", "runs", "--json", *CALIBRATION]
+    printed = json.loads(world.surgeon("index", "org/tiny", *arguments).stdout)
+    assert [row["name"] for row in printed["indexes"]] == ["step-1", "main"]
+    assert [row["supernodes_shared"] for row in printed["indexes"]] == [1.0, 1.0]
+    shown = world.surgeon("show", "runs")
+    assert "step-1" in shown.stdout and "100%" in shown.stdout
+    assert json.loads(world.surgeon("show", "runs", "--json").stdout) == printed
+    assert "one --revision at a time" in world.surgeon("prune", "org/tiny", *arguments[:4], code=2).stderr

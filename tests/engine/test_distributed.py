@@ -1,0 +1,231 @@
+"""Two processes on one index, over gloo, against one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import CALIBRATION, ROOT
+from test_resume import KILL
+
+from surgery.engine import distributed
+from surgery.errors import DistributedError
+from surgery.index.channel_index import SECOND_ORDER, STATISTICS, ChannelIndex
+
+RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+INDEX = ["index", "tiny", *CALIBRATION[:2], "--blocks", "5", "--block-size", "32", "--dtype", "float32"]
+
+
+def torchrun(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*RUN, *arguments],
+        cwd=where,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize(("variant", "more"), [("llama", ["--second-order"]), ("mixtral", [])])
+def test_two_processes_make_the_index_of_one(
+    variant: str, more: list[str], save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny(variant).parent
+    surgeon(*INDEX, *more, "--out", "one")
+    for name in ("two", "again"):
+        shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", name)
+        assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    assert [path.name for path in where.iterdir() if path.name.startswith(".")] == []
+    one, two = ChannelIndex.load("one"), ChannelIndex.load("two")
+    names = [*STATISTICS, *(SECOND_ORDER if more else ())]
+    for mine, theirs in zip(one.layers, two.layers, strict=True):
+        assert mine.supernodes.tolist() == theirs.supernodes.tolist()
+        for name in names:
+            tolerance = 2e-3 if name in ("obs", "obs_loss", "unexplained") else 2e-5
+            least = 1e-6 * float(mine.statistics[name].abs().max())  # means cancel
+            assert torch.allclose(
+                mine.statistics[name], theirs.statistics[name], rtol=tolerance, atol=least
+            ), name
+        proxies = [layer.statistics["loss_proxy"].double() for layer in (mine, theirs)]
+        assert ((proxies[0] - proxies[1]).abs() <= 1e-6 * proxies[0] + 1e-30).all()
+    assert one.loss["nats"] == pytest.approx(two.loss["nats"], rel=1e-7)
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "two" / file).read_bytes() == (where / "again" / file).read_bytes()
+
+
+@pytest.mark.usefixtures("surgeon")
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
+    lost: bool, save_tiny: Callable[..., Path]
+) -> None:
+    where = save_tiny("llama").parent
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "whole")
+    (where / "kill.py").write_text(KILL)
+    moment = {"KILL_AT": "layer-3.json:1", "KILL_IN": "surgeon-journal-1/"}
+    environment = {**os.environ, **moment, "OMP_NUM_THREADS": "1"}
+    command = [*RUN, "kill.py", *INDEX, "--out", "index"]
+    killed = subprocess.run(
+        command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
+    assert not (where / "index").exists()
+    if lost:  # a machine was replaced, and its journal went with it
+        shutil.rmtree(where / ".index.surgeon-journal-1")
+    assert "Resuming" in torchrun(where, "-m", "surgery", *INDEX, "--out", "index").stderr
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "index" / file).read_bytes() == (where / "whole" / file).read_bytes()
+
+
+READ_ALL = """
+from pathlib import Path
+
+import torch
+from surgery.engine import distributed
+from surgery.checkpoint.reader import Checkpoint
+
+distributed.init(torch.device("cpu"))
+checkpoint = Checkpoint.open("tiny")
+reading = distributed.BroadcastReader(checkpoint)
+for name, entry in checkpoint.tensors.items():
+    got, stored = reading.read(name), checkpoint.read(name)
+    assert got.dtype == stored.dtype and torch.equal(got, stored), name
+Path(f"share-{distributed.rank()}").write_text(str(reading.nbytes / checkpoint.nbytes))
+distributed.destroy()
+"""
+
+
+def test_weights_read_in_turn_are_the_same(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny("llama").parent
+    (where / "read.py").write_text(READ_ALL)
+    torchrun(where, "read.py")
+    shares = [float((where / f"share-{rank}").read_text()) for rank in range(2)]
+    assert sum(shares) == pytest.approx(1) and max(shares) < 0.8
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "each")
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "shared", "--broadcast-reads")
+    surgeon(*INDEX, "--out", "alone", "--broadcast-reads")
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "each" / file).read_bytes() == (where / "shared" / file).read_bytes()
+
+
+def test_blocks_are_shared_out_evenly_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in (1, 2, 3, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        shares = []
+        for number in range(world):
+            monkeypatch.setenv("RANK", str(number))
+            shares.append(list(range(11))[distributed.shard(11)])
+        assert [block for share in shares for block in share] == list(range(11))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.usefixtures("surgeon")
+def test_other_commands_say_that_they_run_alone(save_tiny: Callable[..., Path]) -> None:
+    where = save_tiny("llama").parent
+    refused = torchrun(where, "-m", "surgery", "prune", "tiny", "--out", "cut", check=False)
+    assert refused.returncode != 0 and "one process" in refused.stderr and not (where / "cut").exists()
+
+
+def namespaces() -> str:
+    """Why two network namespaces can't be made here; empty where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "making network namespaces takes Linux and root"
+    if shutil.which("ip") is None:
+        return "no `ip` command"
+    tried = subprocess.run(["ip", "netns", "add", "surgeon-try"], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "del", "surgeon-try"], capture_output=True, check=False)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces that reach each other by one cable and nothing else."""
+    reason = namespaces()
+    if reason:
+        pytest.skip(reason)
+    names = [f"surgeon-{os.getpid()}-{place}" for place in range(2)]
+    cables = [f"sg{os.getpid() % 10000}{place}" for place in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for place, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.213.7.{place + 1}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_make_the_index_of_one_machine(
+    save_tiny: Callable[..., Path], two_hosts: list[str]
+) -> None:
+    where = save_tiny("llama").parent
+    (where / "text.txt").write_text((ROOT / "LICENSE").read_text())
+    torchrun(where, "-m", "surgery", *INDEX, "--out", "here")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for place, host in enumerate(two_hosts):
+        rendezvous = ["--nnodes", "2", "--node-rank", str(place), "--nproc-per-node", "1"]
+        rendezvous += ["--master-addr", "10.213.7.1", "--master-port", "29517"]
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            "-m",
+            "surgery",
+            *INDEX,
+            "--out",
+            "apart",
+        ]
+        command = ["ip", "netns", "exec", host, *run]
+        processes.append(
+            subprocess.Popen(command, cwd=where, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in processes:
+        talk = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, talk[:6000]
+    for file in ("index.json", "index.safetensors"):
+        assert (where / "apart" / file).read_bytes() == (where / "here" / file).read_bytes()
+
+
+def test_lost_processes_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer [10.0.0.1]:1234\nmore")
+
+    monkeypatch.setattr(distributed.distributed, "all_reduce", gone)
+    with pytest.raises(DistributedError, match="rank 1 of 2; found Connection closed") as told:
+        distributed.all_reduce_sum(torch.zeros(1))
+    assert "goes on" in told.value.next_step and told.value.exit_code == 1
+
+
+def test_the_interface_is_the_one_the_others_are_reached_by() -> None:
+    assert distributed.interface_towards("127.0.0.1") in ("lo", "lo0")
+    assert distributed.interface_towards("no.such.host.invalid") is None
