@@ -18,13 +18,13 @@ from torch import nn
 from surgery.budget.budget import Budget, refuse_below
 from surgery.budget.model_size import ModelSize
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
-from surgery.card.render import render_card
+from surgery.card.publish import write_card
 from surgery.checkpoint.manifest import MANIFEST, source_json, versions
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import complete_folder
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
-from surgery.checkpoint.transformers_model import check_loads
+from surgery.checkpoint.transformers_model import auto_class, check_loads
 from surgery.engine.hooks import module_inputs
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
@@ -164,6 +164,7 @@ def write_quantized(
         manifest = {
             "schema_version": 1,
             "source": source_json(checkpoint),
+            "auto_class": auto_class(opened.meta_model.config).__name__,
             "result": {"bytes": sum(spec.nbytes for spec in specs.values())},
             "quantization": {
                 **asdict(plan.scheme),
@@ -186,7 +187,7 @@ def write_quantized(
         pictures = tuple(file for file in checkpoint.other_files if file.endswith(".png"))
         copy_other_files(checkpoint, folder, config, ("README.md", MANIFEST, *pictures))
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(render_card(manifest), encoding="utf-8")
+        write_card(folder, manifest, checkpoint)
         if packed:
             check_packed_loads(folder)
         else:

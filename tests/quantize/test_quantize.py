@@ -116,6 +116,7 @@ def test_simulated_checkpoint_has_every_matrix_rounded_and_the_super_weight_kept
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
     source = planted(save_tiny("llama"))
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n")
     surgeon("quantize", str(source), "--simulate", "--group-size", "16", "--no-clip", "--out", "cut")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, Path("cut")))
     scheme = Scheme(4, False, "group", 16)
@@ -129,7 +130,8 @@ def test_simulated_checkpoint_has_every_matrix_rounded_and_the_super_weight_kept
     assert (
         manifest["quantization"]["matrices"] == 6 * 7 and manifest["super_weights"][0]["column"] == PLACE[2]
     )
-    assert "held out of the rounding" in Path("cut/README.md").read_text()
+    card = Path("cut/README.md").read_text()
+    assert "held out of the rounding" in card and "license: mit" in card
 
 
 @pytest.mark.parametrize(
