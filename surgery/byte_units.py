@@ -11,6 +11,7 @@ UNITS = {
     "k": 1000,
     "m": 1000**2,
     "g": 1000**3,
+    "t": 1000**4,
     "ki": 1024,
     "mi": 1024**2,
     "gi": 1024**3,
@@ -20,7 +21,7 @@ UNITS = {
 
 def parse_bytes(text: str) -> int:
     """Bytes from text such as '8GiB', '500M', '1073741824'. Raises UsageError for other text."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]i?)?b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]i?)?b?\s*", text.lower())
     if match is None:
         raise UsageError("not an amount of memory", expected="a number with a unit, as 8GiB", found=text)
     return int(float(match[1]) * UNITS[match[2] or ""])

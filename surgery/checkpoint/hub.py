@@ -116,9 +116,12 @@ def _is_transient(error: Exception) -> bool:
         return bool(status == 429 or status >= 500)
     return isinstance(error, ConnectionError) or type(error).__name__ in (
         "ConnectError",
+        "ConnectTimeout",
+        "PoolTimeout",
         "ReadError",
         "ReadTimeout",
         "RemoteProtocolError",
+        "WriteError",
     )
 
 

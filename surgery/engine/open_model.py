@@ -79,11 +79,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that `open_model` opens; arguments and errors as there."""
     path = Path(source)
+    is_gguf = path.is_file() and path.suffix == ".gguf"
+    if revision is not None and (is_gguf or path.is_dir()):
+        raise UsageError("--revision is for models on the Hub", where=str(source))
     if path.is_dir():
-        if revision is not None:
-            raise UsageError("--revision is for models on the Hub", where=str(source))
         return Checkpoint.open(path)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf:
         check_dtype(dtype)
         return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
     if not HUB_ID.fullmatch(str(source)):

@@ -67,13 +67,15 @@ def stop_words(
 ) -> StopWords:
     """Run prompts through the model with and without the edits `removed`. Prompts are not padded.
 
-    Prompts of one token are left out. Raises MemoryBudgetError.
+    Prompts of one token are left out. Raises CalibrationError when no prompt is left, MemoryBudgetError.
     """
     groups: dict[int, list[list[int]]] = {}
     for prompt in prompts:
         ids = tokenizer(prompt)["input_ids"]
         groups.setdefault(len(ids), []).append(ids)
     groups = {length: rows for length, rows in groups.items() if length > 1}
+    if not groups:
+        raise CalibrationError("every prompt is a single token", next_step="give another --text")
     example = tokenizer(EXAMPLE)["input_ids"]
     batches = [*groups.values(), [example]]
     cost = prompt_cost(opened, [ids for rows in batches for ids in rows], max(map(len, batches)))

@@ -100,6 +100,8 @@ def test_prune_from_gguf_says_so(
     (cut.parent / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     refused = surgeon("prune", "broken.gguf", "--out", "x", *CALIBRATION, code=1)
     assert "can't be read" in refused.stderr
+    refused = surgeon("prune", "broken.gguf", "--revision", "main", "--out", "x", *CALIBRATION, code=2)
+    assert "models on the Hub" in refused.stderr
 
 
 def test_tasks_are_run_and_carried_into_manifest_and_card(
