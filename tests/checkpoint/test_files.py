@@ -115,7 +115,7 @@ def test_wheel_alone_runs_help_and_renders_a_card(tmp_path: Path) -> None:
     assert str(tmp_path) in where
     assert "index" in subprocess.run([sys.executable, "-m", "surgery", "--help"], **run).stdout
     card = subprocess.run([sys.executable, "-m", "surgery", "card", "model", "--stdout"], **run).stdout
-    assert "base_model: me/model" in card and "FFN cut by 50%" in card
+    assert "base_model: me/model" in card and "FFNs pruned by 50%" in card
 
 
 def test_help_does_not_import_torch() -> None:
