@@ -4,8 +4,9 @@
 
 A random Llama-shaped bfloat16 checkpoint is written (24 layers: 2.2 GiB). Each command is asked by `--dry-run
 --json` for the smallest budget that would do, refused with one byte less, and run with just that, in a
-process of its own. "used" is the peak of private memory (RssAnon, sampled) above that of a process which has
-only imported the libraries; pages of files that the operating system can drop are not in it.
+process of its own. "used" is the peak of private memory (RssAnon, sampled) above that of the same command on
+a tiny model, which is what the libraries take at work: threads and compiled kernels, besides their imports.
+Pages of files that the operating system can drop are not in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,10 +28,21 @@ from helpers.tiny_models import ROOT
 from streamed import SHAPE, SURGEON, random_checkpoint
 
 MIB = 1 << 20
-LIBRARIES = (
-    "import torch, transformers, accelerate, datasets, surgery.pruning.prune, surgery.index.build, time\n"
-    "time.sleep(1)"
-)
+TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+def prepare(folder: Path, shape: dict[str, Any]) -> None:
+    """Write what the commands start from: a random model, text and two parts of an index."""
+    folder.mkdir()
+    random_checkpoint(folder / "model", {**SHAPE, **shape})
+    words = (ROOT / "LICENSE").read_text()
+    (folder / "text.txt").write_text(words)
+    for place, name in enumerate(("one", "two")):
+        (folder / f"{name}.txt").write_text(words[place * 5000 : (place + 1) * 5000])
+        part = ["--calibration", f"{name}.txt", "--blocks", "4", "--block-size", "128", "--save-samples"]
+        run = [*SURGEON, "index", "model", *part, "--out", name, "--quiet"]
+        subprocess.run(run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 def private_peak(command: list[str], folder: Path) -> tuple[int, int, str]:
@@ -100,20 +113,13 @@ def main() -> None:
     parser.add_argument("--only", action="append")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_FOLDER")) as scratch:
-        folder = Path(scratch)
-        random_checkpoint(folder / "model", {**SHAPE, "num_hidden_layers": options.layers})
-        size = (folder / "model" / "model.safetensors").stat().st_size if options.layers < 50 else 0
-        words = (ROOT / "LICENSE").read_text()
-        (folder / "text.txt").write_text(words)
-        for place, name in enumerate(("one", "two")):
-            (folder / f"{name}.txt").write_text(words[place * 5000 : (place + 1) * 5000])
-            part = ["--calibration", f"{name}.txt", "--blocks", "4", "--block-size", "128", "--save-samples"]
-            run = [*SURGEON, "index", "model", *part, "--out", name, "--quiet"]
-            subprocess.run(run, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        _, libraries, _ = private_peak([sys.executable, "-c", LIBRARIES], folder)
-        print(f"checkpoint {size / MIB:,.0f} MiB, libraries {libraries / MIB:,.0f} MiB\n", flush=True)
-        print("| command | smallest `--memory` | refused one byte below | used | of the budget |")
-        print("|---|---|---|---|---|", flush=True)
+        folder, small = Path(scratch) / "whole", Path(scratch) / "small"
+        prepare(folder, {"num_hidden_layers": options.layers})
+        prepare(small, TINY)
+        size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
+        print(f"checkpoint {size / MIB:,.0f} MiB\n")
+        print("| command | smallest `--memory` | refused one byte below | libraries | used | of the budget |")
+        print("|---|---|---|---|---|---|", flush=True)
         for name, arguments in commands().items():
             if options.only and name not in options.only and name != "index":
                 continue
@@ -128,8 +134,12 @@ def main() -> None:
             code, peak, talk = private_peak([*command, "--memory", str(least)], folder)
             if code:
                 raise SystemExit(f"{name} failed at its least: {talk}")
+            code, libraries, talk = private_peak(command, small)
+            if code:
+                raise SystemExit(f"{name} failed on the tiny model: {talk}")
             used = peak - libraries
-            cells = (f"{least / MIB:,.0f} MiB", refused, f"{used / MIB:,.0f} MiB", f"{used / least:.2f}")
+            found = [f"{count / MIB:,.0f} MiB" for count in (least, libraries, used)]
+            cells = (found[0], refused, *found[1:], f"{used / least:.2f}")
             print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
 
 
