@@ -7,7 +7,7 @@ whether that fits. `Cost` is what all cost modules return and what every `--dry-
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from surgery.budget.machine import Machine
 from surgery.byte_units import format_bytes
@@ -44,6 +44,14 @@ class Cost:
     def as_json(self) -> dict[str, Any]:
         """The `costs` of a dry run's JSON."""
         return asdict(self)
+
+
+class Peaks(TypedDict):
+    """Three fields of a `Cost`."""
+
+    host_bytes: int
+    device_bytes: int
+    smallest_bytes: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,17 @@ class Budget:
         if self.on_device and host_used + hidden <= self.host:
             return "memory"
         return "disk"
+
+    def peaks(self, used: int, smallest: int, hidden: int, place: str, host: int) -> Peaks:
+        """The fields of a `Cost` that say how much memory is used where.
+
+        `used` bytes are taken where the job computes, hidden states there included; on a GPU `host` bytes
+        are taken beside it, and `hidden` where their place is memory.
+        """
+        if not self.on_device:
+            return {"host_bytes": used, "device_bytes": 0, "smallest_bytes": smallest}
+        beside = host + hidden * (place == "memory")
+        return {"host_bytes": beside, "device_bytes": used, "smallest_bytes": host}
 
     @property
     def first_place(self) -> str:

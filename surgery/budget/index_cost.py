@@ -65,16 +65,13 @@ def index_cost(
     used += cached * per_layer
     forward = 2.0 * tokens * (size.active + size.attention)
     spared = (forward - 2.0 * tokens * size.again) * cached / max(1, size.layers)
-    pinned = 2 * size.layer + size.merging
     return IndexCost(
         micro_batch=micro_batch,
         hidden_bytes=hidden,
         hidden_on=place,
         cache_bytes=cache,
         cached_layers=cached,
-        host_bytes=pinned + hidden * (place == "memory") if on_device else used,
-        device_bytes=used if on_device else 0,
-        smallest_bytes=pinned if on_device else smallest,
+        **budget.peaks(used, smallest, hidden, place, host=2 * size.layer + size.merging),
         read_bytes=2 * size.layers_stored + 2 * size.other_stored,
         write_bytes=hidden if place == "disk" else 0,
         flops=3 * forward - spared + 4.0 * tokens * size.head,

@@ -29,7 +29,7 @@ from surgery.cli.options import (
     resume_option,
     talk_options,
 )
-from surgery.cli.report import present_cut
+from surgery.cli.report import present_pruned
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
@@ -160,16 +160,11 @@ def show(folders: tuple[Path, ...], as_json: bool) -> None:
     \b
     surgeon show name-index
     """
-    from surgery.index.channel_index import JSON_FILE, ChannelIndex
+    from surgery.index.channel_index import ChannelIndex
+    from surgery.report.build import index_folders, is_checkpoint
 
-    if len(folders) == 1 and (folders[0] / "surgeon.json").exists():
-        present_cut(folders[0], as_json)
+    if len(folders) == 1 and is_checkpoint(folders[0]):
+        present_pruned(folders[0], as_json)
         return
-    found: list[Path] = []
-    for folder in folders:
-        # Sub-folders keep the order they were made in: that of training, when revisions were named so.
-        inside = sorted(folder.glob(f"*/{JSON_FILE}"), key=lambda p: p.stat().st_mtime_ns)
-        found += (
-            [path.parent for path in inside] if inside and not (folder / JSON_FILE).exists() else [folder]
-        )
+    found = index_folders(list(folders))
     present([(folder.name, ChannelIndex.load(folder)) for folder in found], as_json)

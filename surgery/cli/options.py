@@ -104,6 +104,17 @@ class PushOptions:
         return target
 
 
+def _add(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """A decorator that adds options to a command."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def collected(
     values: type[Any], name: str, options: list[Callable[[Command], Command]]
 ) -> Callable[[Command], Command]:
@@ -116,21 +127,8 @@ def collected(
             mine = {field: given.pop(field) for field in fields}
             return command(**{name: values(**mine)}, **given)
 
-        found: Any = call
-        for option in reversed(options):
-            found = option(found)
-        return found  # type: ignore[no-any-return]
-
-    return decorate
-
-
-def _add(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    """A decorator that adds options to a command."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+        wrapped: Any = call
+        return _add(options)(wrapped)
 
     return decorate
 

@@ -89,6 +89,8 @@ def prune(
     surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
     """
     from surgery.checkpoint.output_folder import check_destination
+    from surgery.cli.costs import prune_cost_lines
+    from surgery.pruning.prune import Provenance
 
     cut = cut.check()
     template = read_template(card_template)
@@ -121,9 +123,7 @@ def prune(
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
     say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
-    say("\n".join(cost_lines(cost)), quiet)
-    from surgery.pruning.prune import Provenance
-
+    say("\n".join(prune_cost_lines(cost)), quiet)
     journal = open_journal_for(opened, index, plan, destination, resume, quiet)
     provenance = Provenance(
         command=canonical_command(opened, index, plan, cut, how, text_options),
@@ -207,20 +207,15 @@ def show_prune_plan(plan: PrunePlan, sizes: dict[str, int], as_json: bool) -> No
         show_plan(plan, sizes, data_console())
 
 
-def cost_lines(cost: PruneCost) -> list[str]:
-    """What carrying out a plan takes, in words."""
-    from surgery.cli.costs import prune_cost_lines
-
-    return prune_cost_lines(cost)
-
-
 def show_prune_dry_run(
     model: Model, plan: PrunePlan, sizes: dict[str, int], cost: PruneCost, as_json: bool
 ) -> None:
     """Print what carrying out a plan takes."""
+    from surgery.cli.costs import prune_cost_lines
+
     fields = {"plan": plan.as_json(), "sizes": sizes}
     wide = bool(cost.float64_flops)
-    show_dry_run(model, cost, cost_lines(cost), fields, as_json=as_json, wide=wide)
+    show_dry_run(model, cost, prune_cost_lines(cost), fields, as_json=as_json, wide=wide)
 
 
 def run_prune(

@@ -99,6 +99,7 @@ def quantize(
     """
     from surgery.checkpoint.output_folder import check_destination
     from surgery.model.meta_model import check_model
+    from surgery.quantize.write import quantized_specs
 
     if compare and (simulate or clip is not None or handling is not None):
         raise UsageError("--compare tries every handling: leave out --simulate, --clip and --super-weights")
@@ -126,7 +127,7 @@ def quantize(
     cost = quantization_cost(opened, clipping, text_options)
     weights = known_super_weights(opened, index_folder, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
-    specs = specs_for(opened, plan, packed=not simulate)
+    specs = quantized_specs(opened.checkpoint, plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
     if dry_run:
         show_quantize_dry_run(opened, plan, specs, cost, as_json)
@@ -155,13 +156,6 @@ def checked_plan(
     if packed:
         check_packable(plan)
     return plan
-
-
-def specs_for(model: Model, plan: QuantizePlan, *, packed: bool) -> dict[str, TensorSpec]:
-    """Names, shapes and dtypes of the tensors that would be written."""
-    from surgery.quantize.write import quantized_specs
-
-    return quantized_specs(model.checkpoint, plan, packed=packed)
 
 
 def show_quantize_dry_run(

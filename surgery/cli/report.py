@@ -104,13 +104,14 @@ def report(
     say(f"Report written to {page} ({len(html.encode()) / 1e6:.2f} MB), its numbers to {data}", quiet)
 
 
-def present_cut(folder: Path, as_json: bool) -> None:
+def present_pruned(folder: Path, as_json: bool) -> None:
     """Print the content of a pruned folder's surgeon.json; as JSON, the file itself."""
+    from surgery.checkpoint.manifest import MANIFEST
     from surgery.cli.document_table import show_document
     from surgery.report.build import Extras, pruned_report
 
     if as_json:
-        click.echo((folder / "surgeon.json").read_text(encoding="utf-8"), nl=False)
+        click.echo((folder / MANIFEST).read_text(encoding="utf-8"), nl=False)
     else:
         show_document(pruned_report(folder, Extras()), data_console())
 

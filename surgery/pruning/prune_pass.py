@@ -154,9 +154,6 @@ class PrunePass:
                 continue
             writer.copy(name, checkpoint, entry)
 
-    # -- the journal
-    # ------------------------------------------------------------------------------------------------
-
     def _files(self, streams: list[TokenStream], number: int) -> list[HiddenStore]:
         """Files for the inputs of layer `number`; two of each, so that a kill while one is written leaves the
         other.
