@@ -26,6 +26,7 @@ from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
 from surgery.checkpoint.transformers_model import auto_class, check_loads
 from surgery.engine.hooks import module_inputs
+from surgery.engine.malloc import Malloc
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
@@ -143,6 +144,7 @@ def write_quantized(
     if packed:
         check_packable(plan)
     checkpoint, chosen = opened.checkpoint, set(plan.tensors)
+    malloc = Malloc(opened.run.memory)  # the budget leaves an eighth for freed pages, as for layers
     specs = quantized_specs(checkpoint, plan, packed)
     clips: dict[str, float | None] = {}
     with complete_folder(destination) as folder:
@@ -152,15 +154,9 @@ def write_quantized(
                     writer.copy(entry.name, checkpoint, entry)
                     continue
                 tensor = checkpoint.read(entry.name)
-                scheme, values = rounded_tensor(plan, entry.name, tensor, power)
-                clips[entry.name] = scheme.clip
-                if packed:
-                    parts = packed_tensors(tensor, scheme)
-                    check_unpacks(parts, scheme, values, entry.name)
-                    for suffix, part in parts.items():
-                        writer.write(entry.name.removesuffix("weight") + suffix, part)
-                else:
-                    writer.write(entry.name, values.to(tensor.dtype))
+                clips[entry.name] = _write_rounded(writer, plan, entry.name, tensor, power, packed=packed)
+                del tensor
+                malloc.trim()
         manifest = {
             "schema_version": 1,
             "source": source_json(checkpoint),
@@ -193,6 +189,27 @@ def write_quantized(
         else:
             check_loads(folder)
     return manifest
+
+
+def _write_rounded(
+    writer: ShardWriter,
+    plan: QuantizePlan,
+    name: str,
+    tensor: torch.Tensor,
+    power: dict[str, torch.Tensor],
+    *,
+    packed: bool,
+) -> float | None:
+    """Round one stored matrix and write it; returns the clip that was chosen."""
+    scheme, values = rounded_tensor(plan, name, tensor, power)
+    if not packed:
+        writer.write(name, values.to(tensor.dtype))
+        return scheme.clip
+    parts = packed_tensors(tensor, scheme)
+    check_unpacks(parts, scheme, values, name)
+    for suffix, part in parts.items():
+        writer.write(name.removesuffix("weight") + suffix, part)
+    return scheme.clip
 
 
 @dataclass(frozen=True)
@@ -243,11 +260,15 @@ def quantized_specs(checkpoint: Checkpoint, plan: QuantizePlan, packed: bool) ->
     """Dtype and shape of every tensor that will be written."""
     chosen = set(plan.tensors)
     specs = {}
+    examples: dict[tuple[Any, ...], dict[str, TensorSpec]] = {}  # one matrix of each shape is packed
     for entry in checkpoint.tensors.values():
         if not packed or entry.name not in chosen:
             specs[entry.name] = TensorSpec(entry.dtype, tuple(entry.shape))
             continue
-        example = packed_tensors(torch.zeros(entry.shape, dtype=entry.dtype), plan.scheme)
-        for suffix, part in example.items():
-            specs[entry.name.removesuffix("weight") + suffix] = TensorSpec(part.dtype, tuple(part.shape))
+        kind = (entry.dtype, *entry.shape)
+        if kind not in examples:
+            parts = packed_tensors(torch.zeros(entry.shape, dtype=entry.dtype), plan.scheme)
+            examples[kind] = {name: TensorSpec(part.dtype, tuple(part.shape)) for name, part in parts.items()}
+        for suffix, spec in examples[kind].items():
+            specs[entry.name.removesuffix("weight") + suffix] = spec
     return specs
