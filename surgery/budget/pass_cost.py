@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.budget.budget import Budget, Cost
+from surgery.budget.budget import Budget, Cost, refuse_below
 from surgery.budget.model_size import HEAD_COPIES, ModelSize
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.loss import HEAD_ELEMENTS
 from surgery.engine.run_options import RunOptions
 from surgery.model.meta_model import MetaModel
+
+EDIT_BYTES = 20  # per weight of a matrix whose copy is rounded to 8 bits: float32 copies
+ROUNDING_BYTES = 32  # per weight of a quantised matrix: float32 copies, codes and tried clips
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,16 @@ class PassJob:
 
     With `preserves_layer` a copy of each layer is kept while it is edited. With `compares` predictions of all
     streams are compared at the end, block by block. `last_tokens` are positions whose logits [V] are all held
-    at once. `editing` bytes are taken beside a layer, for changes of its weights.
+    at once. `edit_bytes` are taken beside a layer for each weight of its largest matrix, while it is edited;
+    `beside` are other bytes.
     """
 
     streams: tuple[StreamShape, ...]
     preserves_layer: bool = False
     compares: bool = False
     last_tokens: int = 0
-    editing: int = 0
+    edit_bytes: int = 0
+    beside: int = 0
 
     @property
     def block_size(self) -> int:
@@ -74,7 +79,7 @@ def pass_cost(meta_model: MetaModel, job: PassJob, run: RunOptions) -> PassCost:
         head = size.compared_bytes(job.block_size) + copies * job.block_size * size.hidden * s
     at_ends = size.other_resident + max(head, 2 * 4 * job.last_tokens * vocabulary)
     merging = size.merging * (not budget.on_device)  # which the host does
-    layers = (2 + job.preserves_layer) * size.layer + merging + job.editing
+    layers = (2 + job.preserves_layer) * size.layer + merging + job.edit_bytes * size.matrix + job.beside
 
     arguments = 8 * sum(shape.blocks * shape.block_size for shape in job.streams) + 4 * job.block_size**2
 
@@ -102,6 +107,25 @@ def pass_cost(meta_model: MetaModel, job: PassJob, run: RunOptions) -> PassCost:
         read_bytes=size.layers_stored + 2 * size.other_stored,
         write_bytes=hidden * (place == "disk"),
         flops=2.0 * job.tokens * (size.active + size.attention + size.head),
+    )
+
+
+def rounding_cost(meta_model: MetaModel, run: RunOptions) -> PassCost:
+    """Cost of quantising a checkpoint tensor by tensor, on the CPU. Raises MemoryBudgetError."""
+    needed = ROUNDING_BYTES * ModelSize.of(meta_model, run.dtype, 1).matrix
+    smallest = Budget.of(run).smallest(needed)
+    refuse_below(smallest, run.memory, "host")
+    return PassCost(
+        micro_batch=1,
+        step_tokens=1,
+        hidden_bytes=0,
+        hidden_on="memory",
+        host_bytes=needed,
+        device_bytes=0,
+        smallest_bytes=smallest,
+        read_bytes=meta_model.checkpoint.nbytes,
+        write_bytes=meta_model.checkpoint.nbytes,
+        flops=0.0,
     )
 
 

@@ -193,10 +193,10 @@ def quantization_cost(model: Model, clipping: bool, text: CalibrationOptions) ->
     """What rounding takes, with the pass that measures inputs where outliers are clipped. Raises
     MemoryBudgetError.
     """
-    from surgery.budget.pass_cost import merged_cost
-    from surgery.quantize.write import input_power_cost, rounding_cost
+    from surgery.budget.pass_cost import merged_cost, rounding_cost
+    from surgery.quantize.write import input_power_cost
 
-    costs = [rounding_cost(model)]
+    costs = [rounding_cost(model.meta_model, model.run)]
     if clipping:
         costs.append(input_power_cost(model, min(text.blocks, POWER_BLOCKS), text.block_size))
     return merged_cost(costs)

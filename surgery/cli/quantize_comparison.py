@@ -35,13 +35,16 @@ def compared(
     quiet: bool,
 ) -> dict[str, Any]:
     """Every scheme in every one of WAYS, measured on a text (spec, blocks)."""
+    from surgery.budget.pass_cost import ROUNDING_BYTES
     from surgery.evaluate.ablation import Condition, ablation_cost, run_ablations
     from surgery.evaluate.perplexity import evaluation_blocks
     from surgery.quantize.plan import plan_quantization
     from surgery.quantize.write import input_power, rounding_edits
 
     blocks = evaluation_blocks(model, *on)
-    ablation_cost(model, len(schemes) * len(WAYS), *blocks.ids.shape)  # refused before any work
+    ablation_cost(
+        model, len(schemes) * len(WAYS), *blocks.ids.shape, edit_bytes=ROUNDING_BYTES
+    )  # refused early
     weights = known_super_weights(model, index_folder, text, quiet)
     power = input_power(model, calibration_blocks(model, text), bars(quiet))
     conditions = []
@@ -51,7 +54,7 @@ def compared(
             edits = rounding_edits(model.meta_model, plan, power)
             conditions.append(Condition(f"{scheme.name}: {way}", scheme.name, edits))
     say(f"Measuring {len(conditions)} ways on {len(blocks.ids)} blocks of {blocks.name}", quiet)
-    outcomes = run_ablations(model, conditions, blocks, bars(quiet))
+    outcomes = run_ablations(model, conditions, blocks, bars(quiet), edit_bytes=ROUNDING_BYTES)
     return {
         "text": blocks.as_json(),
         "super_weights": weights,
@@ -63,13 +66,14 @@ def show_comparison_cost(
     model: Model, schemes: list[Scheme], on: tuple[str, int | None], as_json: bool
 ) -> None:
     """Print what a comparison takes."""
+    from surgery.budget.pass_cost import ROUNDING_BYTES
     from surgery.cli.costs import pass_cost_lines
     from surgery.evaluate.ablation import ablation_cost
     from surgery.evaluate.perplexity import evaluation_blocks
 
     blocks = evaluation_blocks(model, *on)
     names = [f"{scheme.name}: {way}" for scheme in schemes for way, *_ in WAYS]
-    cost = ablation_cost(model, len(names), *blocks.ids.shape)
+    cost = ablation_cost(model, len(names), *blocks.ids.shape, edit_bytes=ROUNDING_BYTES)
     show_dry_run(model, cost, [*names, *pass_cost_lines(cost)], {"conditions": names}, as_json=as_json)
 
 

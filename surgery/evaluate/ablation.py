@@ -157,12 +157,14 @@ def run_ablations(
     conditions: list[Condition],
     blocks: TokenBlocks,
     progress: Progress[Any] = no_progress,
+    *,
+    edit_bytes: int = 0,
 ) -> list[Outcome]:
     """Measure the original model and every condition on `blocks`, in one pass over the layers.
 
-    Raises MemoryBudgetError.
+    `edit_bytes` as in `ablation_cost`. Raises MemoryBudgetError.
     """
-    cost = ablation_cost(opened, len(conditions), *blocks.ids.shape)
+    cost = ablation_cost(opened, len(conditions), *blocks.ids.shape, edit_bytes=edit_bytes)
     model, place = StreamedModel(opened), cost.hidden_on
     step = cost.blocks_together(blocks.ids.shape[1])
     dense = TokenStream(model, blocks.ids.long(), micro_batch=step, place=place)
@@ -202,10 +204,15 @@ def run_ablations(
     return outcomes
 
 
-def ablation_cost(opened: Model, conditions: int, blocks: int, block_size: int) -> PassCost:
-    """Cost of measuring `conditions` conditions. Raises MemoryBudgetError."""
+def ablation_cost(
+    opened: Model, conditions: int, blocks: int, block_size: int, *, edit_bytes: int = 0
+) -> PassCost:
+    """Cost of measuring `conditions` conditions, whose edits take `edit_bytes` for each weight of a matrix.
+
+    Raises MemoryBudgetError.
+    """
     shapes = (StreamShape(blocks, block_size, conditions + 1),)
-    job = PassJob(shapes, preserves_layer=True, compares=True)
+    job = PassJob(shapes, preserves_layer=True, compares=True, edit_bytes=edit_bytes)
     return pass_cost(opened.meta_model, job, opened.run)
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery import defaults
-from surgery.budget.model_size import ModelSize
-from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
+from surgery.budget.pass_cost import EDIT_BYTES, PassCost, PassJob, StreamShape, pass_cost
 from surgery.checkpoint.transformers_model import load_tokenizer, text_config
 from surgery.engine.loss import next_token_loss
 from surgery.engine.open_model import Model
@@ -23,8 +22,6 @@ CONVENTION = (
     "rows joined by two newlines, tokenised once, non-overlapping blocks of {block_size} tokens, "
     "last partial block dropped, first token of a block not predicted (as GPTQ)"
 )
-
-EDIT_BYTES = 20  # bytes of float32 copies per weight of a matrix that is edited
 
 
 @dataclass(frozen=True)
@@ -104,10 +101,7 @@ def perplexity(
 
 def perplexity_cost(model: Model, blocks: int, block_size: int, *, edits: bool = False) -> PassCost:
     """Cost of measuring perplexity; `edits` adds float32 copies for layer edits. Raises MemoryBudgetError."""
-    editing = 0
-    if edits:
-        editing = EDIT_BYTES * ModelSize.of(model.meta_model, model.run.dtype, block_size).matrix
-    job = PassJob((StreamShape(blocks, block_size),), editing=editing)
+    job = PassJob((StreamShape(blocks, block_size),), edit_bytes=EDIT_BYTES * edits)
     return pass_cost(model.meta_model, job, model.run)
 
 

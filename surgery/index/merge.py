@@ -84,7 +84,7 @@ def merge_cost(folders: list[Path], opened: Model) -> PassCost:
     )
     widest = max((ffn.width for ffns in opened.meta_model.ffns for ffn in ffns), default=0)
     samples = 4 * 4 * CORRELATION_TOKENS * widest * max(1, len(folders))
-    return pass_cost(opened.meta_model, PassJob((), editing=2 * statistics + samples), opened.run)
+    return pass_cost(opened.meta_model, PassJob((), beside=2 * statistics + samples), opened.run)
 
 
 def mergeable(folders: list[Path], checkpoint: Checkpoint) -> list[ChannelIndex]:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.budget.budget import Budget, refuse_below
-from surgery.budget.model_size import ModelSize
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
 from surgery.card.publish import write_card
 from surgery.checkpoint.manifest import MANIFEST, source_json, versions
@@ -44,8 +42,6 @@ from surgery.quantize.compressed_tensors import (
 from surgery.quantize.plan import QuantizePlan
 from surgery.quantize.rounding import Scheme, choose_clip, round_excluding
 from surgery.text import TokenBlocks
-
-ROUNDING_BYTES = 32  # per weight of a rounded matrix: float32 copies of it, its codes and tried clips
 
 
 @torch.no_grad()
@@ -90,27 +86,6 @@ def input_power_cost(opened: Model, blocks: int, block_size: int) -> PassCost:
     """Cost of `input_power`. Raises MemoryBudgetError."""
     job = PassJob((StreamShape(blocks, block_size),))
     return pass_cost(opened.meta_model, job, opened.run)
-
-
-def rounding_cost(opened: Model) -> PassCost:
-    """Cost of rounding tensor by tensor, without `input_power`. Raises MemoryBudgetError."""
-    size = ModelSize.of(opened.meta_model, opened.run.dtype, 1)
-    budget, needed = Budget.of(opened.run), ROUNDING_BYTES * size.matrix
-    smallest = budget.smallest(needed)
-    refuse_below(smallest, opened.run.memory, "host")
-    checkpoint = opened.checkpoint
-    return PassCost(
-        micro_batch=1,
-        step_tokens=1,
-        hidden_bytes=0,
-        hidden_on="memory",
-        host_bytes=needed,
-        device_bytes=0,
-        smallest_bytes=smallest,
-        read_bytes=checkpoint.nbytes,
-        write_bytes=checkpoint.nbytes,
-        flops=0.0,
-    )
 
 
 def rounded_tensor(
