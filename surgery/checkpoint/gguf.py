@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint.reader import Checkpoint, TensorEntry
+from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.safetensors_header import TensorEntry
 from surgery.checkpoint.source import LocalFolder
 from surgery.errors import CheckpointError
 
@@ -54,7 +55,7 @@ class GgufCheckpoint(Checkpoint):
         self.name, self.revision = file.stem, None
         self.file_names = self.source.files()
         self.config = self._read_config()
-        self.weight_files = [file.name]
+        self.weight_files, self.weight_map = [file.name], None
         self._stored = self._name_tensors(model)
         shapes = model.state_dict()
         self.tensors = {

@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery.checkpoint.reader import WEIGHT_ENDINGS, Checkpoint
+from surgery.checkpoint.file_roles import INDEX_FILE, left_behind
+from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.source import LocalFolder, new_buffer
 from surgery.errors import HubError
 
@@ -150,9 +151,13 @@ class HubRepo:
         self.repo = repo
         self.ranges = ranges
         self.headers_only = True
+        self.weight_files: list[str] = []  # of the checkpoint, once that is known: the next is fetched early
         with hub_errors("reading the model", repo):
             sha, self.sizes = patiently(lambda: _listing(HfApi(), repo, revision))
-            small = [f for f in self.sizes if not f.endswith(WEIGHT_ENDINGS)] or ["config.json"]
+            # All that is no weight of any kind, but for the weight map, which says which weights count.
+            behind = set(left_behind(self.sizes, [INDEX_FILE]))
+            small = [f for f in self.sizes if f not in behind] or ["config.json"]
+            self.small = set(small)
             # Requested by revision name, so that the cache records its commit and works offline.
             path = patiently(lambda: snapshot_download(repo, revision=revision, allow_patterns=small))
             self.path, self.sha = Path(path), Path(path).name
@@ -179,7 +184,7 @@ class HubRepo:
 
     def read(self, file: str, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of `file`, from the cache, a download or a range request. Raises HubError."""
-        if not file.endswith(WEIGHT_ENDINGS):
+        if file in self.small:
             return self._small.read(file, start, stop)
         if (self.path / file).exists():
             return self._small.read(file, start, stop)
@@ -187,7 +192,7 @@ class HubRepo:
             return self._range(file, start, stop)
         with hub_errors("downloading", self.repo):
             local = patiently(lambda: self._download(file).result())
-            following = [f for f in self.files() if f.endswith(".safetensors") and f > file][:1]
+            following = [f for f in self.weight_files if f > file][:1]
             for name in following:
                 self._download(name)
         return LocalFolder(Path(local).parent).read(Path(local).name, start, stop)
@@ -242,5 +247,5 @@ def open_hub(repo: str, revision: str | None = None, *, ranges: bool = False) ->
     """Open `org/name` at a branch, tag or commit; reads no weights. Raises HubError or CheckpointError."""
     source = HubRepo(repo, revision, ranges=ranges)
     checkpoint = Checkpoint(source, repo, source.sha)
-    source.headers_only = False
+    source.headers_only, source.weight_files = False, checkpoint.weight_files
     return checkpoint

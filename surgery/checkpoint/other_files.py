@@ -14,7 +14,7 @@ def copy_other_files(
 ) -> None:
     """Copy a checkpoint's non-weight files into `folder`, except those in `skip`.
 
-    config.json is copied unchanged unless `config` differs from the checkpoint's config.
+    config.json is copied unchanged unless `config` differs from what it holds.
     """
     for file in checkpoint.other_files:
         if file in skip:
@@ -22,6 +22,6 @@ def copy_other_files(
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         data = bytes(checkpoint.source.read(file, 0, checkpoint.source.size(file)))
-        if file == "config.json" and config != checkpoint.config:
+        if file == "config.json" and config != checkpoint.read_json(file):
             data = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         target.write_bytes(data)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.file_roles import INDEX_FILE, SINGLE_FILE, left_behind
 from surgery.checkpoint.hub import hub_errors, patiently
 from surgery.checkpoint.manifest import MANIFEST
+from surgery.checkpoint.refusals import parse_json
 from surgery.checkpoint.source import LocalFolder
 from surgery.errors import HubError
 
@@ -90,21 +92,36 @@ def _existing_files(api: Any, target: PushTarget) -> set[str]:
         return set()
 
 
+def pushed_files(folder: Path) -> dict[str, int]:
+    """File -> bytes of the files of an output folder that belong to its model.
+
+    Other weights put beside them (a GGUF file, an optimizer's state) are not pushed.
+    """
+    sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
+    own = {SINGLE_FILE}
+    if SINGLE_FILE not in sizes and INDEX_FILE in sizes:
+        content = parse_json(INDEX_FILE, (folder / INDEX_FILE).read_bytes())
+        own = {INDEX_FILE, *content.get("weight_map", {}).values()}
+    behind = set(left_behind(sizes, own))
+    return {name: size for name, size in sizes.items() if name not in behind}
+
+
 def push_folder(
     folder: Path, target: PushTarget, message: str, say: Callable[[str], None] = lambda _: None
 ) -> PushReport:
     """Publish an output folder in one commit; `say` gets progress messages.
 
     Large files are uploaded first and are not visible. The commit then publishes all files at once and
-    deletes files that the folder no longer has. After an interruption, another call uploads only what is
+    deletes files that the folder no longer has. Files that do not
+    belong to the model are not pushed. After an interruption, another call uploads only what is
     missing. Raises HubError.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     check_push(target)
     api = HfApi()
-    names = LocalFolder(folder).files()
-    report = PushReport("", {name: (folder / name).stat().st_size for name in names})
+    report = PushReport("", pushed_files(folder))
+    names = list(report.files)
     with hub_errors("pushing", target.repo):
         patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
         if target.revision is not None and not target.create_pr:

@@ -15,7 +15,9 @@ from types import TracebackType
 
 import torch
 
-from surgery.checkpoint.reader import DTYPE_NAMES, INDEX_FILE, Checkpoint, TensorEntry
+from surgery.checkpoint.file_roles import INDEX_FILE
+from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.safetensors_header import DTYPE_NAMES, TensorEntry
 
 MAX_SHARD_BYTES = 5_000_000_000
 

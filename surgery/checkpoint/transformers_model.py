@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +121,17 @@ def _cannot_build(error: Exception, where: str) -> UnsupportedModelError:
     )
 
 
-def check_loads(folder: Path) -> None:
+def check_loads(folder: Path, beside: Collection[str] = ()) -> None:
     """Raise CheckpointError unless transformers loads `folder` without missing or unexpected tensors.
 
-    The checkpoint is loaded onto the meta device: transformers checks names and shapes, and no weight is
-    read.
+    `beside` are names of tensors that are not part of the model, which transformers may report. The
+    checkpoint is loaded onto the meta device: transformers checks names and shapes, and no weight is read.
     """
     source = Checkpoint.open(folder)
-    check_keys(folder, source.config)
+    check_keys(folder, source.config, beside)
 
 
-def check_keys(folder: Path, config: dict[str, Any]) -> None:
+def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = ()) -> None:
     """`check_loads` with a given config; `folder` may also hold packed weights. Raises CheckpointError."""
     from transformers.utils import logging
 
@@ -151,9 +151,10 @@ def check_keys(folder: Path, config: dict[str, Any]) -> None:
         if bars:
             logging.enable_progress_bar()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info.get(kind):
+        found = set(info.get(kind) or ()) - (set(beside) if kind == "unexpected_keys" else set())
+        if found:
             raise CheckpointError(
                 f"the checkpoint does not load cleanly: {kind}",
                 where=folder.name,
-                found=str(sorted(info[kind], key=str)[:3]),
+                found=str(sorted(found, key=str)[:3]),
             )

@@ -89,7 +89,7 @@ def make_index(
     shape = blocks.ids.shape
     cost = index_cost(model.meta_model, shape[0], shape[1], model.run, second_order)
     say(f"Indexing {model.name} on {shape[0]} x {shape[1]} tokens of {blocks.name}", quiet)
-    say("\n".join(index_cost_lines(cost, len(model.meta_model.layers))), quiet)
+    say("\n".join([*leftover_lines(model), *index_cost_lines(cost, len(model.meta_model.layers))]), quiet)
     journal = None
     if destination is not None:
         what = index_fingerprint(model, calibration, second_order, save_samples)
@@ -171,6 +171,32 @@ def show_dry_run(
         click.echo(json.dumps({**fields, **cost_json(cost, machine, passes)}, indent=1))
     else:
         click.echo("\n".join([*lines, time_line(cost, machine, passes)]))
+
+
+def leftover_lines(model: Model, fates: list[dict[str, Any]] | None = None) -> list[str]:
+    """What a result will not have as the source has it: tensors outside the model, and files left behind.
+
+    `fates` is the entry `outside_model` of the manifest, by default without a cut.
+    """
+    from surgery.byte_units import format_bytes
+    from surgery.model.leftovers import leftovers_json
+
+    verbs = {
+        "drop": "Dropped",
+        "carry": "Carried unchanged",
+        "cut": "Cut with the model, by weight magnitude",
+    }
+    fates = leftovers_json(model.meta_model.leftovers) if fates is None else fates
+    lines = [
+        f"{verbs[entry['fate']]}: {entry['tensors']} tensors such as {entry['example']} ({entry['reason']})"
+        for entry in fates
+    ]
+    behind = model.checkpoint.left_behind
+    if behind:
+        size = format_bytes(sum(model.checkpoint.source.size(file) for file in behind))
+        names = ", ".join(behind[:4]) + (f" and {len(behind) - 4} more" if len(behind) > 4 else "")
+        lines.append(f"Left behind, because transformers does not load them: {names} ({size})")
+    return lines
 
 
 def discard_journal(destination: Path) -> None:

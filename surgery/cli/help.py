@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
     "Prune and quantise": ("prune", "compare", "quantize"),
     "Measure": ("eval", "ablate"),
-    "Publish": ("card", "push"),
+    "Files": ("card", "push", "shard-index"),
 }
 
 

@@ -14,6 +14,7 @@ from surgery.cli.common import (
     calibrate_for,
     data_console,
     discard_journal,
+    leftover_lines,
     local_path,
     make_index,
     say,
@@ -121,6 +122,7 @@ def show_index_plan(model: Model, calibration: Calibration, second_order: bool, 
     from surgery.budget.index_cost import index_cost
     from surgery.cli.costs import index_cost_lines
     from surgery.cli.tables import show_ffns
+    from surgery.model.leftovers import leftovers_json
 
     blocks, block_size = calibration.blocks.ids.shape
     cost = index_cost(model.meta_model, blocks, block_size, model.run, second_order)
@@ -128,8 +130,14 @@ def show_index_plan(model: Model, calibration: Calibration, second_order: bool, 
         show_ffns(model.meta_model, data_console())
         click.echo(f"Calibration: {blocks} x {block_size} tokens of {calibration.blocks.name}")
         click.echo(f"Compute: {model.run.device}, {model.run.dtype_name}")
+        for line in leftover_lines(model):
+            click.echo(line)
     lines = index_cost_lines(cost, len(model.meta_model.layers))
-    show_dry_run(model, cost, lines, {}, as_json=as_json)
+    fields = {
+        "outside_model": leftovers_json(model.meta_model.leftovers),
+        "left_behind": model.checkpoint.left_behind,
+    }
+    show_dry_run(model, cost, lines, fields, as_json=as_json)
 
 
 def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:

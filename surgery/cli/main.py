@@ -23,6 +23,7 @@ from surgery.cli.prune import prune
 from surgery.cli.publish import card, push
 from surgery.cli.quantize import quantize
 from surgery.cli.report import report
+from surgery.cli.shard_index import shard_index
 from surgery.errors import SurgeonError, UsageError
 
 COLLECT_AFTER = 20_000  # new objects between two collections of the youngest generation
@@ -79,5 +80,18 @@ def main() -> None:
         )
 
 
-for command in (index, show, merge_index, report, prune, compare, eval_command, ablate, quantize, push, card):
+for command in (
+    index,
+    show,
+    merge_index,
+    report,
+    prune,
+    compare,
+    eval_command,
+    ablate,
+    quantize,
+    push,
+    card,
+    shard_index,
+):
     main.add_command(command)

@@ -15,6 +15,7 @@ from surgery.cli.common import (
     data_console,
     discard_journal,
     index_for,
+    leftover_lines,
     local_path,
     read_index,
     read_template,
@@ -117,9 +118,9 @@ def prune(
     )
     plan = plan_for(opened, index, cut, text_options.seed, quiet)
     sizes, cost = sizes_and_cost(opened, index, plan)
-    show_prune_plan(plan, sizes, as_json)
+    fates = show_prune_plan(opened, plan, sizes, as_json)
     if dry_run:
-        show_prune_dry_run(opened, plan, sizes, cost, as_json)
+        show_prune_dry_run(opened, plan, sizes, cost, fates, as_json)
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
     say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
@@ -185,7 +186,7 @@ def sizes_and_cost(model: Model, index: ChannelIndex, plan: PrunePlan) -> tuple[
     from surgery.pruning.jobs import prune_job
 
     checkpoint = model.checkpoint
-    specs = edited_specs(checkpoint, ffn_cut(model.meta_model, plan).edits)
+    specs = edited_specs(checkpoint, ffn_cut(model.meta_model, plan, widths_only=True).edits)
     written = sum(spec.nbytes for spec in specs.values())
     cost = prune_cost(model.meta_model, prune_job(plan, index.input_ids.shape, written), model.run)
     sizes = {
@@ -199,21 +200,38 @@ def sizes_and_cost(model: Model, index: ChannelIndex, plan: PrunePlan) -> tuple[
     return sizes, cost
 
 
-def show_prune_plan(plan: PrunePlan, sizes: dict[str, int], as_json: bool) -> None:
-    """Print a plan, unless JSON is asked for."""
+def show_prune_plan(
+    model: Model, plan: PrunePlan, sizes: dict[str, int], as_json: bool
+) -> list[dict[str, Any]]:
+    """Print a plan, unless JSON is asked for; returns what becomes of tensors outside the model."""
     from surgery.cli.tables import show_plan
+    from surgery.cut.ffn_channels import fates_json, ffn_cut
 
+    fates = fates_json(model.meta_model, ffn_cut(model.meta_model, plan, widths_only=True).edits)
     if not as_json:
         show_plan(plan, sizes, data_console())
+        for line in leftover_lines(model, fates):
+            click.echo(line)
+    return fates
 
 
 def show_prune_dry_run(
-    model: Model, plan: PrunePlan, sizes: dict[str, int], cost: PruneCost, as_json: bool
+    model: Model,
+    plan: PrunePlan,
+    sizes: dict[str, int],
+    cost: PruneCost,
+    fates: list[dict[str, Any]],
+    as_json: bool,
 ) -> None:
     """Print what carrying out a plan takes."""
     from surgery.cli.costs import prune_cost_lines
 
-    fields = {"plan": plan.as_json(), "sizes": sizes}
+    fields = {
+        "plan": plan.as_json(),
+        "sizes": sizes,
+        "outside_model": fates,
+        "left_behind": model.checkpoint.left_behind,
+    }
     wide = bool(cost.float64_flops)
     show_dry_run(model, cost, prune_cost_lines(cost), fields, as_json=as_json, wide=wide)
 

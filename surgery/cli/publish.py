@@ -36,14 +36,13 @@ def push(
     surgeon push smaller me/smaller
     """
     from surgery.card.publish import name_repo
-    from surgery.checkpoint.push import push_folder
-    from surgery.checkpoint.source import LocalFolder
+    from surgery.checkpoint.push import push_folder, pushed_files
     from surgery.pruning.verify import verify_folder
     from surgery.quantize.compressed_tensors import check_packed_loads
 
     manifest = read_manifest(folder)
     if dry_run:
-        sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
+        sizes = pushed_files(folder)
         if as_json:
             click.echo(json.dumps({"repo": repo, "files": sizes}))
             return

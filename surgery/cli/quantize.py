@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery import defaults
-from surgery.cli.common import bars, local_path, say, show_dry_run
+from surgery.cli.common import bars, leftover_lines, local_path, say, show_dry_run
 from surgery.cli.help import GroupedCommand
 from surgery.cli.options import (
     CalibrationOptions,
@@ -99,7 +99,7 @@ def quantize(
     """
     from surgery.checkpoint.output_folder import check_destination
     from surgery.model.meta_model import check_model
-    from surgery.quantize.write import quantized_specs
+    from surgery.quantize.write import kept_tensors, quantized_specs
 
     if compare and (simulate or clip is not None or handling is not None):
         raise UsageError("--compare tries every handling: leave out --simulate, --clip and --super-weights")
@@ -127,7 +127,7 @@ def quantize(
     cost = quantization_cost(opened, clipping, text_options)
     weights = known_super_weights(opened, index_folder, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
-    specs = quantized_specs(opened.checkpoint, plan, packed=not simulate)
+    specs = quantized_specs(kept_tensors(opened.meta_model), plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
     if dry_run:
         show_quantize_dry_run(opened, plan, specs, cost, as_json)
@@ -214,7 +214,7 @@ def show_plan(
     for name, places in plan.places.items():
         lines.append(f"Super weights put back in {name}: {', '.join(map(str, places))}")
     lines += [f"Left as it is, for its super weight: {name}" for name in plan.whole]
-    for line in lines:
+    for line in [*lines, *leftover_lines(model)]:
         click.echo(line, err=to_stderr)
 
 

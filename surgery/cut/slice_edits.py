@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -22,13 +22,17 @@ CUTTABLE_STEPS = {
 
 
 def slice_edits(
-    meta_model: MetaModel, groups: Iterable[Group], kept: Kept, written: dict[GroupKey, int] | None = None
+    meta_model: MetaModel,
+    groups: Iterable[Group],
+    kept: Kept,
+    written: dict[GroupKey, int] | None = None,
+    stored: dict[int, Sequence[StoredParameter]] | None = None,
 ) -> dict[str, TensorEdit]:
     """Edits that keep the `kept` members of every group, by stored tensor name.
 
     `written` is how many members a group is written with, where that is more than it keeps: the rest are
-    zeros. Raises PlanError when a group lacks a kept member, UnsupportedModelError for a stored layout that
-    can't be cut.
+    zeros. `stored` are the stored parameters of each layer, the model's own by default. Raises PlanError when
+    a group lacks a kept member, UnsupportedModelError for a stored layout that can't be cut.
     """
     edits: dict[str, TensorEdit] = {}
     by_layer: dict[int, dict[str, list[tuple[Group, Slice]]]] = {}
@@ -39,7 +43,7 @@ def slice_edits(
     members = {key: _padded(kept[key], (written or {}).get(key, 0)) for key in kept}
     for layer, parameters in by_layer.items():
         prefix = f"{meta_model.layers_path}.{layer}."
-        for stored_parameter in meta_model.layer_parameters[layer]:
+        for stored_parameter in (stored or {}).get(layer, meta_model.layer_parameters[layer]):
             slices = parameters.get(stored_parameter.targets[0].removeprefix(prefix))
             if slices:
                 edits |= _parameter_edits(meta_model, stored_parameter, slices, members)

@@ -10,11 +10,16 @@ from pathlib import Path
 from surgery.checkpoint.gguf import GgufCheckpoint
 from surgery.checkpoint.hub import open_hub
 from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.refusals import no_folder
 from surgery.checkpoint.source import LocalFolder
 from surgery.engine.run_options import DTYPE_OPTIONS, RunOptions, check_dtype
-from surgery.errors import CheckpointError, UsageError
+from surgery.errors import UsageError
 from surgery.model.meta_model import MetaModel
 
+HUB_ADDRESS = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://(?:models/)?)(?P<id>[\w.-]+/[\w.-]+)"
+    r"(?:@(?P<revision>[\w./-]+)|/(?:tree|blob)/(?P<tree>[\w.-]+)(?:/.*)?)?/?(?:\?.*)?"
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -78,7 +83,8 @@ def open_checkpoint(
     source: str | Path, *, revision: str | None = None, dtype: str = "auto", range_reads: bool = False
 ) -> Checkpoint:
     """The checkpoint that `open_model` opens; arguments and errors as there."""
-    path = Path(source)
+    source, revision = _hub_address(str(source), revision)
+    path = Path(source).expanduser()
     is_gguf = path.is_file() and path.suffix == ".gguf"
     if revision is not None and (is_gguf or path.is_dir()):
         raise UsageError("--revision is for models on the Hub", where=str(source))
@@ -87,10 +93,17 @@ def open_checkpoint(
     if is_gguf:
         check_dtype(dtype)
         return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
-    if not HUB_ID.fullmatch(str(source)):
-        raise CheckpointError(
-            "no such model folder",
-            where=str(source),
-            next_step="give a folder holding config.json, a .gguf file, or a Hub id as org/name",
-        )
-    return open_hub(str(source), revision, ranges=range_reads)
+    if path.is_file() or not HUB_ID.fullmatch(source):
+        raise no_folder(str(source))
+    return open_hub(source, revision, ranges=range_reads)
+
+
+def _hub_address(source: str, revision: str | None) -> tuple[str, str | None]:
+    """(Hub id, revision) of a model page's URL or an hf:// address; anything else as it is."""
+    found = HUB_ADDRESS.fullmatch(source)
+    if found is None:
+        return source, revision
+    stated = found["revision"] or found["tree"]
+    if stated and revision and stated != revision:
+        raise UsageError("MODEL and --revision name two revisions", where=source, found=revision)
+    return found["id"], revision or stated

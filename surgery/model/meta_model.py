@@ -23,6 +23,7 @@ from surgery.model.experts import show_experts
 from surgery.model.families import Family, family_of
 from surgery.model.ffn import Ffn, find_ffns
 from surgery.model.infer_family import infer_family
+from surgery.model.leftovers import CARRY, Leftover, find_leftovers
 
 LayerEdit = Callable[[int, nn.Module], None]  # (layer index, resident layer): changes its weights
 
@@ -57,6 +58,7 @@ class MetaModel:
     - `layer_parameters[i]`: the stored parameters of layer i.
     - `other_parameters`: the stored parameters outside the layers that text needs (embeddings, final norm,
       head).
+    - `leftovers`: stored tensors that are not part of the model, and what becomes of them.
 
     Raises UnsupportedModelError for a model that surgeon can't index, CheckpointError for missing tensors or
     wrong shapes.
@@ -64,6 +66,7 @@ class MetaModel:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.checkpoint = checkpoint
+        self.dtype = dtype
         known = family_of(checkpoint.config, checkpoint.name)
         self.config = build_config(checkpoint.config, checkpoint.name)
         self.model = build_model(self.config, dtype, checkpoint.name)
@@ -96,6 +99,7 @@ class MetaModel:
         self.other_parameters: list[StoredParameter] = []
         self.layer_parameters: list[list[StoredParameter]] = [[] for _ in self.layers]
         self.ties: dict[str, str] = {}
+        self.leftovers: list[Leftover] = []
         self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
             (re.compile(glob.replace("*", ".*")), wanted)
             for glob, wanted in self.model._get_dtype_plan(dtype).items()
@@ -117,19 +121,24 @@ class MetaModel:
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         stored_parameters: dict[str, StoredParameter] = {}
+        unknown: dict[str, str] = {}
         for stored in sorted(self.checkpoint.tensors, key=dot_natural_key):
             target, pattern = rename_source_key(stored, renamings, converters, prefix, self.parameters)
             if target not in self.parameters and stored in self.parameters:
                 target, pattern = stored, None
             converter = by_pattern[pattern] if pattern is not None else None
             if target not in self.parameters:
-                continue  # e.g. rotary buffers that older releases stored
+                unknown[stored] = target
+                continue
             if converter is None:
                 self._check_shape(stored, target)
             stored_parameter = stored_parameters.setdefault(
                 target, StoredParameter(_targets(target, converter), converter=converter)
             )
             stored_parameter.sources.append((stored, pattern or stored))
+        self.leftovers = find_leftovers(
+            unknown, self.checkpoint.tensors, self.checkpoint.config, self.model, self.layers_path
+        )
         needed = self._needed_prefixes()
         for target, stored_parameter in stored_parameters.items():
             if target.startswith(self.layers_path + "."):
@@ -144,9 +153,26 @@ class MetaModel:
 
     def _check_missing(self, missing: set[str]) -> None:
         ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        # A tied weight that is stored anyway is loaded as stored, as from_pretrained does.
+        # A tied weight that is stored anyway is loaded as stored, as from_pretrained does. Either of the two
+        # names may be the one that is stored.
         self.ties = {target: source for target, source in ties.items() if target in missing}
-        missing = {n for n in missing - set(self.ties) if self.parameters[n].is_meta}
+        self.ties |= {
+            source: target for target, source in ties.items() if source in missing and target not in missing
+        }
+        missing = {
+            name
+            for name in missing
+            if self.parameters[name].is_meta and (name not in self.ties or self.ties[name] in missing)
+        }
+        head = self.model.get_output_embeddings()
+        heads = {f"{name}.weight" for name, module in self.model.named_modules() if module is head}
+        if missing and missing <= heads:
+            raise UnsupportedModelError(
+                "the checkpoint has no output head: it is an embedding model or an encoder, not a causal LM",
+                where=self.checkpoint.name,
+                expected=sorted(missing)[0],
+                next_step="use the language model it was made from",
+            )
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors the model needs are not in the checkpoint",
@@ -162,6 +188,17 @@ class MetaModel:
             return ("",)
         names = {id(module): name for name, module in self.model.named_modules()}
         return tuple(f"{names[id(m)]}." for m in (decoder, head) if m is not None and id(m) in names)
+
+    @property
+    def beside(self) -> set[str]:
+        """Names of stored tensors that are not part of the model but are carried beside it."""
+        return {one.name for one in self.leftovers if one.fate == CARRY}
+
+    @property
+    def may_be_unexpected(self) -> set[str]:
+        """Names under which transformers may report the carried tensors as unexpected."""
+        carried = [one for one in self.leftovers if one.fate == CARRY]
+        return {name for one in carried for name in (one.name, one.target)}
 
     @property
     def casts_stored_weights(self) -> bool:

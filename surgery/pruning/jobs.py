@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
+from surgery.cut.ffn_channels import planned_cut
+from surgery.cut.planned_model import check_planned
 from surgery.engine.open_model import Model
 from surgery.model.meta_model import MetaModel
 from surgery.plan.prune_plan import PrunePlan
@@ -79,14 +81,14 @@ def estimate_prune(
 ) -> PruneCost:
     """The cost of a prune before there is an index, repaired on (blocks, block size) tokens.
 
-    Raises PlanError or MemoryBudgetError for what can't be
-    done.
+    Raises PlanError, UnsupportedModelError or MemoryBudgetError for what can't be done.
     """
     meta_model = opened.meta_model
     if allocation == "global":
         check_sensitivity_measurable(meta_model)
     method = REPAIRS.find(repair)
     changes = width_changes(meta_model.widths(), sparsity, intermediate_size, multiple_of)
+    check_planned(meta_model, planned_cut(meta_model, changes))
     job = PruneJob(
         estimated_widths(meta_model, changes, uniform=allocation == "uniform"),
         method.changes_weights,

@@ -16,7 +16,7 @@ from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import TensorSpec
 from surgery.checkpoint.transformers_model import auto_class
-from surgery.cut.ffn_channels import ffn_cut
+from surgery.cut.ffn_channels import fates_json, ffn_cut
 from surgery.cut.tensors import edited_specs
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -126,6 +126,8 @@ def _write(
             "repo": provenance.repo,
             "repair_label": repair.label,
             "repair": repairs,
+            "outside_model": fates_json(meta_model, cut.edits),
+            "left_behind": model.checkpoint.left_behind,
         }
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         save_figures(folder, manifest)

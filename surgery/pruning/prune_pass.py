@@ -152,7 +152,10 @@ class PrunePass:
             name = self._name_after(entry.name)
             if entry.name in self.written or name is None:
                 continue
-            writer.copy(name, checkpoint, entry)
+            if entry.name in self.cut.edits:
+                self._write(writer, entry.name, checkpoint.read(entry.name))
+            else:
+                writer.copy(name, checkpoint, entry)
 
     def _files(self, streams: list[TokenStream], number: int) -> list[HiddenStore]:
         """Files for the inputs of layer `number`; two of each, so that a kill while one is written leaves the

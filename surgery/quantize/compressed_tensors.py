@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,9 +105,9 @@ def check_unpacks(parts: dict[str, torch.Tensor], scheme: Scheme, expected: torc
         )
 
 
-def check_packed_loads(folder: Path) -> None:
+def check_packed_loads(folder: Path, beside: Collection[str] = ()) -> None:
     """Raise CheckpointError unless the stored tensors are those that transformers' Auto class expects.
 
-    No weight is read.
+    `beside` are stored tensors that are not part of the model. No weight is read.
     """
-    check_keys(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    check_keys(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")), beside)

@@ -78,6 +78,10 @@ def plan_quantization(
     rounded = {owners[name] for name in chosen if name in owners}
     linears = [n for n, m in meta_model.model.named_modules() if type(m).__name__ == "Linear"]
     ignored = tuple(name for name in linears if name not in rounded)
+    tensors = meta_model.checkpoint.tensors
+    # matrices beside the model are not rounded, which other runtimes have to know
+    beside = sorted(name for name in meta_model.beside if len(tensors[name].shape) == 2)
+    ignored += tuple(name.removesuffix(".weight") for name in beside)
     return QuantizePlan(scheme, chosen, whole, kept, handling, clipping, owners, ignored)
 
 

@@ -20,7 +20,7 @@ from surgery.card.publish import write_card
 from surgery.checkpoint.manifest import MANIFEST, source_json, versions
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import complete_folder
-from surgery.checkpoint.reader import Checkpoint
+from surgery.checkpoint.safetensors_header import TensorEntry
 from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
 from surgery.checkpoint.transformers_model import auto_class, check_loads
 from surgery.engine.hooks import module_inputs
@@ -30,6 +30,7 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import UnsupportedModelError
 from surgery.model.ffn import Ffn
+from surgery.model.leftovers import DROP, leftovers_json
 from surgery.model.meta_model import MetaModel
 from surgery.progress import Progress, no_progress
 from surgery.quantize.compressed_tensors import (
@@ -120,11 +121,12 @@ def write_quantized(
         check_packable(plan)
     checkpoint, chosen = opened.checkpoint, set(plan.tensors)
     malloc = Malloc(opened.run.memory)  # the budget leaves an eighth for freed pages, as for layers
-    specs = quantized_specs(checkpoint, plan, packed)
+    stored = kept_tensors(opened.meta_model)
+    specs = quantized_specs(stored, plan, packed)
     clips: dict[str, float | None] = {}
     with complete_folder(destination) as folder:
         with ShardWriter(folder, specs) as writer:
-            for entry in progress(list(checkpoint.tensors.values()), "tensors", len(checkpoint.tensors)):
+            for entry in progress(stored, "tensors", len(stored)):
                 if entry.name not in chosen:
                     writer.copy(entry.name, checkpoint, entry)
                     continue
@@ -151,6 +153,8 @@ def write_quantized(
             "repo": None,
             "versions": versions(),
             "command": command,
+            "outside_model": leftovers_json(opened.meta_model.leftovers),
+            "left_behind": checkpoint.left_behind,
         }
         config = checkpoint.config
         if packed:
@@ -160,9 +164,9 @@ def write_quantized(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         write_card(folder, manifest, checkpoint)
         if packed:
-            check_packed_loads(folder)
+            check_packed_loads(folder, opened.meta_model.may_be_unexpected)
         else:
-            check_loads(folder)
+            check_loads(folder, opened.meta_model.may_be_unexpected)
     return manifest
 
 
@@ -231,12 +235,18 @@ def rounding_edits(
     return edits
 
 
-def quantized_specs(checkpoint: Checkpoint, plan: QuantizePlan, packed: bool) -> dict[str, TensorSpec]:
-    """Dtype and shape of every tensor that will be written."""
+def kept_tensors(meta_model: MetaModel) -> list[TensorEntry]:
+    """The stored tensors that a quantised checkpoint has too: all but those that are dropped."""
+    dropped = {one.name for one in meta_model.leftovers if one.fate == DROP}
+    return [entry for entry in meta_model.checkpoint.tensors.values() if entry.name not in dropped]
+
+
+def quantized_specs(stored: list[TensorEntry], plan: QuantizePlan, packed: bool) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor that will be written, for the `stored` ones that are kept."""
     chosen = set(plan.tensors)
     specs = {}
     examples: dict[tuple[Any, ...], dict[str, TensorSpec]] = {}  # one matrix of each shape is packed
-    for entry in checkpoint.tensors.values():
+    for entry in stored:
         if not packed or entry.name not in chosen:
             specs[entry.name] = TensorSpec(entry.dtype, tuple(entry.shape))
             continue

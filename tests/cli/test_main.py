@@ -55,7 +55,7 @@ def test_options_of_one_name_are_spelled_alike() -> None:
     spelled: dict[str, set[tuple[str, ...]]] = {}
     for name, command in main.commands.items():
         for option in command.get_params(context_of(name)):
-            if isinstance(option, click.Option):
+            if isinstance(option, click.Option) and "--help" not in option.opts:
                 spelled.setdefault(option.name or "", set()).add(tuple(option.opts))
     differing = {name: ways for name, ways in spelled.items() if len(ways) > 1}
     alias = {("--text-blocks",), ("--text-blocks", "--blocks")}  # of eval, which had it under the short name

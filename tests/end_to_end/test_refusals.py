@@ -13,7 +13,8 @@ import torch
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint.reader import INDEX_FILE, Checkpoint
+from surgery.checkpoint.file_roles import INDEX_FILE
+from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import CheckpointError
 
 Damage = Callable[[Path], None]
