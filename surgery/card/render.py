@@ -110,7 +110,8 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
     if "/" in name:  # a Hub id; the name of a folder would be a broken link
         fields |= {"base_model": name, "base_model_relation": "quantized" if quantized else "finetune"}
     measured = manifest["measurements"].get("pruned")
-    texts = [manifest["calibration"]["name"]] if "calibration" in manifest else []
+    calibration = manifest.get("calibration") or {}
+    texts = [part["name"] for part in calibration.get("parts") or [calibration] if "name" in part]
     texts += [measured["text"]] if measured else []
     datasets = list(dict.fromkeys(text.partition(":")[0] for text in texts if "/" in text))
     if datasets:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from surgery.index.channel_index import ChannelIndex
     from surgery.text import TokenBlocks
 
+STOP_WORD_TEXT = 1 << 20  # characters of the text that sentences are taken from
 GROUP_NAMES = ("super-weights", "channels", "hit-rate")
 
 
@@ -130,13 +131,15 @@ def ablate(
     from surgery.evaluate.experiments import conditions_for
     from surgery.evaluate.next_token import prompts_of
     from surgery.evaluate.perplexity import evaluation_blocks
-    from surgery.text import read_text
+    from surgery.text import open_text
 
     opened = how.open(model)
     folder = out or Path(f"{opened.short_name}-ablation")
     check_destination(folder, overwrite=overwrite, source=local_path(model))
     blocks = evaluation_blocks(opened, text, text_blocks)
-    sentences = prompts_of(read_text(text)[0], stop_words) if stop_words else []  # refused before any work
+    sentences = (
+        prompts_of(open_text(text).start(STOP_WORD_TEXT), stop_words) if stop_words else []
+    )  # refused before any work
     ablation_cost(opened, 1, *blocks.ids.shape)  # a budget too small is refused before an index is made
     index = index_for(
         opened,

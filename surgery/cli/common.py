@@ -56,14 +56,19 @@ def calibrate_for(model: Model, text: CalibrationOptions) -> Calibration:
     from surgery.model.meta_model import check_model
 
     check_model(model.checkpoint)
-    return calibrate(
+    found = calibrate(
         model,
         text.calibration,
+        weights=text.calibration_weights,
         blocks=text.blocks,
         block_size=text.block_size,
         seed=text.seed,
+        text_column=text.text_column,
         spike_prompt=text.spike_prompt,
     )
+    for note in found.blocks.notes:
+        say(note, quiet=False)
+    return found
 
 
 def make_index(

@@ -20,6 +20,7 @@ from surgery.repair.methods import REPAIRS
 if TYPE_CHECKING:
     from surgery.checkpoint.push import PushTarget
     from surgery.engine.open_model import Model
+    from surgery.text import TokenBlocks
 
 ALLOCATION_NAMES = ("uniform", "global", "score")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -80,11 +81,38 @@ class ModelOptions:
 class CalibrationOptions:
     """Which text to calibrate on, and how many of its tokens."""
 
-    calibration: str
+    calibration: tuple[str, ...]
+    calibration_weights: tuple[float, ...] | None
+    text_column: str | None
     blocks: int
     block_size: int
     seed: int
     spike_prompt: str | None
+
+    def draw(self, model: Model, blocks: int) -> TokenBlocks:
+        """`blocks` calibration blocks, without prompts."""
+        from surgery.index.calibration import draw_calibration
+
+        return draw_calibration(
+            model,
+            self.calibration,
+            weights=self.calibration_weights,
+            blocks=blocks,
+            block_size=self.block_size,
+            seed=self.seed,
+            text_column=self.text_column,
+        )
+
+    @property
+    def words(self) -> list[str]:
+        """The options that name the texts again, free of paths of this machine."""
+        weights = self.calibration_weights
+        named = [
+            ("--calibration", Path(text).name if Path(text).exists() else text) for text in self.calibration
+        ]
+        words = [word for pair in named for word in pair]
+        words += ["--calibration-weights", ",".join(f"{weight:g}" for weight in weights)] if weights else []
+        return words + (["--text-column", self.text_column] if self.text_column else [])
 
 
 @dataclass(frozen=True)
@@ -133,6 +161,16 @@ def collected(
     return decorate
 
 
+def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Numbers separated by commas."""
+    if value is None:
+        return None
+    try:
+        return tuple(float(word) for word in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not numbers separated by commas", param=parameter) from error
+
+
 model_options = collected(
     ModelOptions,
     "how",
@@ -164,10 +202,23 @@ calibration_options = collected(
     [
         click.option(
             "--calibration",
-            default=defaults.CALIBRATION_TEXT,
+            multiple=True,
+            default=defaults.CALIBRATION_TEXTS,
             show_default=True,
             metavar="NAME|FILE|DATASET",
-            help="Text to calibrate on: wikitext, a text file, or a dataset as ID[:CONFIG[:SPLIT]].",
+            help="Text to calibrate on: web, wikitext, code or chat, a file, or a dataset as "
+            "ID[:CONFIG[:SPLIT]]. Give it several times for a mixture.",
+        ),
+        click.option(
+            "--calibration-weights",
+            callback=_numbers,
+            metavar="W,W,...",
+            help="Shares of the texts of a mixture. [default: equal]",
+        ),
+        click.option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of a dataset that holds the text or the chat. [default: by usual names]",
         ),
         click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
         click.option(

@@ -35,7 +35,7 @@ from surgery.cli.options import (
     resume_option,
     talk_options,
 )
-from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options
+from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
 
 if TYPE_CHECKING:
     from surgery.budget.prune_cost import PruneCost
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.index.channel_index import ChannelIndex
     from surgery.plan.prune_plan import PrunePlan
     from surgery.pruning.prune import Provenance
+    from surgery.text import TokenBlocks
 
 
 @click.command(cls=GroupedCommand)
@@ -100,13 +101,13 @@ def prune(
     check_feasible(opened, cut, calibration_shape(found, text_options))
     chosen = evaluation.chosen(published=push_to is not None)
     destination = out or Path(cut.name_for(opened))
-    target = None
+    target = blocks = None
     if not dry_run:
         needs = opened.checkpoint.nbytes
         source = local_path(model)
         check_destination(destination, overwrite=overwrite, source=source, needs_bytes=needs)
         target = push_target(push_to, destination, push_options, overwrite)
-        check_text(chosen)
+        blocks = None if chosen is None else chosen.read(opened)
     index = index_for(
         opened,
         found,
@@ -129,10 +130,10 @@ def prune(
     provenance = Provenance(
         command=canonical_command(opened, index, plan, cut, how, text_options),
         repo=target.repo if target else None,
-        dense=chosen.measure(opened, quiet) if chosen else None,
+        dense=None if blocks is None else measure(opened, blocks, quiet),
         card_template=template,
     )
-    manifest = run_prune(opened, index, plan, destination, chosen, provenance, journal, quiet)
+    manifest = run_prune(opened, index, plan, destination, blocks, provenance, journal, quiet)
     discard_journal(destination)
     show_result(manifest, destination, as_json, quiet)
     publish(destination, target, plan, quiet)
@@ -159,14 +160,6 @@ def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) 
         repair=cut.repair,
         calibration=calibration,
     )
-
-
-def check_text(evaluation: EvalOptions | None) -> None:
-    """Refuse a text that can't be read before anything is computed."""
-    from surgery.text import read_text
-
-    if evaluation is not None and evaluation.eval_text is not None:
-        read_text(evaluation.eval_text)
 
 
 def plan_for(model: Model, index: ChannelIndex, options: CutOptions, seed: int, quiet: bool) -> PrunePlan:
@@ -241,7 +234,7 @@ def run_prune(
     index: ChannelIndex,
     plan: PrunePlan,
     destination: Path,
-    evaluation: EvalOptions | None,
+    blocks: TokenBlocks | None,
     provenance: Provenance,
     journal: Journal,
     quiet: bool,
@@ -256,7 +249,7 @@ def run_prune(
         plan,
         destination,
         overwrite=True,  # checked before anything was computed
-        measure=None if evaluation is None else lambda written: evaluation.measure(written, quiet),
+        measure=None if blocks is None else lambda written: measure(written, blocks, quiet),
         provenance=provenance,
         journal=journal,
         progress=bars(quiet),
@@ -334,6 +327,16 @@ def canonical_command(
     words += ["--memory", how.memory] if how.memory else []
     if options.protect is not None:
         words.append("--protect" if plan.protect else "--no-protect")
-    words += ["--calibration", calibration["name"], "--blocks", str(calibration["blocks"])]
+    words += [*calibration_words(calibration), "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", index.run["dtype"]]
     return shlex.join(words)
+
+
+def calibration_words(calibration: dict[str, Any]) -> list[str]:
+    """The options that name the calibration texts of an index again."""
+    parts = calibration.get("parts") or [{"name": calibration["name"], "share": 1.0}]
+    words = [word for part in parts for word in ("--calibration", part["name"])]
+    counts = [part.get("blocks", 1) for part in parts]
+    if max(counts) - min(counts) > 1:
+        words += ["--calibration-weights", ",".join(map(str, counts))]
+    return words

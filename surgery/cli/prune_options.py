@@ -14,6 +14,7 @@ from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
+    from surgery.text import TokenBlocks
 
 PUSH_EVAL_BLOCKS = 16
 
@@ -62,12 +63,18 @@ class EvalOptions:
             return EvalOptions(defaults.EVALUATION_TEXT, self.eval_blocks or PUSH_EVAL_BLOCKS)
         return None if self.eval_text in (None, "none") else self
 
-    def measure(self, model: Model, quiet: bool) -> dict[str, Any]:
-        """Perplexity of a model on the text."""
-        from surgery.evaluate.perplexity import perplexity
+    def read(self, model: Model) -> TokenBlocks:
+        """The tokens to measure on. Raises CalibrationError for a text that can't be read or is too short."""
+        from surgery.evaluate.perplexity import evaluation_blocks
 
-        text = self.eval_text or defaults.EVALUATION_TEXT
-        return perplexity(model, text, blocks=self.eval_blocks, progress=bars(quiet)).as_json()
+        return evaluation_blocks(model, self.eval_text or defaults.EVALUATION_TEXT, self.eval_blocks)
+
+
+def measure(model: Model, blocks: TokenBlocks, quiet: bool) -> dict[str, Any]:
+    """Perplexity of a model on `blocks`, for the manifest."""
+    from surgery.evaluate.perplexity import perplexity
+
+    return perplexity(model, blocks, progress=bars(quiet)).as_json()
 
 
 cut_options = collected(

@@ -230,8 +230,7 @@ def canonical_command(
     words += [size, str(scheme.size)] if size else [f"--per-{scheme.granularity}"]
     words += ["--clip" if plan.clipping else "--no-clip", "--super-weights", plan.handling]
     if plan.clipping:
-        name = text.calibration
-        words += ["--calibration", Path(name).name if Path(name).exists() else name]
+        words += text.words
         words += ["--blocks", str(text.blocks), "--block-size", str(text.block_size)]
         words += ["--seed", str(text.seed), "--dtype", how.dtype]
     words += ["--spike-prompt", text.spike_prompt] if text.spike_prompt else []

@@ -75,16 +75,7 @@ scheme_options = collected(
 
 def calibration_blocks(model: Model, text: CalibrationOptions) -> TokenBlocks:
     """A few blocks of the calibration text."""
-    from surgery.checkpoint.transformers_model import load_tokenizer
-    from surgery.text import read_text, token_blocks
-
-    return token_blocks(
-        load_tokenizer(model.checkpoint),
-        *read_text(text.calibration),
-        block_size=text.block_size,
-        blocks=min(text.blocks, POWER_BLOCKS),
-        seed=text.seed,
-    )
+    return text.draw(model, min(text.blocks, POWER_BLOCKS))
 
 
 def known_super_weights(

@@ -13,10 +13,9 @@ from surgery.engine.loss import next_token_loss
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
-from surgery.errors import CalibrationError
 from surgery.model.meta_model import LayerEdit
 from surgery.progress import Progress, no_progress
-from surgery.text import TokenBlocks, read_text, token_blocks
+from surgery.text import TokenBlocks, first_blocks, open_text
 
 CONVENTION = (
     "rows joined by two newlines, tokenised once, non-overlapping blocks of {block_size} tokens, "
@@ -106,19 +105,20 @@ def perplexity_cost(model: Model, blocks: int, block_size: int, *, edits: bool =
 
 
 def evaluation_blocks(
-    model: Model, text: str, blocks: int | None = None, block_size: int | None = None
+    model: Model,
+    text: str,
+    blocks: int | None = None,
+    block_size: int | None = None,
+    text_column: str | None = None,
 ) -> TokenBlocks:
     """The first `blocks` blocks (default: all) of `block_size` tokens of a text.
 
-    The default size is that of `default_block_size`. Raises CalibrationError for a text that can't be read,
-    is empty or too short.
+    The default size is that of `default_block_size`; `text_column` names the column of a data set. Raises
+    CalibrationError for a text that can't be read, is empty or too short.
     """
-    words, name = read_text(text)
-    if not words.strip():
-        raise CalibrationError("the text is empty", where=text, next_step="give another text")
-    size = block_size or default_block_size(model.checkpoint.config)
     tokenizer = load_tokenizer(model.checkpoint)
-    return token_blocks(tokenizer, words, name, block_size=size, blocks=blocks)
+    size = block_size or default_block_size(model.checkpoint.config)
+    return first_blocks(tokenizer, open_text(text, tokenizer, text_column), block_size=size, blocks=blocks)
 
 
 def default_block_size(config: dict[str, Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,7 @@ from surgery.progress import Progress, no_progress
 
 def build_index(
     model: Model,
-    text: str | Calibration = defaults.CALIBRATION_TEXT,
+    text: str | Sequence[str] | Calibration = defaults.CALIBRATION_TEXTS,
     *,
     blocks: int = defaults.BLOCKS,
     block_size: int = defaults.BLOCK_SIZE,
@@ -65,7 +66,7 @@ def build_index(
     not finite.
     """
     calibration = text
-    if isinstance(calibration, str):
+    if not isinstance(calibration, Calibration):
         calibration = calibrate(
             model, calibration, blocks=blocks, block_size=block_size, seed=seed, spike_prompt=spike_prompt
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from surgery import defaults
 from surgery.checkpoint.transformers_model import load_tokenizer
 from surgery.engine.open_model import Model
 from surgery.index.spike_detector import PROMPTS, prompt_ids
-from surgery.text import TokenBlocks, read_text, token_blocks
+from surgery.text import TokenBlocks, draw_blocks, open_text
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,41 @@ class Calibration:
 
 def calibrate(
     model: Model,
-    text: str = defaults.CALIBRATION_TEXT,
+    text: str | Sequence[str] = defaults.CALIBRATION_TEXTS,
     *,
+    weights: Sequence[float] | None = None,
     blocks: int = defaults.BLOCKS,
     block_size: int = defaults.BLOCK_SIZE,
     seed: int = defaults.SEED,
+    text_column: str | None = None,
     spike_prompt: str | None = None,
 ) -> Calibration:
-    """Draw `blocks` blocks of `block_size` tokens from a text with `seed`.
+    """Draw `blocks` blocks of `block_size` tokens with `seed` from a text, or from several in shares.
 
-    `text` is a named text, a file, or a dataset as ID[:CONFIG[:SPLIT]]. `spike_prompt` is searched for super
-    weights in addition to the built-in prompts. Raises CalibrationError when the text can't be read or is too
-    short.
+    `text` is a named text, a file, or a dataset as ID[:CONFIG[:SPLIT]]; of several, `weights` are the shares
+    of the blocks, equal by default. `text_column` names the column of a data set. `spike_prompt` is searched
+    for super weights in addition to the built-in prompts. Raises CalibrationError when a text can't be read
+    or is too short.
     """
-    tokenizer = load_tokenizer(model.checkpoint)
-    words, name = read_text(text)
-    drawn = token_blocks(tokenizer, words, name, block_size=block_size, blocks=blocks, seed=seed)
+    drawn = draw_calibration(
+        model, text, weights=weights, blocks=blocks, block_size=block_size, seed=seed, text_column=text_column
+    )
     prompts = (*PROMPTS, *([spike_prompt] if spike_prompt else []))
-    return Calibration(drawn, prompt_ids(tokenizer, prompts, drawn.ids))
+    return Calibration(drawn, prompt_ids(load_tokenizer(model.checkpoint), prompts, drawn.ids))
+
+
+def draw_calibration(
+    model: Model,
+    text: str | Sequence[str],
+    *,
+    weights: Sequence[float] | None = None,
+    blocks: int,
+    block_size: int,
+    seed: int,
+    text_column: str | None = None,
+) -> TokenBlocks:
+    """The calibration blocks of `calibrate`, without prompts; arguments and errors as there."""
+    tokenizer = load_tokenizer(model.checkpoint)
+    specs = [text] if isinstance(text, str) else list(text)
+    texts = [open_text(spec, tokenizer, text_column) for spec in specs]
+    return draw_blocks(tokenizer, texts, blocks=blocks, block_size=block_size, seed=seed, weights=weights)

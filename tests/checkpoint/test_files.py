@@ -15,16 +15,14 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from helpers.tiny_models import CALIBRATION, FAMILIES, ROOT, byte_tokenizer, opened
+from helpers.tiny_models import CALIBRATION, FAMILIES, ROOT, byte_tokenizer, opened, token_blocks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
-from surgery.errors import CalibrationError
 from surgery.evaluate.perplexity import perplexity
 from surgery.index.channel_index import STATISTICS
-from surgery.text import read_text, token_blocks
 
 
 def test_shards_are_what_the_safetensors_package_writes(tmp_path: Path) -> None:
@@ -141,31 +139,6 @@ def test_perplexity_equals_the_whole_model(
     assert found.perplexity == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-5)
     assert found.tokens == 15 * 63 and found.utf8_bytes == 15 * 63  # a byte a token
     assert found.bits_per_byte == pytest.approx(mean / 0.6931471805599453, rel=1e-5)
-
-
-def test_blocks_are_seeded_and_cover_the_text(license_text: str) -> None:
-    tokenizer = byte_tokenizer()
-    every = token_blocks(tokenizer, license_text, "t", block_size=100)
-    assert torch.equal(
-        every.ids.flatten(), torch.tensor(tokenizer(license_text)["input_ids"][: every.ids.numel()])
-    )
-    first, again, other = (
-        token_blocks(tokenizer, license_text, "t", block_size=100, blocks=8, seed=s) for s in (1, 1, 2)
-    )
-    assert first.digest == again.digest != other.digest
-    rows = {tuple(row) for row in every.ids.tolist()}
-    assert all(tuple(row) in rows for row in first.ids.tolist())
-
-
-def test_text_sources(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert read_text(str(tmp_path / "rows.jsonl"))[0] == "one\n\ntwo"
-    (tmp_path / "other.jsonl").write_text('{"label": 1}\n')
-    with pytest.raises(CalibrationError, match="no text column"):
-        read_text(str(tmp_path / "other.jsonl"))
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(CalibrationError, match="not UTF-8"):
-        read_text(str(tmp_path / "latin.txt"))
 
 
 def test_hub_example_runs() -> None:

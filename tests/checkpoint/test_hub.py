@@ -245,3 +245,30 @@ def test_several_revisions_are_compared(world: World) -> None:
     assert "step-1" in shown.stdout and "100%" in shown.stdout
     assert json.loads(world.surgeon("show", "runs", "--json").stdout) == printed
     assert "one --revision at a time" in world.surgeon("prune", "org/tiny", *arguments[:4], code=2).stderr
+
+
+def parquet_rows(count: int, group: int) -> bytes:
+    """A Parquet file with a column `text`, in row groups of `group` rows."""
+    import io
+
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    words = [
+        f"Row {number} of many, {number * 2654435761 % 2**32:x} unlike the others." for number in range(count)
+    ]
+    file = io.BytesIO()
+    parquet.write_table(arrow.table({"text": words}), file, row_group_size=group, compression="none")
+    return file.getvalue()
+
+
+def test_a_large_data_set_is_read_no_further_than_needed(world: World) -> None:
+    data = parquet_rows(1_000_000, 2_000)
+    sha = world.hub.put("org/rows", {"data/train-00000-of-00001.parquet": data, "README.md": b"# rows\n"})
+    world.hub.bytes_out.clear()
+    options = ["--calibration", "org/rows", "--blocks", "4", "--block-size", "32", "--range-reads"]
+    world.surgeon("index", "org/tiny", "--out", "index", *options)
+    read = world.hub.bytes_out["data/train-00000-of-00001.parquet"]
+    assert 0 < read < 7 << 20 < len(data) / 7  # the Hub client fetches 5 MiB at a time
+    calibration = json.loads((world.folder / "index" / "index.json").read_text())["calibration"]
+    assert calibration["name"] == "org/rows"
+    assert [part["revision"] for part in calibration["parts"]] == [sha]

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_loopbackTokenThatMustNeverLeak"
+KINDS = "(models|datasets)"  # both kinds of repo share one name space here
 LFS_BYTES = 64 << 10  # files at least this large, and all safetensors, go through LFS
 
 
@@ -133,11 +134,12 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/lfs-verify", "lfs_verify"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "make_commit"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "make_branch"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.*))?", "tree"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
-        ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
-        ("HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.*))?", "tree"),
+        ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
+        ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
+        ("POST", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)", "paths_info"),
+        ("GET", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
+        ("HEAD", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def log_message(self, *_: Any) -> None:
@@ -308,11 +310,35 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo: str, rev: str, path: str = "") -> None:
         if (found := self.find(repo, rev)) is None:
             return
-        rows = []
+        recursive = self.query.get("recursive", ["false"])[0].lower() == "true"
+        start = f"{path}/" if path else ""
+        rows: dict[str, dict[str, Any]] = {}
         for name, oid in sorted(found[0].commits[found[1]].items()):
-            if name.startswith(path):
-                row = {"type": "file", "path": name, "size": len(self.state.blobs[oid]), "oid": oid[:40]}
-                rows.append(row)
+            if not name.startswith(start):
+                continue
+            parts = name.removeprefix(start).split("/")
+            for depth in range(1, len(parts)):
+                folder = start + "/".join(parts[:depth])
+                if recursive or depth == 1:
+                    rows[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+            if recursive or len(parts) == 1:
+                size = len(self.state.blobs[oid])
+                rows[name] = {"type": "file", "path": name, "size": size, "oid": oid[:40]}
+        self.send(200, list(rows.values()))
+
+    def paths_info(self, repo: str, rev: str) -> None:
+        if (found := self.find(repo, rev)) is None:
+            return
+        form = parse_qs(self.body.decode())
+        paths = form.get("paths") or json.loads(self.body or b"{}").get("paths", [])
+        files = found[0].commits[found[1]]
+        rows: list[dict[str, Any]] = []
+        for path in paths:
+            if path in files:
+                size = len(self.state.blobs[files[path]])
+                rows.append({"type": "file", "path": path, "size": size, "oid": files[path][:40]})
+            elif any(name.startswith(f"{path}/") for name in files):
+                rows.append({"type": "directory", "path": path, "oid": "0" * 40})
         self.send(200, rows)
 
     def refs(self, repo: str) -> None:
@@ -334,6 +360,7 @@ class Handler(BaseHTTPRequestHandler):
             "sha": found[1],
             "private": found[0].private,
             "siblings": siblings,
+            "author": repo.partition("/")[0],
         }
         self.send(200, {**fields, "tags": [], "downloads": 0, "likes": 0})
 

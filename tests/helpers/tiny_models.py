@@ -12,6 +12,7 @@ from helpers.model_families import config_fields
 from surgery.checkpoint.reader import Checkpoint
 from surgery.engine.open_model import Model
 from surgery.engine.run_options import RunOptions
+from surgery.text import Text, TokenBlocks, draw_blocks, first_blocks
 
 PLENTY = 8 << 30  # a memory budget that holds every tiny model
 ROOT = Path(__file__).parent.parent.parent
@@ -63,6 +64,22 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0  # as some families set it on loading
     return model.to(dtype)
+
+
+def token_blocks(
+    tokenizer: Any,
+    text: str,
+    name: str,
+    *,
+    block_size: int,
+    blocks: int | None = None,
+    seed: int | None = None,
+) -> TokenBlocks:
+    """Blocks of a string: with `seed` a sample of `blocks` blocks, else the first ones."""
+    source = Text(name, lambda _: iter([text]), size=len(text.encode()))
+    if seed is None:
+        return first_blocks(tokenizer, source, block_size=block_size, blocks=blocks)
+    return draw_blocks(tokenizer, [source], block_size=block_size, blocks=blocks or 1, seed=seed)
 
 
 def opened(

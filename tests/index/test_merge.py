@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import CALIBRATION, byte_tokenizer, opened
+from helpers.tiny_models import CALIBRATION, byte_tokenizer, opened, token_blocks
 
 from surgery.errors import UsageError
 from surgery.index.build import build_index
 from surgery.index.calibration import Calibration
 from surgery.index.channel_index import ChannelIndex
 from surgery.index.merge import merge_indexes
-from surgery.text import TokenBlocks, token_blocks
+from surgery.text import TokenBlocks
 
 PROMPTS = [torch.tensor([5, 6, 7])]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, REAL_TEXT, opened
+from helpers.tiny_models import FAMILIES, REAL_TEXT, opened, token_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.engine.streamed_model import StreamedModel
@@ -19,7 +19,7 @@ from surgery.index.calibration import Calibration
 from surgery.index.channel_index import ChannelIndex
 from surgery.index.spike_detector import PROMPT, PROMPTS, SuperWeightDetector, prompt_ids
 from surgery.index.super_weights import SuperWeight, published_coordinates
-from surgery.text import TokenBlocks, token_blocks
+from surgery.text import TokenBlocks
 
 IDS = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
 

@@ -1,0 +1,101 @@
+"""Calibration text: a seeded sample of blocks, from one text or from a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from surgery.errors import CalibrationError, UsageError
+from surgery.text.blocks import TokenBlocks, TokenisedText, check_length, check_shape, tokenise
+from surgery.text.sources import Text
+
+WHOLE = 4 << 20  # bytes: a file up to this size is sampled by blocks, a larger one by stretches
+CHOICE = 4  # times the text that is needed is read of a stream, to draw blocks from
+BYTES_PER_TOKEN = 6  # more than English needs
+
+
+def draw_blocks(
+    tokenizer: Any,
+    texts: Sequence[Text],
+    *,
+    blocks: int,
+    block_size: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+) -> TokenBlocks:
+    """Draw `blocks` blocks of `block_size` tokens with `seed`, shared among texts by `weights`.
+
+    Blocks come in the order of the texts, and within one in the order of the text. Without weights every text
+    has the same share. A file of up to WHOLE bytes is drawn from as a whole; of a larger one, stretches at
+    seeded places are read; of a stream, CHOICE times what is needed. Raises CalibrationError for a text that
+    is too short, UsageError for weights that do not fit.
+    """
+    check_shape(blocks, block_size)
+    counts = share_blocks(blocks, [text.name for text in texts], weights)
+    ids, predicted = [], 0
+    parts: list[dict[str, Any]] = []
+    for text, count in zip(texts, counts, strict=True):
+        if count == 0:
+            continue
+        found = _tokenised(tokenizer, text, count, block_size, seed)
+        available = len(found.ids) // block_size
+        check_length(text.name, available, count, block_size, len(found.ids))
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+        drawn, size = found.blocks(block_size, order[:count].sort().values)
+        ids.append(drawn)
+        predicted += size
+        parts.append({"name": text.name, "revision": text.revision, "blocks": count, "share": count / blocks})
+    several = len(parts) > 1
+    name = " + ".join(part["name"] for part in parts)
+    kept = tuple(parts) if several or parts[0]["revision"] else ()
+    notes = tuple(note for text in texts for note in text.notes)
+    return TokenBlocks(torch.cat(ids), name, seed, predicted, kept, notes)
+
+
+def share_blocks(blocks: int, names: Sequence[str], weights: Sequence[float] | None) -> list[int]:
+    """Blocks for each text: their weights' shares, rounded so that they add up to `blocks`."""
+    if weights is None:
+        weights = [1.0] * len(names)
+    if len(weights) != len(names) or min(weights) < 0 or sum(weights) <= 0:
+        raise UsageError(
+            "there has to be one weight of 0 or more for each calibration text",
+            where="--calibration-weights",
+            expected=f"{len(names)} numbers",
+            found=", ".join(map(str, weights)),
+        )
+    if blocks < sum(weight > 0 for weight in weights):
+        raise CalibrationError(
+            "there are fewer blocks than calibration texts",
+            where="--blocks",
+            expected=f"{len(names)} or more",
+            found=str(blocks),
+            next_step="give more blocks, or fewer texts with --calibration",
+        )
+    exact = [blocks * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    for place in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: blocks - sum(counts)]:
+        counts[place] += 1
+    return counts
+
+
+def _tokenised(tokenizer: Any, text: Text, blocks: int, block_size: int, seed: int) -> TokenisedText:
+    """As much of a text as blocks are drawn from, tokenised."""
+    wanted = CHOICE * BYTES_PER_TOKEN * blocks * block_size
+    whole = max(WHOLE, wanted)
+    if text.size is not None and text.size <= whole:
+        return tokenise(tokenizer, text.pieces(None), block_size, None)
+    if text.sample is not None:
+        return tokenise(tokenizer, text.sample(wanted, CHOICE * blocks, seed), block_size, None)
+    return tokenise(tokenizer, _up_to(text, wanted if text.size is None else whole, seed), block_size, None)
+
+
+def _up_to(text: Text, limit: int, seed: int) -> Any:
+    """The pieces of a stream up to about `limit` bytes."""
+    read = 0
+    for piece in text.pieces(seed):
+        yield piece
+        read += len(piece.encode())
+        if read >= limit:
+            return
