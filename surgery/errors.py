@@ -35,6 +35,10 @@ class SurgeonError(Exception):
         return "; ".join(parts)
 
 
+class SurgeonWarning(UserWarning):
+    """Something that went another way than asked for, and cost nothing else."""
+
+
 class UsageError(SurgeonError):
     """An invalid option or argument."""
 

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.manifest import MANIFEST, dump_manifest, read_manifest
 from surgery.checkpoint.output_folder import replace_text
 from surgery.checkpoint.reader import Checkpoint
+from surgery.errors import SurgeonWarning, UsageError
 
 
 def write_card(
     folder: Path, manifest: dict[str, Any], checkpoint: Checkpoint, template: str | None = None
 ) -> None:
     """Write README.md, the model card, from the manifest and the card of the source `checkpoint`."""
-    from surgery.card.render import render_card
-
     source_card = None
     if "README.md" in checkpoint.file_names:
         size = checkpoint.source.size("README.md")
         source_card = bytes(checkpoint.source.read("README.md", 0, size)).decode("utf-8", errors="replace")
-    (folder / "README.md").write_text(render_card(manifest, source_card, template), encoding="utf-8")
+    (folder / "README.md").write_text(_rendered(manifest, source_card, template), encoding="utf-8")
+
+
+def check_template(template: str | None) -> None:
+    """Raise UsageError for a card template that is not jinja2."""
+    import jinja2
+
+    try:
+        jinja2.Environment().parse(template or "")
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(
+            "the card template is not jinja2", where=f"--card-template, line {error.lineno}", found=str(error)
+        ) from error
+
+
+def _rendered(manifest: dict[str, Any], source_card: str | None, template: str | None) -> str:
+    """The card; by surgeon's template where the one given fails, which must not cost a checkpoint."""
+    import jinja2
+
+    from surgery.card.render import render_card
+
+    try:
+        return render_card(manifest, source_card, template)
+    except jinja2.TemplateError as error:
+        if template is None:
+            raise
+        reason = " ".join(str(error).split())
+        warnings.warn(
+            SurgeonWarning(f"the card template failed ({reason}): surgeon's own is used"), stacklevel=2
+        )
+        return render_card(manifest, source_card)
 
 
 def name_repo(folder: Path, repo: str) -> None:

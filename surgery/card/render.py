@@ -6,6 +6,8 @@ import re
 from importlib import resources
 from typing import Any
 
+from surgery.card.source_card import inherited_metadata
+
 PRUNED_TAGS = ["pruned", "structured-pruning", "surgeon"]
 QUANTIZED_TAGS = ["quantized", "surgeon"]
 OBLIGATIONS = {
@@ -98,7 +100,7 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
 
     quantized = "quantization" in manifest
     own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS
-    inherited = _inherited(source_card)
+    inherited = inherited_metadata(source_card)
     name = manifest["source"]["name"]
     tags = [tag for tag in inherited.pop("tags", []) if tag not in own_tags]
     fields: dict[str, Any] = {
@@ -134,17 +136,6 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
 
 def obligation(source_card: str | None) -> str:
     """What the source's license requires of modified copies; empty if nothing special is known."""
-    data = _inherited(source_card)
+    data = inherited_metadata(source_card)
     license_id = str(data.get("license_name") or data.get("license") or "").lower()
     return next((text for word, text in OBLIGATIONS.items() if license_id.startswith(word)), "")
-
-
-def _inherited(source_card: str | None) -> dict[str, Any]:
-    """The metadata of the source's card that also applies to a modified copy."""
-    from huggingface_hub import ModelCard
-
-    if not source_card or not source_card.startswith("---"):
-        return {}
-    data = ModelCard(source_card, ignore_metadata_errors=True).data.to_dict()
-    keys = ("license", "license_name", "license_link", "language", "tags")
-    return {key: data[key] for key in keys if data.get(key)}

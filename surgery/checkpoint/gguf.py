@@ -52,7 +52,7 @@ class GgufCheckpoint(Checkpoint):
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _save_tokenizer(file, folder)
         self.source = LocalFolder(folder)
-        self.name, self.revision = file.stem, None
+        self.name, self.revision, self.trust_remote_code = file.stem, None, False
         self.file_names = self.source.files()
         self.config = self._read_config()
         self.weight_files, self.weight_map = [file.name], None

@@ -43,6 +43,7 @@ class Checkpoint:
         self.source = source
         self.name = name
         self.revision = revision
+        self.trust_remote_code = False
         self.file_names = source.files()
         self.config = self._read_config()
         self.weight_files, self.weight_map = self._find_weights()
@@ -87,8 +88,23 @@ class Checkpoint:
 
     @cached_property
     def left_behind(self) -> list[str]:
-        """Files that no result carries: weights that transformers does not load, and what belongs to them."""
-        return left_behind({f: self.source.size(f) for f in self.file_names}, self.own_files)
+        """Files that no result carries: weights that transformers does not load, and what belongs to them.
+
+        A generation_config.json that can't be read is left behind too: nothing would load beside it.
+        """
+        behind = left_behind({f: self.source.size(f) for f in self.file_names}, self.own_files)
+        return sorted([*behind, *(["generation_config.json"] if self._bad_generation_config() else [])])
+
+    def _bad_generation_config(self) -> bool:
+        from surgery.checkpoint.transformers_model import generation_config_loads
+
+        file = "generation_config.json"
+        if file not in self.file_names:
+            return False
+        try:
+            return not generation_config_loads(self.read_json(file))
+        except CheckpointError:
+            return True
 
     def file_fingerprints(self) -> dict[str, list[int]]:
         """Weight file -> [size in bytes, modification time in ns, 0 for remote files], to detect changes."""

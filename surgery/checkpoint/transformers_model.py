@@ -11,26 +11,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import CalibrationError, CheckpointError, UnsupportedModelError
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer. Raises CalibrationError when it has none that loads."""
+    """The checkpoint's own tokenizer. Raises CalibrationError when it has none that loads.
+
+    Code that comes with it runs only when the checkpoint was opened with `trust_remote_code`.
+    """
     from transformers import AutoTokenizer
 
+    trusted = checkpoint.trust_remote_code
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(checkpoint.source.path))
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.source.path), trust_remote_code=trusted)
+            tokenizer("a")
+            return tokenizer
+    except Exception as error:  # tokenizers raises plain Exceptions
+        own_code = "trust_remote_code" in str(error) and not trusted
         raise CalibrationError(
-            "the checkpoint's tokenizer can't be loaded",
+            "the checkpoint's tokenizer needs code of its own"
+            if own_code
+            else "the checkpoint's tokenizer can't be loaded",
             where=checkpoint.name,
-            found=str(error).splitlines()[0],
-            next_step="put tokenizer.json beside config.json",
+            found="" if own_code else one_line(error),
+            next_step="give --trust-remote-code if you trust this code"
+            if own_code
+            else _missing_package(error) or "put a tokenizer.json that loads beside config.json",
         ) from error
+
+
+def _missing_package(error: Exception) -> str:
+    """What to install, where an error says that a package is missing."""
+    for package in ("sentencepiece", "protobuf", "tiktoken"):
+        if isinstance(error, ImportError) and package in str(error).lower():
+            return f"pip install {package}"
+    return ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# Keys that say how to run a model, not what it is: a kernel that is named there may be missing here.
+RUN_KEYS = (
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+)
+MOST_POSITIONS = 1 << 26  # some families make tables of this length on construction
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -40,9 +73,6 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(nested, dict):
             return nested
     return config
-
-
-CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 
 
 @contextlib.contextmanager
@@ -63,7 +93,7 @@ def build_config(config: dict[str, Any], where: str) -> Any:
     """The transformers config object of a config.json. Raises UnsupportedModelError if it can't be built."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    family = config["model_type"]
+    family = str(config.get("model_type"))
     try:
         config_class = CONFIG_MAPPING[family]
     except KeyError as error:
@@ -77,9 +107,19 @@ def build_config(config: dict[str, Any], where: str) -> Any:
         import surgery.loading  # noqa: F401  (registers per-layer widths with transformers)
     with quiet_transformers():
         try:
-            return config_class.from_dict(config_class._decode_special_floats(copy.deepcopy(config)))
-        except CONFIG_ERRORS as error:
+            plain = {key: value for key, value in config.items() if key not in RUN_KEYS}
+            built = config_class.from_dict(config_class._decode_special_floats(copy.deepcopy(plain)))
+        except Exception as error:
             raise _cannot_build(error, where) from error
+    positions = getattr(built.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > MOST_POSITIONS:
+        raise UnsupportedModelError(
+            "the config has an impossible context length",
+            where=where,
+            expected=f"max_position_embeddings up to {MOST_POSITIONS:,}",
+            found=str(positions),
+        )
+    return built
 
 
 def auto_class(config: Any) -> Any:
@@ -108,7 +148,7 @@ def build_model(config: Any, dtype: torch.dtype, where: str) -> Any:
         try:
             with init_empty_weights(include_buffers=False):
                 model = auto_class(config).from_config(config, dtype=dtype)
-        except CONFIG_ERRORS as error:
+        except Exception as error:
             raise _cannot_build(error, where) from error
     return model.eval().requires_grad_(False)
 
@@ -117,8 +157,23 @@ def _cannot_build(error: Exception, where: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         "transformers can't build a causal language model from this config",
         where=where,
-        found=" ".join(str(error).split())[:200] or type(error).__name__,
+        found=one_line(error),
+        next_step="compare config.json with the one its publisher has",
     )
+
+
+def generation_config_loads(fields: Any) -> bool:
+    """Whether transformers can read the content of a generation_config.json; it can't load a model beside one
+    that it can't read.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        with quiet_transformers():
+            GenerationConfig.from_dict(dict(fields)) if isinstance(fields, dict) else fields["not an object"]
+    except Exception:  # noqa: BLE001 (whatever it is, the file can't be carried)
+        return False
+    return True
 
 
 def check_loads(folder: Path, beside: Collection[str] = ()) -> None:
@@ -141,11 +196,16 @@ def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = (
     try:
         with quiet_transformers():
             _, info = automatic.from_pretrained(
-                str(folder), device_map="meta", output_loading_info=True, dtype="auto"
+                str(folder),
+                device_map="meta",
+                output_loading_info=True,
+                dtype="auto",
+                attn_implementation="eager",  # of any, the names and shapes are the same
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
+    except Exception as error:
         raise CheckpointError(
-            "the checkpoint does not load", where=folder.name, found=str(error).splitlines()[0]
+            "the checkpoint does not load", where=folder.name, found=one_line(error)
         ) from error
     finally:
         if bars:

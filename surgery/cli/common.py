@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.index.channel_index import ChannelIndex
     from surgery.progress import Progress
 
+LINE_SECONDS = 60.0  # between two lines of progress in a log
 RESUMING = "Resuming an interrupted run (--no-resume starts over)"
 
 
@@ -30,15 +32,20 @@ def read_template(path: Path | None) -> str | None:
     """The text of --card-template. Raises UsageError when it can't be read."""
     if path is None:
         return None
+    from surgery.card.publish import check_template
+
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        check_template(text)
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the card template can't be read", where=path.name, found=str(error)) from error
 
 
 def local_path(model: str) -> Path | None:
     """The folder of a local model, None for one on the Hub."""
-    return Path(model) if Path(model).is_dir() else None
+    path = Path(model).expanduser()
+    return path if path.is_dir() else None
 
 
 def read_index(folder: str | None) -> ChannelIndex | None:
@@ -219,11 +226,13 @@ def say_resuming(journal: Journal, quiet: bool) -> None:
 
 
 def bars(quiet: bool) -> Progress[Any]:
-    """Progress bars on stderr with the time left, or none."""
+    """Progress bars on stderr with the time left; without a terminal, a line a minute; or none."""
     from surgery.progress import no_progress
 
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         return no_progress
+    if not sys.stderr.isatty():
+        return progress_lines
 
     def progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         from rich.console import Console
@@ -234,6 +243,20 @@ def bars(quiet: bool) -> Progress[Any]:
             yield from bar.track(items, total=total)
 
     return progress
+
+
+def progress_lines(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+    """The items, with a line on stderr every LINE_SECONDS that says how many are done and the time left."""
+    from surgery.byte_units import format_duration
+
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= LINE_SECONDS:
+            left = (now - start) / done * (total - done)
+            say(f"{label}: {done} of {total}, about {format_duration(left)} left", quiet=False)
+            said = now
+        yield item
 
 
 def data_console() -> Console:

@@ -12,7 +12,7 @@ import click
 from surgery import defaults
 from surgery.cli.common import bars, local_path, say, show_dry_run
 from surgery.cli.help import GroupedCommand
-from surgery.cli.options import ModelOptions, model_options, talk_options
+from surgery.cli.options import FilePath, ModelOptions, model_options, talk_options
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ SMOOTHING_BLOCKS = 8
 @click.option("--limit", type=int, help="Only the first so many examples of each task.")
 @click.option(
     "--include-path",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FilePath(path_type=Path, exists=True, file_okay=False),
     help="Folder of task files besides lm-eval's own.",
 )
 @click.option(

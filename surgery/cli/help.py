@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Page": ("comparison", "generate", "prompts", "tokens", "figures"),
     "Card and publishing": ("card_template", "stdout", "push_to", "private", "push_revision", "create_pr"),
-    "Run": ("device", "dtype", "memory", "resume", "broadcast_reads"),
+    "Run": ("device", "dtype", "memory", "trust_remote_code", "resume", "broadcast_reads"),
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {

@@ -22,6 +22,7 @@ from surgery.cli.common import (
 )
 from surgery.cli.help import GroupedCommand
 from surgery.cli.options import (
+    PATH,
     CalibrationOptions,
     ModelOptions,
     calibration_options,
@@ -156,7 +157,7 @@ def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print index.json or surgeon.json; of several, the comparison."
 )

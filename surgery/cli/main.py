@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
+import sys
+import warnings
 from typing import Any
 
 import click
@@ -24,7 +27,7 @@ from surgery.cli.publish import card, push
 from surgery.cli.quantize import quantize
 from surgery.cli.report import report
 from surgery.cli.shard_index import shard_index
-from surgery.errors import SurgeonError, UsageError
+from surgery.errors import SurgeonError, SurgeonWarning, UsageError
 
 COLLECT_AFTER = 20_000  # new objects between two collections of the youngest generation
 
@@ -53,6 +56,12 @@ class SurgeonGroup(GroupedCommands):
             raise explained from error
 
 
+def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Print a warning of surgeon as one line; those of other libraries are for their developers."""
+    if issubclass(category, SurgeonWarning):
+        click.echo(f"Warning: {message}", err=True)
+
+
 @click.group(
     cls=SurgeonGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
@@ -66,6 +75,10 @@ def main() -> None:
     surgeon eval smaller --text text.txt
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that can't print an arrow shows a question mark
+    warnings.showwarning = show_warning
     # torch and transformers make hundreds of thousands of objects that live until exit. Searching them for
     # garbage during import and at exit takes a third of the start-up time.
     gc.set_threshold(COLLECT_AFTER)

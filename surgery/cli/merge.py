@@ -10,11 +10,11 @@ from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.cli.common import bars, local_path, say, show_dry_run
 from surgery.cli.help import GroupedCommand
 from surgery.cli.index import present
-from surgery.cli.options import ModelOptions, model_options, output_options, talk_options
+from surgery.cli.options import PATH, ModelOptions, model_options, output_options, talk_options
 
 
 @click.command("merge-index", cls=GroupedCommand)
-@click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="INDEX...", nargs=-1, required=True, type=PATH)
 @click.option("--model", required=True, help="The model they are of, whose weights the halo is found from.")
 @output_options
 @model_options

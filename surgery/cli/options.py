@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 ALLOCATION_NAMES = ("uniform", "global", "score")
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class FilePath(click.Path):
+    """A path that may begin with ~, also where the shell leaves that (`--out=~/folder`)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (click's convert takes text)
+
+
+PATH = FilePath(path_type=Path)
 
 
 class RegisteredName(click.ParamType[str]):
@@ -58,6 +69,7 @@ class ModelOptions:
     device: str
     dtype: str
     memory: str | None
+    trust_remote_code: bool
 
     def open(self, source: str) -> Model:
         """Open MODEL. Raises UsageError for several revisions."""
@@ -74,6 +86,7 @@ class ModelOptions:
             dtype=self.dtype,
             memory=self.memory,
             range_reads=self.range_reads,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -193,6 +206,9 @@ model_options = collected(
             "to disk, repair matrices are solved in blocks, and less than the least is refused. "
             "[default: half of the machine's]",
         ),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run the code that comes with MODEL's tokenizer."
+        ),
     ],
 )
 
@@ -240,7 +256,7 @@ talk_options = _add(
 
 output_options = _add(
     [
-        click.option("--out", type=click.Path(path_type=Path), help="Folder to write."),
+        click.option("--out", type=PATH, help="Folder to write."),
         click.option("--overwrite", is_flag=True, help="Replace the folder if it exists."),
         click.option(
             "--dry-run", is_flag=True, help="Say what would be done and what it takes; write nothing."

@@ -25,6 +25,7 @@ from surgery.cli.common import (
 )
 from surgery.cli.help import GroupedCommand
 from surgery.cli.options import (
+    PATH,
     CalibrationOptions,
     ModelOptions,
     PushOptions,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @cut_options
 @eval_options
-@click.option("--card-template", type=click.Path(path_type=Path), help="jinja2 text for the card.")
+@click.option("--card-template", type=PATH, help="jinja2 text for the card.")
 @click.option(
     "--push",
     "push_to",

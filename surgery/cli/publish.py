@@ -10,11 +10,11 @@ import click
 from surgery.checkpoint.manifest import read_manifest
 from surgery.cli.common import read_template, say
 from surgery.cli.help import GroupedCommand
-from surgery.cli.options import PushOptions, push_options
+from surgery.cli.options import PATH, PushOptions, push_options
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.argument("repo")
 @push_options
 @click.option("--overwrite", is_flag=True, help="Replace a repo that surgeon did not write.")
@@ -65,10 +65,8 @@ def push(
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--card-template", type=click.Path(path_type=Path), help="jinja2 template to use in place of surgeon's."
-)
+@click.argument("folder", metavar="DIR", type=PATH)
+@click.option("--card-template", type=PATH, help="jinja2 template to use in place of surgeon's.")
 @click.option("--stdout", is_flag=True, help="Print the card; write nothing.")
 def card(folder: Path, card_template: Path | None, stdout: bool) -> None:
     """Write the model card of DIR again, from its surgeon.json.

@@ -10,6 +10,7 @@ import click
 
 from surgery.cli.common import data_console, say
 from surgery.cli.help import GroupedCommand
+from surgery.cli.options import PATH
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,19 +18,19 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=PATH)
 @click.option(
     "--index",
     "index_folder",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="With a pruned folder: index of the source, to show what other methods would have kept.",
 )
 @click.option(
     "--compare",
     "comparison",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder that `surgeon compare` wrote, for perplexity against size.",
 )
 @click.option(
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Page to write. [default: NAME-report.html]",
 )
 @click.option(
     "--figures",
     metavar="DIR",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write every figure as PNG and SVG into this folder.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace page and figures if they exist.")

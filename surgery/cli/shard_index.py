@@ -8,10 +8,11 @@ import click
 
 from surgery.cli.common import say
 from surgery.cli.help import GroupedCommand
+from surgery.cli.options import PATH
 
 
 @click.command("shard-index", cls=GroupedCommand)
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 def shard_index(folder: Path) -> None:
     """Write model.safetensors.index.json for the shards in DIR, from their headers.
 

@@ -64,6 +64,7 @@ def open_model(
     dtype: str = "auto",
     memory: str | int | None = None,
     range_reads: bool = False,
+    trust_remote_code: bool = False,
 ) -> Model:
     """Open a local checkpoint folder, a .gguf file, or `org/name` on the Hub at a revision.
 
@@ -71,11 +72,13 @@ def open_model(
     - `dtype`: auto, float32, bfloat16 or float16. A GGUF file is dequantised to it, to bfloat16 for auto.
     - `memory`: a budget in bytes or as "8GiB"; by default half of the machine's memory.
     - `range_reads`: read a Hub checkpoint's weights in byte ranges and do not store them.
+    - `trust_remote_code`: run the code that comes with the checkpoint's tokenizer.
 
     No weight is read yet. Raises CheckpointError for what can't be read, HubError for a failed Hub request,
     UsageError for invalid options.
     """
     checkpoint = open_checkpoint(source, revision=revision, dtype=dtype, range_reads=range_reads)
+    checkpoint.trust_remote_code = trust_remote_code
     return Model(checkpoint, RunOptions.choose(checkpoint, device, dtype, memory))
 
 

@@ -240,7 +240,7 @@ class ChannelIndex:
         Raises IndexMismatchError for a folder that is not an index, is damaged, or has another schema
         version.
         """
-        path = Path(folder)
+        path = Path(folder).expanduser()
         try:
             fields = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
             tensors = load_file(path / TENSOR_FILE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class MetaModel:
         self.dtype = dtype
         known = family_of(checkpoint.config, checkpoint.name)
         self.config = build_config(checkpoint.config, checkpoint.name)
+        self._check_depth()
         self.model = build_model(self.config, dtype, checkpoint.name)
         show_experts(self.model)
         self.layers_path, self.layers = _find_layers(self.model, checkpoint.name)
@@ -80,6 +82,16 @@ class MetaModel:
             lambda config: build_model(config, dtype, checkpoint.name),
             checkpoint.name,
         )
+        self.parameters: dict[str, torch.Tensor] = dict(self.model.state_dict())
+        self.other_parameters: list[StoredParameter] = []
+        self.layer_parameters: list[list[StoredParameter]] = [[] for _ in self.layers]
+        self.ties: dict[str, str] = {}
+        self.leftovers: list[Leftover] = []
+        self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
+            (re.compile(glob.replace("*", ".*")), wanted)
+            for glob, wanted in self.model._get_dtype_plan(dtype).items()
+        ]
+        self._map_names()
         self.ffns: list[list[Ffn]] = [find_ffns(self.family.sites, layer) for layer in self.layers]
         if not any(self.ffns):
             raise UnsupportedModelError(
@@ -95,16 +107,18 @@ class MetaModel:
                     expected="one",
                     found=", ".join(ffn.site.down for ffn in ffns),
                 )
-        self.parameters: dict[str, torch.Tensor] = dict(self.model.state_dict())
-        self.other_parameters: list[StoredParameter] = []
-        self.layer_parameters: list[list[StoredParameter]] = [[] for _ in self.layers]
-        self.ties: dict[str, str] = {}
-        self.leftovers: list[Leftover] = []
-        self._dtype_plan: list[tuple[re.Pattern[str], torch.dtype]] = [
-            (re.compile(glob.replace("*", ".*")), wanted)
-            for glob, wanted in self.model._get_dtype_plan(dtype).items()
-        ]
-        self._map_names()
+
+    def _check_depth(self) -> None:
+        """Refuse a config with more layers than there are tensors before a model of that depth is built."""
+        count = getattr(self.config.get_text_config(), "num_hidden_layers", None)
+        if isinstance(count, int) and count > len(self.checkpoint.tensors):
+            raise CheckpointError(
+                "the config has more layers than the checkpoint has tensors",
+                where=self.checkpoint.name,
+                expected=f"{count} layers",
+                found=f"{len(self.checkpoint.tensors)} tensors",
+                next_step="fetch the complete checkpoint, or its own config.json",
+            )
 
     def _map_names(self) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -139,6 +153,8 @@ class MetaModel:
         self.leftovers = find_leftovers(
             unknown, self.checkpoint.tensors, self.checkpoint.config, self.model, self.layers_path
         )
+        for target, stored_parameter in stored_parameters.items():
+            self._check_experts(target, stored_parameter)
         needed = self._needed_prefixes()
         for target, stored_parameter in stored_parameters.items():
             if target.startswith(self.layers_path + "."):
@@ -150,6 +166,22 @@ class MetaModel:
             name for stored_parameter in stored_parameters.values() for name in stored_parameter.targets
         }
         self._check_missing({name for name in self.parameters if name not in present})
+
+    def _check_experts(self, target: str, stored_parameter: StoredParameter) -> None:
+        """Experts stored one by one must be as many as the config says."""
+        if "MergeModulelist" not in stored_parameter.steps:
+            return
+        wanted = self.parameters[target].shape[0]
+        counts = Counter(pattern for _, pattern in stored_parameter.sources)
+        for count in counts.values():
+            if count != wanted:
+                raise CheckpointError(
+                    "the checkpoint does not have the number of experts the config asks for",
+                    where=target,
+                    expected=str(wanted),
+                    found=str(count),
+                    next_step="fetch the complete checkpoint, or its own config.json",
+                )
 
     def _check_missing(self, missing: set[str]) -> None:
         ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
