@@ -1,160 +1,193 @@
 """GgufCheckpoint: a GGUF file as a checkpoint, whose tensors are dequantised one at a time on request.
 
-transformers knows the names, layouts and quantisation of GGUF weights by family, but it loads the whole file.
-This module applies its name map and its per-tensor processors to one tensor at a time.
+The file's whole meaning goes into the config, or the file is refused by the name of what can't: every key of
+its architecture is read (gguf_metadata.py) and every tensor has a place in the model or in the config.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.checkpoint.gguf_config import ROPE_TENSORS, read_config
+from surgery.checkpoint.gguf_families import GgufFamily
+from surgery.checkpoint.gguf_file import GgufFile, GgufTensor, kinds
+from surgery.checkpoint.gguf_layouts import Change
+from surgery.checkpoint.gguf_tokenizer import save_tokenizer
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.safetensors_header import TensorEntry
 from surgery.checkpoint.source import LocalFolder
+from surgery.checkpoint.transformers_model import auto_class, build_config, build_model
 from surgery.errors import CheckpointError
 
-# Processors that make one parameter from one stored tensor. Those for mixtures of experts make several.
-ONE_TO_ONE = {
-    "TensorProcessor",
-    "LlamaTensorProcessor",
-    "Gemma2TensorProcessor",
-    "NemotronTensorProcessor",
-    "GPT2TensorProcessor",
-}
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor of the model is: a GGUF tensor or one expert's slab; and what changes its layout."""
+
+    tensor: GgufTensor
+    expert: int | None = None
+    change: Change | None = None
+    less_one: bool = False
 
 
 class GgufCheckpoint(Checkpoint):
     """A GGUF file as a checkpoint: tensors have transformers' names and shapes, dequantised to `dtype`.
 
+    Experts, which GGUF stacks, are tensors of their own under the names that `save_pretrained` writes.
     config.json and the tokenizer are made from the file's metadata, in a temporary folder. Raises
-    CheckpointError for a file that is not GGUF, an architecture that transformers can't read, or a mixture of
-    experts.
+    CheckpointError for a file that is not GGUF or damaged, and for one whose meaning transformers can't hold.
     """
 
     def __init__(self, file: Path, dtype: torch.dtype) -> None:
-        self.gguf_file = file
+        _require_gguf(file)
         self.dtype = dtype
+        self.gguf = GgufFile(file)
+        family, self._fields = read_config(self.gguf)
+        config = build_config(self._fields, file.name)
+        self._stored = _name_tensors(self.gguf, family, self._fields)
+        self.tensors = {
+            name: TensorEntry(name, file.name, dtype, shape, 0, torch.Size(shape).numel() * dtype.itemsize)
+            for name, shape in ((name, self._shape(stored)) for name, stored in self._stored.items())
+        }
+        _check_places(config, dtype, self.tensors, {n: s.tensor.name for n, s in self._stored.items()}, file)
         folder = Path(tempfile.mkdtemp(prefix="surgeon-gguf-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._reader, parameters = _read_metadata(file)
-        architecture = str(self._reader.fields["general.architecture"].contents())
-        model, processor = _meta_model(file, architecture, parameters["config"], dtype)
-        self._config_fields, self._processor = parameters["config"], processor
-        fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
-        fields["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        _save_tokenizer(file, folder)
+        class_name = auto_class(config)._model_mapping[type(config)].__name__
+        written = config.to_dict() | {
+            "architectures": [class_name],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        save_tokenizer(self.gguf, config.model_type, folder)
         self.source = LocalFolder(folder)
         self.name, self.revision, self.trust_remote_code = file.stem, None, False
         self.file_names = self.source.files()
         self.config = self._read_config()
         self.weight_files, self.weight_map = [file.name], None
-        self._stored = self._name_tensors(model)
-        shapes = model.state_dict()
-        self.tensors = {
-            name: TensorEntry(
-                name, file.name, dtype, tuple(shapes[name].shape), 0, shapes[name].numel() * dtype.itemsize
-            )
-            for name in self._stored
-        }
 
     def file_fingerprints(self) -> dict[str, list[int]]:
         """File name -> [size in bytes, modification time in ns]."""
-        status = self.gguf_file.stat()
-        return {self.gguf_file.name: [status.st_size, status.st_mtime_ns]}
+        status = self.gguf.path.stat()
+        return {self.gguf.path.name: [status.st_size, status.st_mtime_ns]}
 
     @property
     def stored_form(self) -> str:
         """The file's quantisation types and the dtype they are dequantised to, for the model card."""
-        kinds = sorted({tensor.tensor_type.name for tensor in self._stored.values()})
-        return f"GGUF ({', '.join(kinds)}), dequantised to {str(self.dtype).removeprefix('torch.')}"
+        names = ", ".join(kinds(stored.tensor for stored in self._stored.values()))
+        return f"GGUF ({names}), dequantised to {str(self.dtype).removeprefix('torch.')}"
 
     def read(self, name: str) -> torch.Tensor:
-        """Parameter `name` in `dtype`, dequantised, in transformers' layout."""
-        from gguf import dequantize
-
+        """Tensor `name` in `dtype`, dequantised, in transformers' layout."""
         stored = self._stored[name]
-        result = self._processor.process(
-            weights=dequantize(stored.data, stored.tensor_type),
-            name=stored.name,
-            tensor_key_mapping={stored.name: name},
-            parsed_parameters={"config": self._config_fields, "tensors": {}},
-        )
-        return torch.from_numpy(result.weights.copy()).to(self.dtype)
+        rows = None if stored.expert is None else (stored.expert, stored.expert + 1)
+        wanted = torch.float32 if stored.less_one else self.dtype
+        tensor = self.gguf.read(stored.tensor, wanted, rows)
+        if stored.expert is not None:
+            tensor = tensor[0]
+        if stored.less_one:
+            tensor = (tensor - 1).to(self.dtype)
+        return stored.change(tensor, self._fields) if stored.change else tensor
 
-    def _name_tensors(self, model: Any) -> dict[str, Any]:
-        """Parameter name -> the GGUF tensor that stores it."""
-        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+    def _shape(self, stored: StoredTensor) -> tuple[int, ...]:
+        shape = stored.tensor.shape if stored.expert is None else stored.tensor.shape[1:]
+        if stored.change is None:
+            return shape
+        try:
+            return tuple(stored.change(torch.empty(shape, device="meta"), self._fields).shape)
+        except RuntimeError as error:
+            raise CheckpointError(
+                "a stored tensor does not have the shape the config asks for",
+                where=f"{self.gguf.path.name}: {stored.tensor.name}",
+                found=str(list(shape)),
+            ) from error
 
-        names = get_gguf_hf_weights_map(model, self._processor)
-        parameters = model.state_dict()
-        return {
-            names[tensor.name]: tensor
-            for tensor in self._reader.tensors
-            if tensor.name in names and names[tensor.name] in parameters
-        }
 
-
-def _read_metadata(file: Path) -> tuple[Any, dict[str, Any]]:
+def _require_gguf(file: Path) -> None:
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
             "reading GGUF needs the gguf package",
             where=file.name,
             next_step="pip install 'ffn-surgeon[gguf]'",
         ) from error
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    from surgery.checkpoint.transformers_model import quiet_transformers
-
-    try:
-        with quiet_transformers():
-            return GGUFReader(file), load_gguf_checkpoint(str(file), return_tensors=False)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(
-            "this GGUF file can't be read",
-            where=file.name,
-            found=" ".join(str(error).split())[:200] or type(error).__name__,
-            next_step="use the safetensors checkpoint it was converted from",
-        ) from error
 
 
-def _meta_model(file: Path, architecture: str, config: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """(Model on the meta device, transformers' tensor processor of its family). Raises CheckpointError."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+def _name_tensors(file: GgufFile, family: GgufFamily, fields: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Name in transformers -> the stored tensor. Raises CheckpointError for one that has no such name."""
+    stored: dict[str, StoredTensor] = {}
+    for tensor in file.tensors.values():
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(weight|bias)", tensor.name)
+        layer, part, ending = found.groups() if found else (None, tensor.name, "")
+        if ending == "weight" and layer is None and part in ROPE_TENSORS and family.rope_types:
+            continue  # in the config
+        key = part if layer is None else f"blk.{{}}.{part}"
+        template = family.names.get(key) if ending else None
+        if template is None:
+            raise _no_place(file.path, tensor.name)
+        name = f"{template.replace('{}', layer or '')}.{ending}"
+        less_one = family.norms_less_one and name.endswith("norm.weight")
+        if "{e}" not in name:
+            stored[name] = StoredTensor(tensor, None, family.changes.get(key), less_one)
+            continue
+        experts = fields.get("num_experts") or fields.get("num_local_experts")
+        if len(tensor.shape) != 3 or tensor.shape[0] != experts:
+            raise CheckpointError(
+                "a stored tensor of experts does not have the shape the config asks for",
+                where=f"{file.path.name}: {tensor.name}",
+                expected=f"{experts} matrices",
+                found=str(list(tensor.shape)),
+            )
+        for e in range(tensor.shape[0]):
+            stored[name.replace("{e}", str(e))] = StoredTensor(tensor, e, family.changes.get(key))
+    return stored
 
-    from surgery.checkpoint.transformers_model import build_config, build_model
 
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-    if type(processor).__name__ not in ONE_TO_ONE:
-        raise CheckpointError(
-            "GGUF files of this family store several weights in one tensor, which surgeon can't split",
-            where=file.name,
-            found=architecture,
-            next_step="use the safetensors checkpoint it was converted from",
-        )
-    return build_model(build_config(config, file.name), dtype, file.name), processor
+def _check_places(
+    config: Any, dtype: torch.dtype, tensors: dict[str, TensorEntry], origins: dict[str, str], file: Path
+) -> None:
+    """Raise CheckpointError for a tensor that no parameter is made from, or of which the shape is wrong."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = build_model(config, dtype, file.name)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    parameters = model.state_dict()
+    for name, entry in tensors.items():
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = name, None
+        if target not in parameters:
+            raise _no_place(file, origins[name])
+        wanted = tuple(parameters[target].shape)
+        if pattern is not None:  # one expert: gate and up are halves of a matrix in memory
+            wanted = wanted[1:]
+            if target.endswith("gate_up_proj"):
+                wanted = (wanted[0] // 2, *wanted[1:])
+        if entry.shape != wanted:
+            raise CheckpointError(
+                "a stored tensor does not have the shape the config asks for",
+                where=f"{file.name}: {origins[name]}",
+                expected=str(list(wanted)),
+                found=str(list(entry.shape)),
+            )
 
 
-def _save_tokenizer(file: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    from surgery.checkpoint.transformers_model import quiet_transformers
-
-    try:
-        with quiet_transformers():
-            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise CheckpointError(
-            "the tokenizer in this GGUF file can't be read",
-            where=file.name,
-            found=" ".join(str(error).split())[:200],
-        ) from error
+def _no_place(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        "a tensor of the GGUF file has no place in the model that transformers builds",
+        where=file.name,
+        found=name,
+        next_step="use the safetensors checkpoint it was converted from",
+    )
