@@ -7,8 +7,9 @@ from typing import Any
 
 KEYS = ("license", "license_name", "license_link", "language", "tags")
 MANY = ("language", "tags")
+# After a byte order mark, blank lines or comments; the closing line may be missing.
 BLOCK = re.compile(
-    r"\A(?:\s|\ufeff|<!--.*?-->)*---[ \t]*\r?\n(.*?)\r?\n(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL
+    r"\A(?:\s|\ufeff|<!--.*?-->)*---[ \t]*\r?\n(.*?)(?:\r?\n(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)|\Z)", re.DOTALL
 )
 
 

@@ -190,13 +190,15 @@ def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = (
     """`check_loads` with a given config; `folder` may also hold packed weights. Raises CheckpointError."""
     from transformers.utils import logging
 
-    automatic = auto_class(build_config(config, folder.name))
+    built = build_config(config, folder.name)
+    automatic = auto_class(built)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         with quiet_transformers():
             _, info = automatic.from_pretrained(
                 str(folder),
+                config=built,
                 device_map="meta",
                 output_loading_info=True,
                 dtype="auto",

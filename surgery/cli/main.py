@@ -79,6 +79,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that can't print an arrow shows a question mark
     warnings.showwarning = show_warning
+    warnings.simplefilter("always", SurgeonWarning)
     # torch and transformers make hundreds of thousands of objects that live until exit. Searching them for
     # garbage during import and at exit takes a third of the start-up time.
     gc.set_threshold(COLLECT_AFTER)
