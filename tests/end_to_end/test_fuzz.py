@@ -20,7 +20,7 @@ from helpers.tiny_models import CALIBRATION, byte_tokenizer, tiny_model
 
 from surgery.cli.main import main
 
-COUNT = int(os.environ.get("SURGEON_FUZZ", "40"))
+COUNT = int(os.environ.get("SURGEON_FUZZ", "16"))
 FIRST = int(os.environ.get("SURGEON_FUZZ_SEED", "0"))
 VALUES: list[Any] = [
     None,
@@ -124,12 +124,16 @@ def mutate(folder: Path, draw: random.Random) -> str:
     if draw.randrange(30) == 0:
         path.unlink()
         return f"{path.name} deleted"
-    if path.suffix == ".json" and draw.randrange(4):
-        path.write_text(mutate_json(data.decode(), draw))
-    elif path.suffix == ".safetensors" and draw.randrange(3):
-        path.write_bytes(mutate_header(data, draw))
-    else:
-        path.write_bytes(mutate_bytes(data, draw))
+    try:
+        if path.suffix == ".json" and draw.randrange(4):
+            path.write_text(mutate_json(data.decode(), draw))
+            return path.name
+        if path.suffix == ".safetensors" and draw.randrange(3):
+            path.write_bytes(mutate_header(data, draw))
+            return path.name
+    except ValueError:  # an earlier mutation of the same file
+        pass
+    path.write_bytes(mutate_bytes(data, draw))
     return path.name
 
 
