@@ -96,6 +96,20 @@ def hub_errors(what: str, repo: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the Hub client's progress bars, which for small files only fill a log."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()
+
+
 def patiently(action: Callable[[], Result]) -> Result:
     """Retry a request after transient errors (no connection, 429, 5xx): 4 attempts, 1, 2 and 4 seconds apart.
 
@@ -159,7 +173,8 @@ class HubRepo:
             small = [f for f in self.sizes if f not in behind] or ["config.json"]
             self.small = set(small)
             # Requested by revision name, so that the cache records its commit and works offline.
-            path = patiently(lambda: snapshot_download(repo, revision=revision, allow_patterns=small))
+            with no_bars():
+                path = patiently(lambda: snapshot_download(repo, revision=revision, allow_patterns=small))
             self.path, self.sha = Path(path), Path(path).name
             if self.sha != sha:
                 raise HubError(

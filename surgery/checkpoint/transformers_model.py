@@ -46,7 +46,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def _missing_package(error: Exception) -> str:
     """What to install, where an error says that a package is missing."""
     for package in ("sentencepiece", "protobuf", "tiktoken"):
-        if isinstance(error, ImportError) and package in str(error).lower():
+        if package in str(error).lower() and ("pip install" in str(error) or isinstance(error, ImportError)):
             return f"pip install {package}"
     return ""
 

@@ -7,6 +7,7 @@ asked of it. Parquet of the Hub is read by row groups.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -204,7 +205,10 @@ def _by_row_groups() -> Any:
 
 @contextlib.contextmanager
 def dataset_errors(name: str) -> Iterator[None]:
-    """Translate any error of datasets or the Hub client into CalibrationError."""
+    """Translate any error of datasets or the Hub client into CalibrationError, without their messages."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except CalibrationError:
@@ -218,6 +222,8 @@ def dataset_errors(name: str) -> Iterator[None]:
             found=f"{type(error).__name__}: {first}"[:200],
             next_step="check the spelling and the network, or give a local text file",
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def joined(texts: Iterator[str]) -> Iterator[str]:

@@ -102,6 +102,22 @@ def test_files_that_do_not_load_are_one_line(folder: Path, file: str, content: s
     assert not Path("cut").exists()
 
 
+def test_a_sentencepiece_model_alone_is_a_tokenizer(folder: Path, save_tiny: Callable[..., Path]) -> None:
+    import sentencepiece
+
+    save_tiny("llama", vocab_size=400)
+
+    sentencepiece.SentencePieceTrainer.train(
+        input="text.txt", model_prefix="trained", model_type="bpe", vocab_size=400, minloglevel=2
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / file).unlink(missing_ok=True)
+    Path("trained.model").rename(folder / "tokenizer.model")
+    kind = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    assert surgeon("index", "tiny", "--dry-run", *CALIBRATION).exit_code == 0
+
+
 @pytest.mark.usefixtures("folder")
 def test_a_terminal_that_prints_no_arrow() -> None:
     command = [sys.executable, "-m", "surgery", "prune", "tiny", *CUT]
