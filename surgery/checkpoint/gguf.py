@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,10 @@ class GgufCheckpoint(Checkpoint):
             parsed_parameters={"config": self._config_fields, "tensors": {}},
         )
         return torch.from_numpy(result.weights.copy()).to(self.dtype)
+
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of a tensor as `read` returns it."""
+        yield self.read(name).view(-1).view(torch.uint8).numpy().data
 
     def _name_tensors(self, model: Any) -> dict[str, Any]:
         """Parameter name -> the GGUF tensor that stores it."""

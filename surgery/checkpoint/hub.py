@@ -244,8 +244,11 @@ def _listing(api: Any, repo: str, revision: str | None) -> tuple[str, dict[str, 
 
 
 def open_hub(repo: str, revision: str | None = None, *, ranges: bool = False) -> Checkpoint:
-    """Open `org/name` at a branch, tag or commit; reads no weights. Raises HubError or CheckpointError."""
+    """Open `org/name` at a branch, tag or commit; reads no weights. FP8 weights are let through as stored.
+
+    Raises HubError or CheckpointError.
+    """
     source = HubRepo(repo, revision, ranges=ranges)
-    checkpoint = Checkpoint(source, repo, source.sha)
+    checkpoint = Checkpoint(source, repo, source.sha, fp8=True)
     source.headers_only, source.weight_files = False, checkpoint.weight_files
     return checkpoint
