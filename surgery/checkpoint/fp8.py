@@ -6,6 +6,7 @@ are looked up in a table of their 256 values: several times faster on a CPU than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ from surgery.checkpoint.safetensors_header import TensorEntry
 from surgery.checkpoint.transformers_model import text_config
 from surgery.errors import CheckpointError
 
-CHUNK = 1 << 18  # elements dequantised together: their float32 copies stay in the CPU's cache
-CHUNK_BYTES = 4 * 4 * CHUNK  # table indices, values, scales and a sum's copy
+# Elements dequantised together. PyTorch runs operations on so few in the calling thread, which is the reader
+# beside the threads that compute; waiting for these in every operation would take many times longer.
+CHUNK = 1 << 15
+CHUNK_BYTES = 4 * 4 * CHUNK  # table indices, values, scales and what a sum takes
 # Files that describe the quantisation, which would make others read a result as FP8.
 DESCRIPTIONS = ("hf_quant_config.json", "recipe.yaml")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,8 +87,11 @@ class Fp8Checkpoint(Checkpoint):
 
     @property
     def reading_bytes(self) -> int:
-        """Bytes beside a result while it is dequantised: its codes, and a chunk in float32."""
-        return max(self.stored.tensors[name].nbytes for name in self.grids) + CHUNK_BYTES
+        """Bytes beside a result while it is dequantised: its codes, its scales, and a chunk in float32."""
+        return CHUNK_BYTES + max(
+            self.stored.tensors[name].nbytes + 2 * 4 * math.prod(grid.grid)
+            for name, grid in self.grids.items()
+        )
 
     @property
     def config_digest(self) -> str:
@@ -150,25 +156,42 @@ def dequantise(
     """
     result = torch.empty(codes.shape, dtype=dtype)
     table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
-    columns = codes.shape[-1]
-    high, wide = grid.block
-    matrices = zip(
-        codes.view(torch.uint8).reshape(grid.grid[0], -1, columns),
-        result.view(grid.grid[0], -1, columns),
-        scales,
-        strict=True,
-    )
-    for matrix, target, own in matrices:
-        across = own if wide >= columns else own.repeat_interleave(wide, 1)[:, :columns]  # [r, C] or [r, 1]
-        step = max(1, CHUNK // columns)
-        for start in range(0, len(matrix), step):
-            rows = matrix[start : start + step]
-            values = table.index_select(0, rows.reshape(-1).int()).view(rows.shape)
-            values *= across[torch.arange(start, start + len(rows)) // high]
-            target[start : start + len(rows)] = values
-            if not target[start : start + len(rows)].sum(dtype=torch.float32).isfinite():
-                return None
+    experts, columns = grid.grid[0], codes.shape[-1]
+    bits, values = codes.view(torch.uint8).reshape(experts, -1, columns), result.view(experts, -1, columns)
+    for part in zip(bits, scales, values, strict=True):
+        if not _dequantise_matrix(*part, grid.block, table):
+            return None
     return result
+
+
+def _dequantise_matrix(
+    bits: torch.Tensor,
+    scales: torch.Tensor,
+    result: torch.Tensor,
+    block: tuple[int, int],
+    table: torch.Tensor,
+) -> bool:
+    """Fill `result` [R, C] from codes [R, C] uint8 and scales [r, c]; whether all values are finite.
+
+    `table` holds the values of the 256 codes. No chunk spans two rows of blocks higher than one row.
+    """
+    (rows, columns), (high, wide) = bits.shape, block
+    step = max(1, CHUNK // columns)
+    indices = torch.empty(step, columns, dtype=torch.int32)
+    buffer = torch.empty(step * columns)
+    start = 0
+    while start < rows:
+        stop = min(start + step, rows if high == 1 else min(rows, (start // high + 1) * high))
+        chosen, products = indices[: stop - start], buffer[: (stop - start) * columns]
+        torch.index_select(table, 0, chosen.copy_(bits[start:stop]).view(-1), out=products)
+        products = products.view(stop - start, columns)
+        own = scales[start:stop] if high == 1 else scales[start // high, None]
+        products *= own if wide >= columns else own.repeat_interleave(wide, 1)[:, :columns]
+        target = result[start:stop].copy_(products)
+        if not target.sum(dtype=torch.float32).isfinite():
+            return False
+        start = stop
+    return True
 
 
 def _stated_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -63,6 +63,9 @@ def stated_form(config: dict[str, Any]) -> str | None:
     """
     stated = _stated(config)
     method = str(stated.get("quant_method") or "")
+    own = config.get("quantization")
+    if (isinstance(own, dict) and "bits" in own) or (not method and "bits" in stated):
+        return "MLX weights"
     if method == "compressed-tensors":
         return f"compressed-tensors weights ({_groups_form(stated)})"
     if method == "modelopt":
@@ -71,9 +74,6 @@ def stated_form(config: dict[str, Any]) -> str | None:
         return "FP4 experts beside FP8 weights"
     if method:
         return FORMS.get(method, f"{method} weights")
-    own = config.get("quantization")
-    if "bits" in stated or (isinstance(own, dict) and "bits" in own):
-        return "MLX weights"
     return None
 
 
@@ -83,11 +83,13 @@ def fp8_scheme(config: dict[str, Any]) -> Fp8Scheme | None:
     A config that states nothing may belong to FP8 weights all the same: it has the default scheme. Raises
     CheckpointError for a block size that is none.
     """
-    stated = _stated(config)
+    stated, form = _stated(config), stated_form(config)
     method = str(stated.get("quant_method") or "")
+    if form == "MLX weights":
+        return None
     block = _block(stated.get("weight_block_size", DEFAULT_BLOCK))
     if not method:
-        return Fp8Scheme(block) if stated_form(config) is None else None
+        return Fp8Scheme(block)
     if method == "fp8" and stated.get("expert_dtype", "fp8") == "fp8":
         return Fp8Scheme(block, exponents=stated.get("scale_fmt") == "ue8m0")
     if method == "fbgemm_fp8":

@@ -98,7 +98,7 @@ def open_checkpoint(
         return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
     if path.is_file() or not HUB_ID.fullmatch(source):
         raise no_folder(str(source))
-    return dequantised(open_hub(source, revision, ranges=range_reads), DTYPE_OPTIONS.get(dtype))
+    return open_hub(source, revision, ranges=range_reads, dtype=DTYPE_OPTIONS.get(dtype))
 
 
 def _hub_address(source: str, revision: str | None) -> tuple[str, str | None]:

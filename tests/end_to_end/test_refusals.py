@@ -85,8 +85,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "GPTQ": (set_config(quantization_config={"quant_method": "gptq"}), "GPTQ"),
     "AWQ": (set_config(quantization_config={"quant_method": "awq"}), "AWQ"),
     "bitsandbytes": (set_config(quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
-    "FP8": (set_config(quantization_config={"quant_method": "fp8"}), "FP8"),
-    "FP8 that the config does not tell": (store_fp8, "F8_E4M3"),
+    "FP8 in name only": (set_config(quantization_config={"quant_method": "fp8"}), "no stored tensor is"),
+    "FP8 without scales": (store_fp8, "stored without its scales"),
     "shared keys and values": (set_config(model_type="gemma3n_text", num_kv_shared_layers=2), "shares keys"),
     "shared keys and values, nested": (
         set_config(model_type="gemma4", text_config={"num_kv_shared_layers": 2}),
