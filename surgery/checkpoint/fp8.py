@@ -179,14 +179,16 @@ def _dequantise_matrix(
     step = max(1, CHUNK // columns)
     indices = torch.empty(step, columns, dtype=torch.int32)
     buffer = torch.empty(step * columns)
-    start = 0
+    start, own = 0, scales
     while start < rows:
         stop = min(start + step, rows if high == 1 else min(rows, (start // high + 1) * high))
         chosen, products = indices[: stop - start], buffer[: (stop - start) * columns]
         torch.index_select(table, 0, chosen.copy_(bits[start:stop]).view(-1), out=products)
         products = products.view(stop - start, columns)
-        own = scales[start:stop] if high == 1 else scales[start // high, None]
-        products *= own if wide >= columns else own.repeat_interleave(wide, 1)[:, :columns]
+        if high == 1 or start % high == 0:  # rows of another block
+            own = scales[start:stop] if high == 1 else scales[start // high, None]
+            own = own if wide >= columns else own.repeat_interleave(wide, 1)[:, :columns]
+        products *= own
         target = result[start:stop].copy_(products)
         if not target.sum(dtype=torch.float32).isfinite():
             return False
