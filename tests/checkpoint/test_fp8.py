@@ -134,6 +134,11 @@ def test_every_command_reads_it(save_tiny: Callable[..., Path], surgeon: Callabl
     surgeon("quantize", "plain", "--out", "rounded-plain", *rounding)
     ours, theirs = (load_file(source.parent / f / "model.safetensors") for f in ("rounded", "rounded-plain"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs)
+    surgeon(
+        "quantize", "tiny", "--out", "packed", "--super-weights", "none", "--group-size", "16", *CALIBRATION
+    )
+    stated = json.loads((source.parent / "packed" / "config.json").read_text())["quantization_config"]
+    assert stated["quant_method"] == "compressed-tensors"
     card = (source.parent / "rounded" / "README.md").read_text()
     assert "FP8 (e4m3, blocks of 20 x 12), dequantised to bfloat16" in card
     surgeon("prune", "tiny", "--multiple-of", "8", "--out", "cut", *CALIBRATION)  # with the default repair
@@ -163,8 +168,9 @@ def test_scales_of_activations_are_dropped_and_layers_beside_the_model_are_dequa
     assert ("drop", 2) in {(f["fate"], f["tensors"]) for f in fates if "activations" in f["reason"]}
 
 
-def test_a_hub_checkpoint_is_read_by_ranges(
-    save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranges", [False, True])
+def test_a_checkpoint_on_the_hub_is_read(
+    ranges: bool, save_tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
@@ -178,11 +184,12 @@ def test_a_hub_checkpoint_is_read_by_ranges(
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        checkpoint = open_checkpoint("org/tiny", dtype="float32", range_reads=True)
+        checkpoint = open_checkpoint("org/tiny", dtype="float32", range_reads=ranges)
         assert isinstance(checkpoint, Fp8Checkpoint) and checkpoint.revision
         assert torch.equal(checkpoint.read(UP), dense[UP])
+        assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) != ranges
         size = (folder / "model.safetensors").stat().st_size
-        assert checkpoint.file_fingerprints() == {"model.safetensors": [size, 0]}
+        assert checkpoint.file_fingerprints()["model.safetensors"][0] == size
 
 
 def entry(name: str, dtype: torch.dtype, *shape: int) -> TensorEntry:
