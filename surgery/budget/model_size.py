@@ -32,7 +32,7 @@ class ModelSize:
 
     layers: int  # number of decoder layers
     hidden: int  # hidden_size D
-    layer: int  # the largest layer, in the compute dtype and as stored where that differs
+    layer: int  # the largest layer, in the compute dtype and as stored where that differs, and reading it
     merged: int  # stored tensors of a layer that transformers merges into others (experts stored one by one)
     merging: int  # stored tensors of one merged parameter, with a copy for every merging step but the last
     layers_stored: int  # all layers, as stored
@@ -90,7 +90,7 @@ class ModelSize:
         return cls(
             layers=len(stored),
             hidden=hidden,
-            layer=max(copies),
+            layer=max(copies) + meta_model.checkpoint.reading_bytes,
             merged=max(
                 sum(tensors[n].nbytes for p in layer if p.converter is not None for n in p.stored)
                 for layer in meta_model.layer_parameters

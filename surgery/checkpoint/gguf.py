@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class GgufCheckpoint(Checkpoint):
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         save_tokenizer(self.gguf, config.model_type, folder)
         self.source = LocalFolder(folder)
-        self.name, self.revision, self.trust_remote_code = file.stem, None, False
+        self.name, self.revision = file.stem, None
         self.file_names = self.source.files()
         self.config = self._read_config()
         self.weight_files, self.weight_map = [file.name], None
@@ -96,6 +97,10 @@ class GgufCheckpoint(Checkpoint):
         if stored.less_one:
             tensor = (tensor - 1).to(self.dtype)
         return stored.change(tensor, self._fields) if stored.change else tensor
+
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of a tensor as `read` returns it."""
+        yield self.read(name).view(-1).view(torch.uint8).numpy().data
 
     def _shape(self, stored: StoredTensor) -> tuple[int, ...]:
         shape = stored.tensor.shape if stored.expert is None else stored.tensor.shape[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.checkpoint.gguf_file import GgufFile
-from surgery.checkpoint.transformers_model import quiet_transformers
+from surgery.checkpoint.quiet_transformers import quiet_transformers
 from surgery.errors import CheckpointError
 
 # values of tokenizer.ggml.pre for which llama.cpp sets digits apart before GPT-2's pattern splits the rest;

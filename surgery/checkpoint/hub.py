@@ -14,7 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from surgery.checkpoint.file_roles import INDEX_FILE, left_behind
+from surgery.checkpoint.fp8 import dequantised
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.source import LocalFolder, new_buffer
 from surgery.errors import HubError
@@ -258,9 +261,14 @@ def _listing(api: Any, repo: str, revision: str | None) -> tuple[str, dict[str, 
     return info.sha, {s.rfilename: int(s.size or 0) for s in info.siblings}
 
 
-def open_hub(repo: str, revision: str | None = None, *, ranges: bool = False) -> Checkpoint:
-    """Open `org/name` at a branch, tag or commit; reads no weights. Raises HubError or CheckpointError."""
+def open_hub(
+    repo: str, revision: str | None = None, *, ranges: bool = False, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Open `org/name` at a branch, tag or commit; reads no weights. FP8 weights are dequantised to `dtype`.
+
+    Raises HubError or CheckpointError.
+    """
     source = HubRepo(repo, revision, ranges=ranges)
-    checkpoint = Checkpoint(source, repo, source.sha)
+    checkpoint = dequantised(Checkpoint(source, repo, source.sha, fp8=True), dtype)
     source.headers_only, source.weight_files = False, checkpoint.weight_files
     return checkpoint

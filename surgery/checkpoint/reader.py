@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,18 +18,13 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.file_roles import INDEX_FILE, SINGLE_FILE, left_behind
-from surgery.checkpoint.refusals import (
-    QUANTISATIONS,
-    no_config,
-    no_folder,
-    no_weights,
-    parse_json,
-    quantised,
-)
+from surgery.checkpoint.quantised_forms import FP8_DTYPES, fp8_scheme, refused_tensors, stated_form
+from surgery.checkpoint.refusals import no_config, no_folder, no_weights, parse_json, quantised
 from surgery.checkpoint.safetensors_header import DTYPE_NAMES, TensorEntry, read_header
 from surgery.checkpoint.source import ByteSource, LocalFolder
 from surgery.errors import CheckpointError
 
+COPY_BYTES = 64 << 20
 SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")  # a folder of the Hub's cache
 
 
@@ -36,32 +32,44 @@ class Checkpoint:
     """The tensors and the config of one safetensors checkpoint, read-only.
 
     `name` identifies the source in manifests: a folder's name or a Hub id, never a full path. `revision` is
-    the commit of a Hub checkpoint. Raises CheckpointError for anything missing, damaged or refused.
+    the commit of a Hub checkpoint. With `fp8`, FP8 weights are let through as they are stored, for an
+    Fp8Checkpoint to dequantise. `trust_remote_code` permits to run the code of its tokenizer. Raises
+    CheckpointError for anything missing, damaged or refused.
     """
 
-    def __init__(self, source: ByteSource, name: str, revision: str | None = None) -> None:
+    trust_remote_code = False
+
+    def __init__(
+        self, source: ByteSource, name: str, revision: str | None = None, *, fp8: bool = False
+    ) -> None:
         self.source = source
         self.name = name
         self.revision = revision
-        self.trust_remote_code = False
         self.file_names = source.files()
         self.config = self._read_config()
+        stated = stated_form(self.config)
+        if stated is not None and (not fp8 or fp8_scheme(self.config) is None):
+            raise self._quantised(stated)
         self.weight_files, self.weight_map = self._find_weights()
         self.tensors = self._read_tensors()
-        for entry in self.tensors.values():
-            if entry.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) or entry.name.endswith(".qweight"):
-                raise self._quantised(f"{DTYPE_NAMES[entry.dtype]} weights, as {entry.name}")
+        found = [entry for entry in self.tensors.values() if entry.dtype in FP8_DTYPES]
+        self.in_fp8 = stated is not None or bool(found)
+        refused = refused_tensors(self.tensors)
+        if refused is None and found and not fp8:
+            refused = f"{DTYPE_NAMES[found[0].dtype]} weights, as {found[0].name}"
+        if refused is not None:
+            raise self._quantised(refused)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, *, fp8: bool = False) -> Checkpoint:
         """Open a local folder. Raises CheckpointError when it is not a safetensors checkpoint."""
         path = Path(folder)
         if not path.is_dir():
             raise no_folder(str(folder))
         snapshot = SNAPSHOT.search(path.absolute().as_posix())
         if snapshot:
-            return cls(LocalFolder(path), snapshot[1].replace("--", "/"), snapshot[2])
-        return cls(LocalFolder(path), path.resolve().name)
+            return cls(LocalFolder(path), snapshot[1].replace("--", "/"), snapshot[2], fp8=fp8)
+        return cls(LocalFolder(path), path.resolve().name, fp8=fp8)
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` on the CPU with its stored dtype and shape, in memory that the caller owns."""
@@ -70,6 +78,12 @@ class Checkpoint:
             return torch.empty(entry.shape, dtype=entry.dtype)
         buffer = self.source.read(entry.file, entry.start, entry.stop)
         return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).view(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of a tensor as `read` returns it, COPY_BYTES at a time."""
+        entry = self.tensors[name]
+        for start in range(entry.start, entry.stop, COPY_BYTES):
+            yield self.source.read(entry.file, start, min(start + COPY_BYTES, entry.stop))
 
     def read_json(self, file: str) -> Any:
         """Parse a JSON file of the checkpoint. Raises CheckpointError when it is not JSON."""
@@ -96,7 +110,7 @@ class Checkpoint:
         return sorted([*behind, *(["generation_config.json"] if self._bad_generation_config() else [])])
 
     def _bad_generation_config(self) -> bool:
-        from surgery.checkpoint.transformers_model import generation_config_loads
+        from surgery.checkpoint.generation_config import generation_config_loads
 
         file = "generation_config.json"
         if file not in self.file_names:
@@ -116,8 +130,13 @@ class Checkpoint:
 
     @property
     def stored_form(self) -> str | None:
-        """Storage format of the weights when it is not safetensors, else None."""
+        """The form the weights are stored in when they are dequantised on reading, else None."""
         return None
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes that reading a tensor takes beside the tensor itself, at most."""
+        return 0
 
     @property
     def nbytes(self) -> int:
@@ -152,16 +171,6 @@ class Checkpoint:
                 found=type(config).__name__,
                 next_step="fetch the file again",
             )
-        stated = config.get("quantization_config") or {}
-        if not isinstance(stated, dict):
-            raise CheckpointError(
-                "quantization_config is not an object", where="config.json", found=type(stated).__name__
-            )
-        method = stated.get("quant_method")
-        if method:
-            raise self._quantised(QUANTISATIONS.get(str(method), str(method)))
-        if isinstance(config.get("quantization"), dict) and "bits" in config["quantization"]:
-            raise self._quantised("MLX weights")
         return config
 
     def _quantised(self, form: str) -> CheckpointError:

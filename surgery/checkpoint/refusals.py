@@ -15,15 +15,6 @@ SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 VARIANT = re.compile(r"model\.([\w-]+?)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "adapter_config.json"
-QUANTISATIONS = {
-    "fp8": "FP8 weights in blocks",
-    "fbgemm_fp8": "FP8 weights (FBGEMM)",
-    "mxfp4": "MXFP4 weights",
-    "gptq": "GPTQ weights",
-    "awq": "AWQ weights",
-    "bitsandbytes": "bitsandbytes weights",
-    "compressed-tensors": "compressed-tensors weights",
-}
 
 
 def is_git_lfs_pointer(first: bytes) -> bool:
@@ -108,7 +99,7 @@ def quantised(name: str, form: str, card: str = "") -> CheckpointError:
     return CheckpointError(
         "the checkpoint is quantised, and surgery needs the original weights",
         where=name,
-        expected="float32, float16 or bfloat16 weights",
+        expected="float32, float16, bfloat16 or FP8 weights",
         found=form,
         next_step=f"use the unquantised checkpoint it was made from{': ' + found[1] if found else ''}",
     )

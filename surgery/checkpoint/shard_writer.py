@@ -120,10 +120,11 @@ class ShardWriter:
         self.written[name] += len(data)
 
     def copy(self, name: str, checkpoint: Checkpoint, entry: TensorEntry) -> None:
-        """Copy a stored tensor of a checkpoint unchanged under `name`, COPY_BYTES at a time."""
-        for start in range(entry.start, entry.stop, COPY_BYTES):
-            stop = min(start + COPY_BYTES, entry.stop)
-            self.write_bytes(name, checkpoint.source.read(entry.file, start, stop), start - entry.start)
+        """Copy a tensor of a checkpoint under `name`, as the checkpoint reads it, piece by piece."""
+        offset = 0
+        for piece in checkpoint.pieces(entry.name):
+            self.write_bytes(name, piece, offset)
+            offset += len(piece)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -149,6 +150,3 @@ def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
     while len(view):
         count = os.pwrite(handle, view, offset)
         view, offset = view[count:], offset + count
-
-
-COPY_BYTES = 64 << 20

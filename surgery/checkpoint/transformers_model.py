@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surgery.checkpoint.quiet_transformers import quiet_transformers
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import CalibrationError, CheckpointError, UnsupportedModelError
 
@@ -73,20 +71,6 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(nested, dict):
             return nested
     return config
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Suppress transformers' log messages and warnings within the block."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def build_config(config: dict[str, Any], where: str) -> Any:
@@ -160,20 +144,6 @@ def _cannot_build(error: Exception, where: str) -> UnsupportedModelError:
         found=one_line(error),
         next_step="compare config.json with the one its publisher has",
     )
-
-
-def generation_config_loads(fields: Any) -> bool:
-    """Whether transformers can read the content of a generation_config.json; it can't load a model beside one
-    that it can't read.
-    """
-    from transformers import GenerationConfig
-
-    try:
-        with quiet_transformers():
-            GenerationConfig.from_dict(dict(fields)) if isinstance(fields, dict) else fields["not an object"]
-    except Exception:  # noqa: BLE001 (whatever it is, the file can't be carried)
-        return False
-    return True
 
 
 def check_loads(folder: Path, beside: Collection[str] = ()) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from surgery.checkpoint.fp8 import dequantised
 from surgery.checkpoint.gguf import GgufCheckpoint
 from surgery.checkpoint.hub import open_hub
 from surgery.checkpoint.reader import Checkpoint
@@ -49,7 +50,8 @@ class Model:
     def folder(self) -> Path | None:
         """The checkpoint's folder on this machine; None for a Hub model or a GGUF file."""
         source = self.checkpoint.source
-        return source.path if type(source) is LocalFolder and not self.checkpoint.stored_form else None
+        made = isinstance(self.checkpoint, GgufCheckpoint)  # a temporary folder
+        return source.path if type(source) is LocalFolder and not made else None
 
     def written(self, folder: Path) -> Model:
         """Open a `folder` written from this model, with the same run options. Raises CheckpointError."""
@@ -69,7 +71,8 @@ def open_model(
     """Open a local checkpoint folder, a .gguf file, or `org/name` on the Hub at a revision.
 
     - `device`: auto, cpu, cuda, cuda:N or mps.
-    - `dtype`: auto, float32, bfloat16 or float16. A GGUF file is dequantised to it, to bfloat16 for auto.
+    - `dtype`: auto, float32, bfloat16 or float16. A GGUF file and FP8 weights are dequantised to it; for auto
+      to bfloat16, or to the dtype that the config of FP8 weights states.
     - `memory`: a budget in bytes or as "8GiB"; by default half of the machine's memory.
     - `range_reads`: read a Hub checkpoint's weights in byte ranges and do not store them.
     - `trust_remote_code`: run the code that comes with the checkpoint's tokenizer.
@@ -91,14 +94,14 @@ def open_checkpoint(
     is_gguf = path.is_file() and path.suffix == ".gguf"
     if revision is not None and (is_gguf or path.is_dir()):
         raise UsageError("--revision is for models on the Hub", where=str(source))
+    check_dtype(dtype)
     if path.is_dir():
-        return Checkpoint.open(path)
+        return dequantised(Checkpoint.open(path, fp8=True), DTYPE_OPTIONS.get(dtype))
     if is_gguf:
-        check_dtype(dtype)
         return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
     if path.is_file() or not HUB_ID.fullmatch(source):
         raise no_folder(str(source))
-    return open_hub(source, revision, ranges=range_reads)
+    return open_hub(source, revision, ranges=range_reads, dtype=DTYPE_OPTIONS.get(dtype))
 
 
 def _hub_address(source: str, revision: str | None) -> tuple[str, str | None]:

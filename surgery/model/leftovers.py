@@ -21,8 +21,10 @@ from surgery.checkpoint.transformers_model import text_config
 CARRY, DROP = "carry", "drop"
 # Buffers under names that transformers' models no longer have.
 OLD_BUFFERS = {"inv_freq", "masked_bias", "causal_mask", "cos_cached", "sin_cached", "position_ids"}
-SCALE = re.compile(
-    r"[._](weight_scale_inv|weight_scale|weight_scale_2|input_scale|output_scale|k_scale|v_scale)$"
+SCALE = re.compile(r"[._](weight_scale_inv|weight_scale|weight_scale_2)$")
+ACTIVATION_SCALE = re.compile(
+    r"[._](input_scale|input_scale_ub|input_zero_point|output_scale|activation_scale|qscale_act"
+    r"|[qkv]_scale|[kv]_zero_point|prob_scale)$"
 )
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,6 +59,8 @@ def find_leftovers(
             fate, reason = DROP, "mask or position buffers, which transformers computes"
         elif SCALE.search(name):
             fate, reason = DROP, "scales of weights that are not quantised"
+        elif ACTIVATION_SCALE.search(name):
+            fate, reason = DROP, "scales of quantised activations and caches, which the model runs without"
         elif number is not None and number >= count + extra:
             fate, reason = DROP, f"layers beyond the model's {count}"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgery.checkpoint.gguf import GgufCheckpoint
 from surgery.errors import UnsupportedModelError, UsageError
 from surgery.model.families import DENSE
 from surgery.model.ffn import ffn_named
@@ -94,7 +95,7 @@ def check_roundable(meta_model: MetaModel) -> None:
         for ffn in ffns:
             if ffn.stacked and len(meta_model.stored_parameter(number, ffn.down_name).stored) == 1:
                 reason = "experts stored as one tensor are not quantised yet"
-    if meta_model.checkpoint.stored_form is not None:
+    if isinstance(meta_model.checkpoint, GgufCheckpoint):
         reason = "GGUF files are quantised already: write one out first, with `surgeon prune`"
     if reason:
         raise UnsupportedModelError(reason, where=name)

@@ -42,7 +42,8 @@ def continuations(model: str, revision: str | None, prompts: list[str], tokens: 
     from transformers import AutoConfig, AutoTokenizer
 
     import surgery.loading  # noqa: F401  # registers the classes of models whose layers differ in width
-    from surgery.checkpoint.transformers_model import auto_class, quiet_transformers
+    from surgery.checkpoint.quiet_transformers import quiet_transformers
+    from surgery.checkpoint.transformers_model import auto_class
 
     try:
         with quiet_transformers():

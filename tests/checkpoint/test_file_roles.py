@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_addresses_of_hub_models_are_understood(
 ) -> None:
     asked: list[tuple[str, str | None]] = []
 
-    def open_hub(repo: str, commit: str | None, **_: bool) -> None:
+    def open_hub(repo: str, commit: str | None, **_: Any) -> None:
         asked.append((repo, commit))
 
     monkeypatch.setattr("surgery.engine.open_model.open_hub", open_hub)
