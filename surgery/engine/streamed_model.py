@@ -228,7 +228,8 @@ class StreamedModel:
             layer.forward = replacement(index)
         try:
             module = self.model if logits else self.model.base_model
-            return module(input_ids=ids.to(self.device), use_cache=False)
+            with model_code(self.checkpoint.name):
+                return module(input_ids=ids.to(self.device), use_cache=False)
         except IndexError as error:
             raise CalibrationError(
                 "a block is longer than the model has positions for, or holds ids outside its vocabulary",
@@ -279,10 +280,32 @@ class StreamedModel:
         raise AssertionError("the model never called its first layer")
 
     def run_layer(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Output hidden states [n, T, D] of a resident layer for inputs `hidden` [n, T, D]."""
-        output = layer(hidden, *call.args, **call.kwargs)
+        """Output hidden states [n, T, D] of a resident layer for inputs `hidden` [n, T, D].
+
+        Raises UnsupportedModelError when the layer's own code fails, as it does on a config that does not
+        fit.
+        """
+        with model_code(self.checkpoint.name):
+            output = layer(hidden, *call.args, **call.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+
+@contextlib.contextmanager
+def model_code(where: str) -> Iterator[None]:
+    """Translate what the model's own code raises into UnsupportedModelError; short memory is left as it is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, IndexError):
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UnsupportedModelError(
+            "the model's own code fails on this checkpoint",
+            where=where,
+            found=" ".join(str(error).split())[:200] or type(error).__name__,
+            next_step="compare config.json with the one its publisher has",
+        ) from error
 
 
 def _set_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> None:

@@ -172,6 +172,16 @@ class MetaModel:
         if "MergeModulelist" not in stored_parameter.steps:
             return
         wanted = self.parameters[target].shape[0]
+        text = self.config.get_text_config()
+        chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None)
+        if isinstance(chosen, int) and chosen > wanted:
+            raise CheckpointError(
+                "the config routes a token to more experts than there are",
+                where=target,
+                expected=f"num_experts_per_tok up to {wanted}",
+                found=str(chosen),
+                next_step="fetch the checkpoint's own config.json",
+            )
         counts = Counter(pattern for _, pattern in stored_parameter.sources)
         for count in counts.values():
             if count != wanted:
