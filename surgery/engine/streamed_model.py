@@ -293,8 +293,7 @@ class StreamedModel:
 
 @contextlib.contextmanager
 def model_code(where: str) -> Iterator[None]:
-    """Translate what the model's own code raises into UnsupportedModelError; short memory is left as it is.
-    """
+    """Translate what the model's own code raises into UnsupportedModelError, except for short memory."""
     try:
         yield
     except (torch.OutOfMemoryError, IndexError):
