@@ -236,5 +236,6 @@ def _operations(meta_model: MetaModel, needs: _Needs, budget: int, passes: int) 
         for block in column_blocks(width, d, budget):
             count = block.stop - block.start
             single += 2.0 * job.tokens * share * (count**2 + count * d + width * d)
-            double += SOLVED * (count**3 / 3 + 4.0 * d * count**2)
+            single += SOLVED * (count**3 / 3 + 4.0 * d * count**2)
+            double += float(job.blocks) * count * (count + d)  # sums over micro-batches
     return forward, single * job.cuts, double * job.cuts

@@ -62,6 +62,20 @@ def test_it_is_weighted_ridge_regression() -> None:
     assert torch.allclose(found, change, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("ridge", "bound"), [(1.0, 2e-6), (0.1, 1e-5), (1e-2, 3e-5), (1e-3, 2e-4), (1e-4, 1e-9)]
+)
+def test_solving_in_float32_is_as_good_as_float64(ridge: float, bound: float) -> None:
+    mixing = torch.eye(96) + normal(96, 96)  # correlated inputs of very different power
+    u = (normal(600, 96) @ mixing) * torch.logspace(-3, 3, 96)
+    found = moments(u, normal(600, 8), torch.zeros(8, 96))
+    gram, cross = found.gram, found.cross
+    expected = torch.linalg.solve(gram + ridge * gram.diagonal().diag(), cross.T).T
+    power = gram.diagonal().sqrt()  # in units of the inputs' power, as the error on tokens counts
+    change = (least_squares(found, ridge) - expected) * power
+    assert change.norm() < bound * (expected * power).norm()
+
+
 def test_error_is_the_unexplained_share() -> None:
     u, weight, noise = normal(400, 6), normal(4, 6), normal(400, 4)
     r = u @ weight.T + noise
