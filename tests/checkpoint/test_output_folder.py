@@ -40,9 +40,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # open: writing the shard, config, manifest, card, reading back; os.rename: the last step.
 @pytest.mark.parametrize(
-    "moment", ["os.mkdir:1", "open:1", "open:3", "open:6", "open:10", "open:14", "os.rename:1"]
+    ("moment", "existing"),
+    [
+        *(("os.mkdir:1", False), ("open:1", True), ("open:3", False), ("open:6", True)),
+        *(("open:10", False), ("open:14", True), ("os.rename:1", False), ("os.rename:1", True)),
+    ],
 )
-@pytest.mark.parametrize("existing", [False, True])
 def test_sigkill(
     moment: str, existing: bool, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
