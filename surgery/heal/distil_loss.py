@@ -36,7 +36,7 @@ class DistilLoss:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The teacher's k most likely next tokens of n positions: `ids` [n, k] int64, `log_p` [n, k] float32."""
+    """The teacher's k most likely next tokens of n positions: `ids` [n, k], and `log_p` [n, k] in nats."""
 
     ids: torch.Tensor
     log_p: torch.Tensor
@@ -99,7 +99,8 @@ def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss) -> float:
             hidden = stream.last_hidden(part)[0]
             gradient = torch.zeros_like(hidden)
             following = stream.ids[block, 1:].to(model.device)
-            ids, log_p = (one[block].to(model.device) for one in (targets.ids, targets.log_p))
+            ids = targets.ids[block].to(model.device, torch.long)
+            log_p = targets.log_p[block].to(model.device, torch.float32)
             for rows in head_slices(model, size - 1):
                 states = hidden[rows].detach().requires_grad_(True)
                 with torch.enable_grad():

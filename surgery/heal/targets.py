@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from surgery.budget.heal_cost import TARGET_CHUNK
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.loss import head_slices
 from surgery.engine.resume import Journal
@@ -20,7 +21,6 @@ from surgery.progress import Progress, no_progress
 
 TOP = 64  # tokens kept of a position
 BYTES_PER_TOKEN = 6  # an id and a log-probability in half precision
-CHUNK_BLOCKS = 128  # blocks that go through the teacher in one pass
 FILES = ("target-ids.bin", "target-logs.bin")
 
 
@@ -43,13 +43,13 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, ids: torch.Tensor) -> TopTokens:
-        """Targets [N, T - 1, k], on the CPU, of blocks of token ids [N, T]: one pass over the layers."""
+        """Targets [N, T - 1, k] of blocks of token ids [N, T], on the CPU, from one pass over the layers."""
         model = self.model
         stream = TokenStream(model, ids, micro_batch=self.micro_batch, place=self.place)
         for number, layer in model.stream_layers(range(len(model.layers))):
             stream.forward(number, layer)
         shape = (len(ids), ids.shape[1] - 1, self.top)
-        found = TopTokens(torch.empty(shape, dtype=torch.long), torch.empty(shape))
+        found = TopTokens(torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.half))
         with model.other_weights():
             for block in range(len(ids)):
                 hidden = stream.last_hidden(slice(block, block + 1))[0]
@@ -73,11 +73,11 @@ class StoredTargets:
 
     def fill(self, teacher: Teacher, ids: torch.Tensor, progress: Progress[Any] = no_progress) -> None:
         """Compute the missing targets of blocks of ids [N, T], a chunk of blocks at a time."""
-        starts = range(0, self.blocks, CHUNK_BLOCKS)
+        starts = range(0, self.blocks, TARGET_CHUNK)
         for start in progress(starts, "targets", len(starts)):
             if f"targets {start}" in self.journal:
                 continue
-            part = slice(start, min(start + CHUNK_BLOCKS, self.blocks))
+            part = slice(start, min(start + TARGET_CHUNK, self.blocks))
             found = teacher.targets(ids[part])
             self.ids.put(0, part, found.ids)
             self.logs.put(0, part, found.log_p)
@@ -88,4 +88,4 @@ class StoredTargets:
         parts = [slice(int(block), int(block) + 1) for block in blocks]
         cpu = torch.device("cpu")
         ids = torch.cat([self.ids.get(0, part, cpu) for part in parts])
-        return TopTokens(ids.long(), torch.cat([self.logs.get(0, part, cpu) for part in parts]).float())
+        return TopTokens(ids, torch.cat([self.logs.get(0, part, cpu) for part in parts]))

@@ -96,7 +96,7 @@ class TrainingStream(TokenStream):
         return LayerForward(hidden, output, [])
 
     def train_backward(self, number: int, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """Propagate dL/d(output) of layer `number` to its input; returns path -> float32 dL/d(trained tensor).
+        """Propagate dL/d(output) of layer `number` to its input; returns path -> dL/d(trained), float32.
 
         A tensor that the layer did not use (an expert without tokens) gets a gradient of 0.
         """

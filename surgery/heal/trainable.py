@@ -2,8 +2,8 @@
 gradients.
 
 Three kinds (`TrainMode`): the norms of the decoder layers, all their parameters, or low-rank adapters on
-their linears beside the norms. Embeddings, final norm and head are not trained. Shapes: a linear has inputs I and
-outputs O, an adapter A [r, I] and B [O, r].
+their linears beside the norms. Embeddings, final norm and head are not trained. Shapes: a linear has inputs I
+and outputs O, an adapter A [r, I] and B [O, r].
 """
 
 from __future__ import annotations
@@ -160,6 +160,11 @@ class Trainables:
             else:
                 leaves[path] = nn.Parameter(master.to(self.meta_model.compute_dtype(prefix + path)))
         return leaves
+
+    def has(self, number: int, path: str) -> bool:
+        """Whether the parameter at `path` of a layer is trained, itself or by an adapter."""
+        key = f"{number}.{path}"
+        return key in self.masters or f"{key.removesuffix('.weight')}{A}" in self.masters
 
     def trained(self, number: int, path: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """The parameter at `path` after training, float32 on the CPU; None where it was not trained.
