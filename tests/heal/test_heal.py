@@ -70,6 +70,9 @@ def test_a_healed_folder_is_complete_and_better(
     assert "surgeon heal cut --tokens 1024" in card
     assert "heal.png" in card and (healed / "heal.png").exists()
     assert not journal_folder(healed, "heal").exists()
+    surgeon("report", "healed", "--out", "page.html")
+    titles = [section["title"] for section in json.loads((cut.parent / "page.json").read_text())["sections"]]
+    assert "Healed" in titles
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "deepseek_v3"])
