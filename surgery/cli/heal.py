@@ -51,8 +51,9 @@ def heal(
     """
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import heal_cost_lines
-    from surgery.heal.heal import estimate_heal, open_heal_journal
     from surgery.heal.heal import heal as run
+    from surgery.heal.heal import open_heal_journal
+    from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
 
     options = training.options()
@@ -62,8 +63,7 @@ def heal(
     text = training.draw(opened)
     for note in text.notes:
         say(note, quiet)
-    blocks_and_size, held_out = tuple(text.ids.shape), len(text.held_out.ids)
-    cost = estimate_heal(opened, dense, blocks_and_size, held_out, options)
+    cost = estimate_heal(opened, dense, tuple(text.ids.shape), len(text.held_out.ids), options)
     if dry_run:
         fields = {"text": text.as_json(), "options": options.as_json()}
         show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)

@@ -15,8 +15,8 @@ from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
-    from surgery.heal.heal import HealOptions
     from surgery.heal.heal_text import HealText
+    from surgery.heal.options import HealOptions
 
 THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -47,7 +47,7 @@ class TrainingOptions:
     def options(self) -> HealOptions:
         """These as the library takes them. Raises UsageError for values out of range."""
         from surgery.heal.distil_loss import DistilLoss
-        from surgery.heal.heal import HealOptions
+        from surgery.heal.options import HealOptions
         from surgery.heal.trainable import TrainMode
 
         return HealOptions(

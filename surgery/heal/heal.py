@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from surgery.budget.heal_cost import HealCost, HealJob, heal_cost
+from surgery.budget.heal_cost import HealCost
 from surgery.budget.prune_cost import VERIFY_TOKENS
 from surgery.card.figures import HEAL, save_heal_figure
 from surgery.card.publish import write_card
@@ -22,65 +22,16 @@ from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import SurgeonError
-from surgery.heal.distil_loss import DistilLoss, TopTokens
+from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
+from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.pair import check_pair, student_manifest
-from surgery.heal.targets import TOP, StoredTargets, Teacher, target_bytes
-from surgery.heal.train import MEASURES, Division, History, Schedule, Trainer
-from surgery.heal.trainable import Trainables, TrainMode, trained_numbers
+from surgery.heal.targets import StoredTargets, Teacher
+from surgery.heal.train import Division, History, Trainer
+from surgery.heal.trainable import Trainables
 from surgery.heal.write import trained_logits, write_trained
 from surgery.progress import Progress, no_progress
 from surgery.pruning.verify import check_logits, check_super_weights
-
-BATCH_TOKENS = 4096
-DEFAULT_MODE = TrainMode("lora", 16)
-PLAIN_KL = DistilLoss()
-
-
-@dataclass(frozen=True)
-class HealOptions:
-    """How to train.
-
-    `epochs`: times every block is seen; `batch_tokens` of one step; `top`: the teacher's tokens kept of a
-    position; `recompute`: targets anew in every step; `learning_rate`: its peak, None for the mode's.
-    """
-
-    train: TrainMode = DEFAULT_MODE
-    loss: DistilLoss = PLAIN_KL
-    epochs: int = 1
-    batch_tokens: int = BATCH_TOKENS
-    learning_rate: float | None = None
-    top: int = TOP
-    recompute: bool = False
-    seed: int = 42
-
-    @property
-    def peak(self) -> float:
-        """The peak learning rate."""
-        return self.train.learning_rate if self.learning_rate is None else self.learning_rate
-
-    def batch(self, block_size: int) -> int:
-        """Blocks of a step."""
-        return max(1, self.batch_tokens // block_size)
-
-    def schedule(self, blocks: int, block_size: int) -> Schedule:
-        """The order of blocks: every epoch a permutation of all, drawn with the seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(self.epochs)])
-        return Schedule(order, self.batch(block_size))
-
-    def as_json(self) -> dict[str, Any]:
-        """The `options` entry of a heal in surgeon.json."""
-        return {
-            "train": str(self.train),
-            "temperature": self.loss.temperature,
-            "cross_entropy": self.loss.cross_entropy,
-            "epochs": self.epochs,
-            "batch_tokens": self.batch_tokens,
-            "learning_rate": self.peak,
-            "top": self.top,
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True)
@@ -90,32 +41,6 @@ class HealResult:
     history: History
     entry: dict[str, Any]
     written: Model | None
-
-
-def estimate_heal(
-    student: Model, teacher: Model, shape: tuple[int, ...], held_out: int, options: HealOptions
-) -> HealCost:
-    """The cost of a heal on blocks of ids of `shape` [N, T], with `held_out` blocks measured along the way.
-
-    Raises MemoryBudgetError for a budget that is too small.
-    """
-    blocks, block_size = shape
-    schedule = options.schedule(blocks, block_size)
-    job = HealJob(
-        trained=trained_numbers(student.meta_model, options.train),
-        steps=schedule.steps,
-        batch=schedule.batch,
-        block_size=block_size,
-        distinct=blocks,
-        held_out=held_out,
-        measures=1 + min(MEASURES, schedule.steps),
-        target_bytes=0 if options.recompute else target_bytes(blocks, block_size, options.top),
-        recomputes=options.recompute,
-        adapters=options.train.kind != "all",
-        top=options.top,
-        written=student.checkpoint.nbytes,
-    )
-    return heal_cost(student.meta_model, teacher.meta_model, job, student.run)
 
 
 def open_heal_journal(

@@ -12,8 +12,9 @@ from helpers.tiny_models import PLENTY, opened
 
 from surgery.engine.open_model import Model
 from surgery.heal.distil_loss import DistilLoss
-from surgery.heal.heal import HealOptions, estimate_heal, heal
+from surgery.heal.heal import heal
 from surgery.heal.heal_text import HealText
+from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.train import HeldOut
 from surgery.heal.trainable import TrainMode
 
