@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, save_chart
 
-CONCENTRATION, CUT = "lp_concentration.png", "cut.png"
+CONCENTRATION, CUT, HEAL = "lp_concentration.png", "cut.png", "heal.png"
 PERPLEXITY = Axis("perplexity (log)", log=True)
 PROMPT_LENGTH = 40  # characters of a prompt in a legend
 
@@ -36,6 +37,41 @@ def _layer_bars(name: str, title: str, shares: list[float]) -> Figure:
         series=[Series("share", values=shares, style="core")],
         categories=[str(number) for number in range(len(shares))],
     )
+
+
+def save_heal_figure(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write heal.png: held-out perplexities of the last heal by step."""
+    save_chart(heal_figures(manifest["heals"][-1])[1:], folder / HEAL)
+
+
+def heal_figures(entry: dict[str, Any]) -> list[Figure]:
+    """The training loss of one heal by step, and the perplexity of every held-out text."""
+    steps = Axis("steps")
+    losses = [(float(step + 1), loss) for step, loss in enumerate(entry["losses"])]
+    measured = [
+        Series(name, points=[(float(m["step"]), math.exp(m["nats"][name])) for m in entry["measures"]])
+        for name in entry["held_out"]
+    ]
+    text = "Blocks that were not trained on; the state with the lowest mean of log-perplexities was kept."
+    return [
+        Figure(
+            "heal-loss",
+            "Training loss of every step",
+            "lines",
+            steps,
+            Axis("nats a token"),
+            series=[Series("divergence from the teacher", points=losses, style="core")],
+        ),
+        Figure(
+            "heal-perplexity",
+            "Perplexity on held-out blocks while healing",
+            "lines",
+            steps,
+            PERPLEXITY,
+            series=measured,
+            text=text,
+        ),
+    ]
 
 
 def save_comparison(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.card.source_card import inherited_metadata
 
+HEALED_TAGS = ["distilled", "surgeon"]
 PRUNED_TAGS = ["pruned", "structured-pruning", "surgeon"]
 QUANTIZED_TAGS = ["quantized", "surgeon"]
 OBLIGATIONS = {
@@ -34,11 +35,12 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
     """
     import jinja2
 
-    quantized = "quantization" in manifest
+    quantized, pruned = "quantization" in manifest, "plan" in manifest
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
+    environment.filters["count"] = lambda count: f"{count:,}"
     environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f} M"
     variables = {
         "manifest": manifest,
@@ -46,9 +48,10 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "obligation": obligation(source_card),
         "auto_class": manifest.get("auto_class", "AutoModelForCausalLM"),
         "load_from": manifest.get("repo") or "path/to/this/folder",
-        **({} if quantized else _pruned_variables(manifest)),
+        "heals": manifest.get("heals") or [],
+        **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
-    name = "quantized_card.md" if quantized else "model_card.md"
+    name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
     text = _shipped_template(name) if template is None else template
     rendered = environment.from_string(text).render(variables)
     return re.sub(r"\n{3,}", "\n\n", rendered)
@@ -99,7 +102,10 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
     from huggingface_hub import EvalResult, ModelCardData
 
     quantized = "quantization" in manifest
-    own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS
+    own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS if "plan" in manifest else HEALED_TAGS
+    heals = manifest.get("heals") or []
+    if heals and "plan" in manifest:
+        own_tags = [*PRUNED_TAGS, "distilled"]
     inherited = inherited_metadata(source_card)
     name = manifest["source"]["name"]
     tags = [tag for tag in inherited.pop("tags", []) if tag not in own_tags]
@@ -112,8 +118,11 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
     if "/" in name:  # a Hub id; the name of a folder would be a broken link
         fields |= {"base_model": name, "base_model_relation": "quantized" if quantized else "finetune"}
     measured = manifest["measurements"].get("pruned")
+    if heals:
+        measured = heals[-1].get("evaluation", {}).get("after")
     calibration = manifest.get("calibration") or {}
     texts = [part["name"] for part in calibration.get("parts") or [calibration] if "name" in part]
+    texts += [part["name"] for entry in heals for part in entry["text"]["parts"]]
     texts += [measured["text"]] if measured else []
     datasets = list(dict.fromkeys(text.partition(":")[0] for text in texts if "/" in text))
     if datasets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.budget.budget import Cost
+from surgery.budget.heal_cost import HealCost
 from surgery.budget.index_cost import IndexCost
 from surgery.budget.machine import Machine
 from surgery.budget.prune_cost import PruneCost
@@ -40,6 +41,21 @@ def prune_cost_lines(cost: PruneCost, passes: int = 1) -> list[str]:
         )
     moved = f"Bytes read: {format_bytes(cost.read_bytes)}, written: {format_bytes(cost.write_bytes)}"
     return [*lines, f"{moved}; {operations}{times}"]
+
+
+def heal_cost_lines(cost: HealCost) -> list[str]:
+    """Lines about a heal, without time."""
+    kept = format_bytes(cost.keep_bytes) if cost.keep_bytes else "none"
+    targets = f"on disk: {format_bytes(cost.target_bytes)}" if cost.target_bytes else "computed in every step"
+    return [
+        memory_line(cost),
+        f"Trained numbers and their state: {format_bytes(cost.state_bytes)}; targets {targets}",
+        f"Layers that stay in memory: {kept} of the student; "
+        f"activations that are not computed again: {format_bytes(cost.graph_bytes)} at most",
+        _hidden_line(cost),
+        f"Bytes read: {format_bytes(cost.read_bytes)}, written: {format_bytes(cost.write_bytes)}; "
+        f"{cost.flops / 1e12:,.1f} TFLOP",
+    ]
 
 
 def pass_cost_lines(cost: Cost) -> list[str]:

@@ -10,6 +10,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
     ),
+    "Healing": (
+        *("tokens_seen", "heal_texts", "text_weights", "teacher", "train", "learning_rate", "batch_tokens"),
+        *("epochs", "temperature", "cross_entropy", "targets"),
+    ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
         *("simulate", "compare"),
@@ -30,7 +34,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
-    "Prune and quantise": ("prune", "compare", "quantize"),
+    "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
     "Measure": ("eval", "ablate"),
     "Files": ("card", "push", "shard-index"),
 }

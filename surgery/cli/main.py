@@ -19,6 +19,7 @@ from surgery import __version__
 from surgery.cli.ablate import ablate
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
+from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
 from surgery.cli.merge import merge_index
@@ -101,6 +102,7 @@ for command in (
     report,
     prune,
     compare,
+    heal,
     eval_command,
     ablate,
     quantize,

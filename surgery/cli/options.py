@@ -174,7 +174,7 @@ def collected(
     return decorate
 
 
-def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
     """Numbers separated by commas."""
     if value is None:
         return None
@@ -227,7 +227,7 @@ calibration_options = collected(
         ),
         click.option(
             "--calibration-weights",
-            callback=_numbers,
+            callback=numbers,
             metavar="W,W,...",
             help="Shares of the texts of a mixture. [default: equal]",
         ),

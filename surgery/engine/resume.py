@@ -54,6 +54,11 @@ class Journal:
     def __contains__(self, step: str) -> bool:
         return f"{step}." in self.done
 
+    def numbers(self, step: str) -> list[int]:
+        """The numbers n of all complete steps "`step` n"."""
+        pairs = (line.removesuffix(".").rpartition(" ") for line in self.done)
+        return sorted(int(number) for name, _, number in pairs if name == step)
+
     def mark(self, step: str) -> None:
         """Record that a step is complete, after flushing all files of the journal to disk."""
         for file in self.folder.rglob("*"):

@@ -55,6 +55,8 @@ class StreamedModel:
       to mask channels or to set single weights without changing the checkpoint.
     - `on_read(stored name, tensor as stored)`, when given, is called in the reader thread for every tensor
       read. Use it to copy a checkpoint in the same pass that runs it.
+    - `keep_bytes`: layers stay in memory once they were read, as many as fit in so many bytes in the compute
+      dtype; later passes do not read them again. Not for use with an `edit` that changes weights in place.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class StreamedModel:
         opened: Model,
         edit: LayerEdit | None = None,
         on_read: Callable[[str, torch.Tensor], None] | None = None,
+        keep_bytes: int = 0,
     ) -> None:
         self.checkpoint = opened.checkpoint
         self.read: Callable[[str], torch.Tensor] = self.checkpoint.read
@@ -70,6 +73,8 @@ class StreamedModel:
         self.dtype = opened.run.dtype
         self.edit = edit
         self.on_read = on_read
+        self.keep_bytes = keep_bytes
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}  # layer number -> its tensors on the device
         self.meta_model = opened.meta_model
         self.model = self.meta_model.model
         self.layers = self.meta_model.layers
@@ -119,6 +124,19 @@ class StreamedModel:
                 tensor.record_stream(stream)
         return tensors
 
+    def _layer(self, number: int) -> tuple[dict[str, torch.Tensor], Any]:
+        """The tensors of a layer: those kept in memory, else `_fetch`; runs in the reader thread."""
+        if number in self.kept:
+            return self.kept[number], None
+        return self._fetch(self.meta_model.layer_parameters[number])
+
+    def _keep(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep a layer's tensors for later passes, where `keep_bytes` has room for them."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if number not in self.kept and size <= self.keep_bytes:
+            self.kept[number] = tensors
+            self.keep_bytes -= size
+
     @contextlib.contextmanager
     def other_weights(self) -> Iterator[None]:
         """Within the block, weights outside the decoder layers (embeddings, final norm, head) are in memory.
@@ -144,19 +162,14 @@ class StreamedModel:
         """
         queue = list(order)
         with ThreadPoolExecutor(1, thread_name_prefix="surgeon-reader") as pool:
-            prefetched: Future[Any] | None = (
-                pool.submit(self._fetch, self.meta_model.layer_parameters[queue[0]]) if queue else None
-            )
+            prefetched: Future[Any] | None = pool.submit(self._layer, queue[0]) if queue else None
             for position, number in enumerate(queue):
                 assert prefetched is not None
                 with in_layer(number):
                     tensors = self._wait_for(prefetched.result())
                 following = queue[position + 1 : position + 2]
-                prefetched = (
-                    pool.submit(self._fetch, self.meta_model.layer_parameters[following[0]])
-                    if following
-                    else None
-                )
+                prefetched = pool.submit(self._layer, following[0]) if following else None
+                self._keep(number, tensors)
                 self.meta_model.fill(tensors)
                 del tensors
                 layer = self.layers[number]

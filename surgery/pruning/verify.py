@@ -16,6 +16,7 @@ from surgery.budget.prune_cost import VERIFY_TOKENS
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.transformers_model import check_loads, text_config
 from surgery.engine.open_model import Model, open_model
+from surgery.engine.run_options import storage_dtype
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import CheckpointError
@@ -64,26 +65,38 @@ def verify_pruned(
     `ids` [1, T] must be finite and equal `expected` [T, V], those of the masked source, up to rounding; every
     kept one of `super_weights` must be at its new column, with its value unless weights were `repaired`.
     """
+    measured = check_logits(written, expected, ids, "the masked source")
+    return measured, check_super_weights(written.checkpoint, written.meta_model, super_weights, repaired)
+
+
+def check_logits(
+    written: Model, expected: torch.Tensor, ids: torch.Tensor, source: str, *, rounded: bool = False
+) -> dict[str, Any]:
+    """Load a written checkpoint, and compare its logits on `ids` [1, T] with `expected` [T, V], those of
+    `source`.
+
+    With `rounded` its weights have fewer digits than those of `source` where the stored dtype is coarser.
+    Returns what was measured. Raises CheckpointError where it does not load or differs by more than rounding.
+    """
     check_loads(written.checkpoint.source.path, written.meta_model.may_be_unexpected)
     logits = run_to_logits(written, ids)
-    found = check_super_weights(written.checkpoint, written.meta_model, super_weights, repaired)
     difference = float((logits - expected).norm() / expected.norm())
-    limit = TOLERANCE[written.run.dtype]
+    dtypes = [written.run.dtype, *([storage_dtype(written.checkpoint)] if rounded else [])]
+    limit = max(TOLERANCE[dtype] for dtype in dtypes)
     if not difference < limit:
         raise CheckpointError(
-            "the written model does not compute what the masked source does",
+            f"the written model does not compute what {source} does",
             where="verification",
-            expected=f"logits within {limit} of the masked source's",
+            expected=f"logits within {limit} of those of {source}",
             found=f"{difference:.3g}",
             next_step="report this: it is a bug in surgeon",
         )
-    measured = {
+    return {
         "tokens": ids.shape[1],
         "relative_difference": difference,
         "tolerance": limit,
         "dtype": written.run.dtype_name,
     }
-    return measured, found
 
 
 def check_super_weights(

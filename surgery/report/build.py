@@ -14,6 +14,7 @@ from surgery.index.channel_index import JSON_FILE, ChannelIndex
 from surgery.report.channels import channel_sections, index_facts
 from surgery.report.comparison import comparison_section
 from surgery.report.document import Document, Section
+from surgery.report.healed import heal_sections
 from surgery.report.pruned import provenance_section, pruned_sections
 from surgery.report.revisions import revision_sections
 from surgery.report.spikes import spike_sections
@@ -103,6 +104,7 @@ def pruned_report(folder: Path, extras: Extras, samples: Section | None = None) 
         index = ChannelIndex.load(extras.index)
         check_same(index.source, manifest["source"], extras.index)
     sections = pruned_sections(manifest, index)
+    sections += heal_sections(manifest)
     sections += comparison_sections(extras.comparison, manifest["source"])
     sections += [samples] if samples is not None else []
     sections.append(provenance_section(manifest))

@@ -72,10 +72,12 @@ def commands() -> dict[str, list[str]]:
     calibration = ["--calibration", "text.txt", "--blocks", "8", "--block-size", "128"]
     cut = ["--index", "index", "--sparsity", "0.5"]
     blocks = ["--text", "text.txt", "--text-blocks", "2"]
+    healing = ["--text", "text.txt", "--block-size", "128", "--tokens", "1024", "--batch-tokens", "512"]
     return {
         "index": ["index", "model", *calibration, "--out", "index"],
         "index --second-order": ["index", "model", *calibration, "--out", "second", "--second-order"],
         "prune --repair none": ["prune", "model", *cut, "--repair", "none", "--out", "none"],
+        "heal": ["heal", "none", *healing],
         "prune": ["prune", "model", *cut, "--out", "cut"],
         "prune --allocation global": ["prune", "model", *cut, "--allocation", "global", "--out", "global"],
         "compare": ["compare", "model", *cut, *blocks, "--cut", "lp-hybrid:lstsq-acc", "--out", "compared"],

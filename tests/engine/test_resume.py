@@ -199,3 +199,14 @@ def test_a_step_cut_short_does_not_count(tmp_path: Path) -> None:
         handle.write("forward 1")  # no full stop, no end of line
     again = Journal(tmp_path / "out", {"run": 1})
     assert again.resumed and "forward 0" in again and "forward 1" not in again
+
+
+def test_numbers_of_complete_steps(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out", {"a": 1})
+    for step in ("state 3", "state 12", "targets 0"):
+        journal.mark(step)
+    with journal.path("steps.jsonl").open("a") as handle:
+        handle.write("state 13")  # cut short
+    again = Journal(tmp_path / "out", {"a": 1})
+    assert again.numbers("state") == [3, 12]
+    assert again.numbers("index") == []

@@ -197,3 +197,23 @@ def test_statistics_equal_full_autograd_on_smollm2(real_model: Path) -> None:
     for layer, (ours, theirs) in enumerate(zip(found["statistics"], expected["statistics"], strict=True)):
         for name in ("loss_proxy", "curvature", "taylor", "mean"):
             assert relative_error(ours[name], theirs[name]) < 1e-4, (layer, name)
+
+
+def test_layers_that_stay_in_memory_are_read_once(save_tiny: Callable[..., Path]) -> None:
+    model = opened(save_tiny("llama"))
+    layer = sum(
+        model.checkpoint.tensors[n].nbytes for p in model.meta_model.layer_parameters[0] for n in p.stored
+    )
+    streamed = StreamedModel(model, keep_bytes=2 * layer)
+    count, reads = len(streamed.layers), []
+    streamed.read = lambda name: reads.append(name) or model.checkpoint.read(name)  # type: ignore[func-returns-value]
+    values = []
+    for _ in range(2):
+        values.append([])
+        for _, resident in streamed.stream_layers(range(count)):
+            values[-1].append([parameter.clone() for parameter in resident.parameters()])
+    assert sorted(streamed.kept) == [0, 1]
+    per_layer = len(model.meta_model.layer_parameters[0])
+    assert len(reads) == per_layer * (count + count - 2)
+    for first, second in zip(*values, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -25,6 +25,8 @@ class Live(TorchDispatchMode):
         given = {one.untyped_storage()._cdata for one in _tensors((args, kwargs))}
         for leaf in _tensors(result):
             storage = leaf.untyped_storage()
+            if leaf.is_meta:  # has no memory
+                continue
             if storage._cdata not in self.sizes and storage._cdata not in given:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, 0)

@@ -1,0 +1,183 @@
+"""The options of `surgeon heal`: on what to train, what, and how."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from surgery import defaults
+from surgery.cli.options import collected, numbers
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgery.engine.open_model import Model
+    from surgery.heal.heal_text import HealText
+    from surgery.heal.options import HealOptions
+
+THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """On which text to train, what, and how, as the command line says it."""
+
+    tokens_seen: str
+    heal_texts: tuple[str, ...]
+    text_weights: tuple[float, ...] | None
+    text_column: str | None
+    train: str
+    learning_rate: float | None
+    batch_tokens: int
+    epochs: int
+    temperature: float
+    cross_entropy: float
+    targets: str
+    block_size: int
+    seed: int
+
+    @property
+    def blocks(self) -> int:
+        """Distinct blocks of `--tokens`. Raises UsageError for a number that can't be."""
+        return max(1, round(parse_count(self.tokens_seen) / self.block_size / self.epochs))
+
+    def options(self) -> HealOptions:
+        """These as the library takes them. Raises UsageError for values out of range."""
+        from surgery.heal.distil_loss import DistilLoss
+        from surgery.heal.options import HealOptions
+        from surgery.heal.trainable import TrainMode
+
+        return HealOptions(
+            TrainMode.parse(self.train),
+            DistilLoss(self.temperature, self.cross_entropy),
+            self.epochs,
+            self.batch_tokens,
+            self.learning_rate,
+            recompute=self.targets == "recompute",
+            seed=self.seed,
+        )
+
+    def draw(self, model: Model) -> HealText:
+        """The blocks to train on and those held out. Raises CalibrationError, UsageError."""
+        from surgery.heal.heal_text import draw_heal_text
+
+        return draw_heal_text(
+            model,
+            self.heal_texts,
+            blocks=self.blocks,
+            block_size=self.block_size,
+            seed=self.seed,
+            weights=self.text_weights,
+            text_column=self.text_column,
+        )
+
+    @property
+    def words(self) -> list[str]:
+        """The options as words, free of paths of this machine."""
+        words = ["--tokens", self.tokens_seen]
+        for text in self.heal_texts:
+            words += ["--text", Path(text).name if Path(text).exists() else text]
+        weights = self.text_weights
+        words += ["--text-weights", ",".join(f"{weight:g}" for weight in weights)] if weights else []
+        words += ["--text-column", self.text_column] if self.text_column else []
+        words += ["--train", self.train]
+        words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
+        if self.cross_entropy or self.temperature != 1:
+            words += ["--temperature", f"{self.temperature:g}", "--cross-entropy", f"{self.cross_entropy:g}"]
+        words += ["--epochs", str(self.epochs)] if self.epochs > 1 else []
+        words += ["--batch-tokens", str(self.batch_tokens), "--block-size", str(self.block_size)]
+        return [*words, "--seed", str(self.seed)]
+
+
+def parse_count(text: str) -> int:
+    """A number of tokens as 131072, 500k or 1M. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise UsageError("not a number of tokens", where="--tokens", expected="as 500k or 1M", found=text)
+    return round(float(found[1]) * THOUSANDS[found[2]])
+
+
+training_options = collected(
+    TrainingOptions,
+    "training",
+    [
+        click.option("--tokens", "tokens_seen", metavar="N", required=True, help="Tokens to see, as 1M."),
+        click.option(
+            "--text",
+            "heal_texts",
+            multiple=True,
+            default=defaults.CALIBRATION_TEXTS,
+            show_default=True,
+            metavar="NAME|FILE|DATASET",
+            help="Text to train on, named as for --calibration. Give it several times for a mixture.",
+        ),
+        click.option(
+            "--text-weights",
+            callback=numbers,
+            metavar="W,W,...",
+            help="Shares of the texts of a mixture. [default: equal]",
+        ),
+        click.option(
+            "--text-column",
+            metavar="NAME",
+            help="Column of a dataset that holds the text or the chat. [default: by usual names]",
+        ),
+        click.option(
+            "--train",
+            default="lora:16",
+            show_default=True,
+            metavar="lora:R|norms|all",
+            help="What is trained of the decoder layers: adapters of rank R on every linear, and norms; "
+            "norms alone; or all parameters.",
+        ),
+        click.option(
+            "--learning-rate",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Its peak. [default: 2e-3; with --train all, 4e-4]",
+        ),
+        click.option(
+            "--batch-tokens",
+            type=click.IntRange(min=1),
+            default=4096,
+            show_default=True,
+            help="Tokens of one step.",
+        ),
+        click.option(
+            "--epochs",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Times that every block is seen: with 2, half as much text makes the same --tokens.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="Of both distributions.",
+        ),
+        click.option(
+            "--cross-entropy",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            show_default=True,
+            help="Share of plain cross-entropy in the loss; the rest is the divergence from the teacher.",
+        ),
+        click.option(
+            "--targets",
+            type=click.Choice(("disk", "recompute")),
+            default="disk",
+            show_default=True,
+            help="Keep the teacher's predictions in files until the end, or compute them in every step.",
+        ),
+        click.option(
+            "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
+        ),
+        click.option(
+            "--seed", default=defaults.SEED, show_default=True, help="Which blocks are drawn, in which order."
+        ),
+    ],
+)

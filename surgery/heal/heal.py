@@ -1,0 +1,233 @@
+"""heal: distil the dense model into a pruned one, streamed, and write the result as a new complete folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.budget.heal_cost import HealCost
+from surgery.budget.prune_cost import VERIFY_TOKENS
+from surgery.card.figures import HEAL, save_heal_figure
+from surgery.card.publish import write_card
+from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, dump_manifest, source_json, versions
+from surgery.checkpoint.other_files import copy_other_files
+from surgery.checkpoint.output_folder import check_destination, complete_folder
+from surgery.checkpoint.transformers_model import auto_class
+from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.errors import SurgeonError
+from surgery.heal.distil_loss import TopTokens
+from surgery.heal.heal_text import HealText
+from surgery.heal.options import HealOptions, estimate_heal
+from surgery.heal.pair import check_pair, student_manifest
+from surgery.heal.targets import StoredTargets, Teacher
+from surgery.heal.train import Division, History, Trainer
+from surgery.heal.trainable import Trainables
+from surgery.heal.write import trained_logits, write_trained
+from surgery.progress import Progress, no_progress
+from surgery.pruning.verify import check_logits, check_super_weights
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What a heal saw, and the written model; None where training did not help, and nothing was written."""
+
+    history: History
+    entry: dict[str, Any]
+    written: Model | None
+
+
+def open_heal_journal(
+    student: Model, teacher: Model, text: HealText, options: HealOptions, out: Path, *, resume: bool = True
+) -> Journal:
+    """The journal of a heal, beside its folder; without `resume` an earlier one is thrown away."""
+    fingerprint = {
+        "student": source_json(student.checkpoint),
+        "files": student.checkpoint.file_fingerprints(),
+        "teacher": source_json(teacher.checkpoint),
+        "teacher_files": teacher.checkpoint.file_fingerprints(),
+        "text": text.as_json(),
+        "options": options.as_json(),
+        "recompute": options.recompute,
+        "run": student.run.as_json(),
+        "memory": student.run.memory,
+    }
+    return Journal(out, fingerprint, resume=resume, kind="heal")
+
+
+def heal(
+    student: Model,
+    teacher: Model,
+    text: HealText,
+    out: str | Path,
+    options: HealOptions | None = None,
+    *,
+    overwrite: bool = False,
+    measure: Callable[[Model], dict[str, Any]] | None = None,
+    command: str | None = None,
+    journal: Journal | None = None,
+    progress: Progress[Any] = no_progress,
+) -> HealResult:
+    """Train a student towards its teacher, and write the best state to folder `out`, verified.
+
+    `measure`, when given, measures student and result for manifest and card. With `journal`
+    (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result. Where no
+    held-out measure is better than that before training, nothing is written. Raises UsageError or
+    UnsupportedModelError for a pair that can't be trained, DestinationError, MemoryBudgetError,
+    NumericsError, and CheckpointError when verification fails.
+    """
+    options, destination = options or HealOptions(), Path(out)
+    manifest = student_manifest(student)
+    check_pair(student, teacher)
+    cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
+    needs = student.checkpoint.nbytes + cost.target_bytes
+    check_destination(destination, overwrite=overwrite, source=student.folder, needs_bytes=needs)
+    journal = journal or open_heal_journal(student, teacher, text, options, destination)
+    try:
+        trainer, history = _train(student, teacher, text, options, cost, journal, progress)
+        entry = heal_entry(student, teacher, text, options, history)
+        written = None
+        if history.improved:
+            if measure is not None:
+                entry["evaluation"] = {"before": measure(student)}
+            _write(student, trainer, manifest, entry, command, destination, measure)
+            written = student.written(destination)
+    except SurgeonError as error:
+        journal.fail(error)
+        raise
+    journal.finish()
+    return HealResult(history, entry, written)
+
+
+def _train(
+    student: Model,
+    teacher: Model,
+    text: HealText,
+    options: HealOptions,
+    cost: HealCost,
+    journal: Journal,
+    progress: Progress[Any],
+) -> tuple[Trainer, History]:
+    """Compute the targets, where they are not recomputed in every step, and train."""
+    blocks, block_size = text.ids.shape
+    source = Teacher(
+        StreamedModel(teacher, keep_bytes=cost.teacher_bytes),
+        top=options.top,
+        temperature=options.loss.temperature,
+        micro_batch=cost.micro_batch,
+        place=cost.hidden_on,
+    )
+
+    def recomputed(numbers: torch.Tensor) -> TopTokens:
+        return source.targets(text.ids[numbers])
+
+    targets: Callable[[torch.Tensor], TopTokens] = recomputed
+    if not options.recompute:
+        stored = StoredTargets(journal, blocks, block_size, source.top)
+        stored.fill(source, text.ids, progress)
+        source.model.kept.clear()  # its layers have done their work
+        targets = stored.take
+    model = StreamedModel(student, keep_bytes=cost.keep_bytes)
+    trainer = Trainer(
+        model,
+        Trainables(model.meta_model, options.train, options.seed, model.device),
+        text.ids,
+        targets,
+        held_out=text.held_out,
+        schedule=options.schedule(blocks, block_size),
+        peak=options.peak,
+        loss=options.loss,
+        division=Division(cost.micro_batch, cost.hidden_on, cost.graph_bytes),
+        journal=journal,
+    )
+    if not cost.ends_held:
+        return trainer, trainer.run(progress)
+    with model.other_weights():
+        return trainer, trainer.run(progress)
+
+
+def heal_entry(
+    student: Model, teacher: Model, text: HealText, options: HealOptions, history: History
+) -> dict[str, Any]:
+    """The entry of `heals` in surgeon.json: what the model was healed on, how, and what that changed."""
+    best = history.measures[history.best]
+    seen = len(history.losses) * options.batch(text.ids.shape[1]) * text.ids.shape[1]
+    return {
+        "student": student.name,
+        "teacher": {"name": teacher.name, "revision": teacher.checkpoint.revision},
+        "options": options.as_json(),
+        "text": text.as_json(),
+        "steps": len(history.losses),
+        "kept_step": best["step"],
+        "tokens": min(seen, text.ids.numel() * options.epochs),
+        "seconds": round(history.seconds, 1),
+        "losses": history.losses,
+        "measures": history.measures,
+        "held_out": {
+            name: {
+                "blocks": len(ids),
+                "before": math.exp(history.measures[0]["nats"][name]),
+                "after": math.exp(best["nats"][name]),
+            }
+            for name, ids in text.held_out.texts.items()
+        },
+    }
+
+
+def _write(
+    student: Model,
+    trainer: Trainer,
+    manifest: dict[str, Any] | None,
+    entry: dict[str, Any],
+    command: str | None,
+    destination: Path,
+    measure: Callable[[Model], dict[str, Any]] | None,
+) -> None:
+    """Write the folder, verify it, and add manifest, card and the figure of the loss."""
+    ids = trainer.held_out.ids[:1, :VERIFY_TOKENS]
+    expected = trained_logits(trainer.model, trainer.trainables, ids)
+    trainer.model.kept.clear()  # what it computed with has done its work
+    with complete_folder(destination) as folder:
+        write_trained(student, trainer.trainables, folder)
+        copy_other_files(student.checkpoint, folder, student.checkpoint.config, ("README.md", MANIFEST, HEAL))
+        written = student.written(folder)
+        entry["verification"] = check_logits(
+            written, expected, ids, "the trained one in memory", rounded=True
+        )
+        if measure is not None:
+            entry["evaluation"]["after"] = measure(written)
+        fields = healed_manifest(student, manifest, entry, command)
+        fields["super_weights"] = check_super_weights(
+            written.checkpoint, written.meta_model, tuple(fields["super_weights"]), repaired=True
+        )
+        (folder / MANIFEST).write_text(dump_manifest(fields), encoding="utf-8")
+        save_heal_figure(folder, fields)
+        write_card(folder, fields, student.checkpoint)
+
+
+def healed_manifest(
+    student: Model, manifest: dict[str, Any] | None, entry: dict[str, Any], command: str | None
+) -> dict[str, Any]:
+    """The student's surgeon.json with one more entry in `heals`; task results are not those of this model."""
+    checkpoint = student.checkpoint
+    fields: dict[str, Any] = (
+        dict(manifest) if manifest else {"source": source_json(checkpoint), "super_weights": []}
+    )
+    measurements = {key: value for key, value in fields.get("measurements", {}).items() if key != "tasks"}
+    heals = [*fields.get("heals", []), {**entry, "command": command}]
+    return {
+        **fields,
+        "schema_version": SCHEMA_VERSION,
+        "result": {"parameters": checkpoint.parameters, "bytes": checkpoint.nbytes},
+        "auto_class": auto_class(student.meta_model.config).__name__,
+        "measurements": measurements,
+        "heals": heals,
+        "repo": None,
+        "versions": versions(),
+    }

@@ -1,0 +1,81 @@
+"""Which student may be healed by which teacher; refused before any work where that can't be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.checkpoint.manifest import MANIFEST
+from surgery.checkpoint.transformers_model import load_tokenizer, text_config
+from surgery.engine.open_model import Model
+from surgery.errors import UnsupportedModelError, UsageError
+
+
+def student_manifest(student: Model) -> dict[str, Any] | None:
+    """The surgeon.json of a student, None for a folder that surgeon did not write.
+
+    Raises UsageError for what is no local folder, UnsupportedModelError for a quantised or padded one.
+    """
+    if student.folder is None:
+        raise UsageError("only a local folder can be healed", where=student.name)
+    if MANIFEST not in student.checkpoint.file_names:
+        return None
+    manifest: dict[str, Any] = student.checkpoint.read_json(MANIFEST)
+    if "quantization" in manifest:
+        raise UnsupportedModelError(
+            "a quantised folder can't be trained",
+            where=student.name,
+            next_step="heal the folder that it was made from, then quantise that",
+        )
+    if manifest.get("plan", {}).get("padded"):
+        raise UnsupportedModelError(
+            "training would fill the zeros of a padded folder",
+            where=student.name,
+            next_step="heal a folder pruned without --pad",
+        )
+    return manifest
+
+
+def teacher_name(student: Model, manifest: dict[str, Any] | None) -> tuple[str, str | None]:
+    """(Folder or Hub id, revision) of the source of a folder surgeon wrote.
+
+    A source that was a local folder is looked for beside the student. Raises UsageError if it is not there.
+    """
+    if manifest is None:
+        raise UsageError(
+            "surgeon did not write this folder, so its teacher is not known",
+            where=student.name,
+            next_step="name the dense model with --teacher",
+        )
+    source = manifest["source"]
+    if "/" in source["name"]:
+        return source["name"], source["revision"]
+    assert student.folder is not None
+    beside = student.folder.absolute().parent / source["name"]
+    if not beside.exists():
+        raise UsageError(
+            "the model this folder was made from is not beside it",
+            where=student.name,
+            expected=source["name"],
+            next_step="name it with --teacher",
+        )
+    return str(beside), None
+
+
+def check_pair(student: Model, teacher: Model) -> None:
+    """Raise UsageError unless teacher and student predict the same tokens."""
+    sizes = [text_config(model.checkpoint.config).get("vocab_size") for model in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            "teacher and student have vocabularies of different size",
+            where=student.name,
+            expected=f"{sizes[0]} as {teacher.name}",
+            found=str(sizes[1]),
+        )
+    words = [load_tokenizer(model.checkpoint).get_vocab() for model in (teacher, student)]
+    if words[0] != words[1]:
+        raise UsageError(
+            "teacher and student have different tokenizers",
+            where=student.name,
+            expected=f"the tokenizer of {teacher.name}",
+            next_step="name the model this folder was made from with --teacher",
+        )

@@ -1,0 +1,91 @@
+"""The teacher's targets: its most likely next tokens of every training block, from streamed forward passes.
+
+They are computed once and kept in two files of the journal, or anew for every batch.
+Shape letters: N blocks, T tokens of a block, k tokens kept of a position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery.budget.heal_cost import TARGET_CHUNK
+from surgery.engine.hidden_store import HiddenStore
+from surgery.engine.loss import head_slices
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream
+from surgery.heal.distil_loss import TopTokens, top_tokens
+from surgery.progress import Progress, no_progress
+
+TOP = 64  # tokens kept of a position
+BYTES_PER_TOKEN = 6  # an id and a log-probability in half precision
+FILES = ("target-ids.bin", "target-logs.bin")
+
+
+def target_bytes(blocks: int, block_size: int, top: int) -> int:
+    """Bytes of the files that hold the targets of N blocks."""
+    return blocks * (block_size - 1) * top * BYTES_PER_TOKEN
+
+
+class Teacher:
+    """The dense model as a source of targets, at a temperature."""
+
+    def __init__(
+        self, model: StreamedModel, *, top: int, temperature: float, micro_batch: int, place: str
+    ) -> None:
+        self.model = model
+        self.top = min(top, int(model.model.config.get_text_config().vocab_size))
+        self.temperature = temperature
+        self.micro_batch = micro_batch
+        self.place = place
+
+    @torch.no_grad()
+    def targets(self, ids: torch.Tensor) -> TopTokens:
+        """Targets [N, T - 1, k] of blocks of token ids [N, T], on the CPU, from one pass over the layers."""
+        model = self.model
+        stream = TokenStream(model, ids, micro_batch=self.micro_batch, place=self.place)
+        for number, layer in model.stream_layers(range(len(model.layers))):
+            stream.forward(number, layer)
+        shape = (len(ids), ids.shape[1] - 1, self.top)
+        found = TopTokens(torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.half))
+        with model.other_weights():
+            for block in range(len(ids)):
+                hidden = stream.last_hidden(slice(block, block + 1))[0]
+                for rows in head_slices(model, shape[1]):
+                    best = top_tokens(model.logits(hidden[rows]).float(), self.top, self.temperature)
+                    found.ids[block, rows], found.log_p[block, rows] = best.ids.cpu(), best.log_p.cpu()
+                model.malloc.trim()
+        return found
+
+
+class StoredTargets:
+    """Targets of N blocks in files of a journal; `fill` computes those that are missing."""
+
+    def __init__(self, journal: Journal, blocks: int, block_size: int, top: int) -> None:
+        self.journal = journal
+        shape, cpu = (1, blocks, block_size - 1, top), torch.device("cpu")
+        ids, logs = (journal.path(file) for file in FILES)
+        self.ids = HiddenStore(shape, torch.int32, cpu, path=ids)
+        self.logs = HiddenStore(shape, torch.float16, cpu, path=logs)
+        self.blocks = blocks
+
+    def fill(self, teacher: Teacher, ids: torch.Tensor, progress: Progress[Any] = no_progress) -> None:
+        """Compute the missing targets of blocks of ids [N, T], a chunk of blocks at a time."""
+        starts = range(0, self.blocks, TARGET_CHUNK)
+        for start in progress(starts, "targets", len(starts)):
+            if f"targets {start}" in self.journal:
+                continue
+            part = slice(start, min(start + TARGET_CHUNK, self.blocks))
+            found = teacher.targets(ids[part])
+            self.ids.put(0, part, found.ids)
+            self.logs.put(0, part, found.log_p)
+            self.journal.mark(f"targets {start}")
+
+    def take(self, blocks: torch.Tensor) -> TopTokens:
+        """Targets [n, T - 1, k] of the blocks with these numbers."""
+        parts = [slice(int(block), int(block) + 1) for block in blocks]
+        cpu = torch.device("cpu")
+        ids = torch.cat([self.ids.get(0, part, cpu) for part in parts])
+        return TopTokens(ids, torch.cat([self.logs.get(0, part, cpu) for part in parts]))

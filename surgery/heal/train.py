@@ -1,0 +1,232 @@
+"""Trains a student: steps over batches of blocks, held-out measures along the way, the best state kept.
+
+A step is that of a plain loop: the gradients of all layers are there before any of them is clipped and used.
+Shape letters: N blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.engine.loss import next_token_loss
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream
+from surgery.errors import NumericsError
+from surgery.heal.distil_loss import DistilLoss, TopTokens, distil
+from surgery.heal.optimizer import Optimizer
+from surgery.heal.train_stream import GraphBudget, TrainingStream, all_layers
+from surgery.heal.trainable import Trainables
+from surgery.progress import Progress, no_progress
+
+MEASURES = 8  # held-out measures in a run, beside that before
+PATIENCE = 3  # measures without an improvement after which training stops
+SAVE_SECONDS = 30.0  # between two saves of the state
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Blocks [N, T] of each text, by name, that are never trained on."""
+
+    texts: dict[str, torch.Tensor]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The blocks of all texts."""
+        return torch.cat(list(self.texts.values()))
+
+
+@dataclass
+class History:
+    """What a run has seen: `losses` of every step; `measures`, each {"step", "nats" by held-out text}; the
+    `seconds` it took; `best`, the place of the best measure.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    best: int = 0
+
+    def mean(self, place: int) -> float:
+        """Mean log-perplexity over the held-out texts at a measure, nats a token."""
+        nats = self.measures[place]["nats"].values()
+        return float(sum(nats) / len(nats))
+
+    @property
+    def improved(self) -> bool:
+        """Whether the best measure is better than that before training."""
+        return self.best > 0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last PATIENCE measures were no better than an earlier one."""
+        return len(self.measures) - 1 - self.best >= PATIENCE
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which blocks make which step: `order` holds block numbers, `batch` of them a step."""
+
+    order: torch.Tensor
+    batch: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return -(-len(self.order) // self.batch)
+
+    def blocks(self, step: int) -> torch.Tensor:
+        """Numbers of the blocks of a step."""
+        return self.order[step * self.batch : (step + 1) * self.batch]
+
+    def measures_after(self, done: int) -> bool:
+        """Whether held-out blocks are measured when so many steps are done."""
+        every = max(1, self.steps // MEASURES)
+        return done == self.steps or (done % every == 0 and self.steps - done >= every // 2)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How memory is divided: blocks in a layer at once, where hidden states are, bytes of kept graphs."""
+
+    micro_batch: int
+    place: str = "device"
+    graph_bytes: int = 0
+
+
+class Trainer:
+    """Trains what `trainables` holds of a student on blocks of ids [N, T], towards a teacher's targets.
+
+    `targets(block numbers)` gives the targets of a batch. With `journal` the state is saved at least every
+    SAVE_SECONDS, and an interrupted run goes on from there with the same result.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        trainables: Trainables,
+        ids: torch.Tensor,
+        targets: Callable[[torch.Tensor], TopTokens],
+        *,
+        held_out: HeldOut,
+        schedule: Schedule,
+        peak: float,
+        loss: DistilLoss | None = None,
+        division: Division | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.model = model
+        self.trainables = trainables
+        self.ids = ids
+        self.targets = targets
+        self.held_out = held_out
+        self.schedule = schedule
+        self.loss = loss or DistilLoss()
+        self.division = division or Division(1)
+        self.journal = journal
+        self.optimizer = Optimizer(trainables.masters, peak, schedule.steps)
+        self.graphs = GraphBudget(self.division.graph_bytes)
+        self.history = History()
+        self.best: dict[str, torch.Tensor] = {}
+        self.saved, self.saves = time.monotonic(), 0  # when the state was saved last, and how often
+
+    def step(self, number: int) -> float:
+        """Carry out one step; returns the mean loss of its tokens in nats. Raises NumericsError."""
+        blocks = self.schedule.blocks(number)
+        stream = TrainingStream(
+            self.model,
+            self.ids[blocks],
+            self.trainables,
+            micro_batch=self.division.micro_batch,
+            place=self.division.place,
+            graphs=self.graphs,
+        )
+        for layer_number, layer in all_layers(self.model):
+            stream.forward(layer_number, layer)
+        loss = distil(stream, self.targets(blocks), self.loss)
+        gradients: dict[str, torch.Tensor] = {}
+        for layer_number, layer in all_layers(self.model, backwards=True):
+            found = stream.train_backward(layer_number, layer)
+            gradients |= {f"{layer_number}.{path}": gradient for path, gradient in found.items()}
+        norm = self.optimizer.step(number, gradients)
+        if not (loss < float("inf") and norm < float("inf")):
+            raise NumericsError(
+                "the loss or its gradient is not finite",
+                where=f"step {number + 1}",
+                next_step="use a smaller --learning-rate, or --dtype float32",
+            )
+        return loss
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Mean cross-entropy in nats a token of every held-out text, with the masters as they are."""
+        ids = self.held_out.ids
+        stream = TokenStream(
+            self.model, ids, micro_batch=self.division.micro_batch, place=self.division.place
+        )
+        for number, layer in all_layers(self.model):
+            with self.trainables.installed(number, layer):
+                stream.forward(number, layer)
+        sums = next_token_loss(stream)
+        counts = [len(blocks) for blocks in self.held_out.texts.values()]
+        means = [float(part.mean()) / (ids.shape[1] - 1) for part in sums.split(counts)]
+        return dict(zip(self.held_out.texts, means, strict=True))
+
+    def run(self, progress: Progress[Any] = no_progress) -> History:
+        """Train to the end, or until held-out measures stop improving; the best state is then in place."""
+        first = self._resume()
+        started = time.monotonic() - self.history.seconds
+        if not self.history.measures:
+            self._note(0)
+        count = self.schedule.steps
+        for number in progress(range(first, count), "steps", count - first):
+            if self.history.stalled:
+                break
+            self.history.losses.append(self.step(number))
+            if self.schedule.measures_after(number + 1):
+                self._note(number + 1)
+            self.history.seconds = time.monotonic() - started
+            self._save(number + 1)
+        for key, master in self.trainables.masters.items():
+            master.copy_(self.best[key])
+        return self.history
+
+    def _note(self, step: int) -> None:
+        """Measure after `step` steps, and keep the state where that is the best so far."""
+        history = self.history
+        history.measures.append({"step": step, "nats": self.measure()})
+        last = len(history.measures) - 1
+        if last == 0 or history.mean(last) < history.mean(history.best):
+            history.best = last
+            self.best = {key: master.detach().clone() for key, master in self.trainables.masters.items()}
+
+    def _save(self, done: int) -> None:
+        """Save the state after `done` steps, in one of two files, unless it was saved a moment ago."""
+        last = done == self.schedule.steps
+        if self.journal is None or (time.monotonic() - self.saved < SAVE_SECONDS and not last):
+            return
+        tensors = {f"master/{key}": one for key, one in self.trainables.masters.items()}
+        tensors |= {f"best/{key}": one for key, one in self.best.items()} | self.optimizer.state()
+        self.saves += 1
+        self.journal.save(f"state-{self.saves % 2}", {"done": done, "history": asdict(self.history)}, tensors)
+        self.journal.mark(f"state {self.saves}")
+        self.saved = time.monotonic()
+
+    def _resume(self) -> int:
+        """Take up the last saved state; returns the number of steps that were done."""
+        saves = [] if self.journal is None else self.journal.numbers("state")
+        if not saves or self.journal is None:
+            return 0
+        self.saves = max(saves)
+        fields, tensors = self.journal.load(f"state-{self.saves % 2}")
+        self.history = History(**fields["history"])
+        for key, master in self.trainables.masters.items():
+            master.copy_(tensors[f"master/{key}"])
+            self.best[key] = tensors[f"best/{key}"].to(master)
+        self.optimizer.load(tensors, fields["done"])
+        return int(fields["done"])

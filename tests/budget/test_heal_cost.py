@@ -1,0 +1,69 @@
+"""What a heal is said to take, against the tensors that are alive while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.live_memory import Live
+from helpers.tiny_models import PLENTY, opened
+
+from surgery.engine.open_model import Model
+from surgery.heal.distil_loss import DistilLoss
+from surgery.heal.heal import heal
+from surgery.heal.heal_text import HealText
+from surgery.heal.options import HealOptions, estimate_heal
+from surgery.heal.train import HeldOut
+from surgery.heal.trainable import TrainMode
+
+WIDE = {"hidden_size": 64, "intermediate_size": 256}
+IDS = torch.randint(0, 256, (24, 64), generator=torch.Generator().manual_seed(1))
+
+
+def text() -> HealText:
+    held_out = HeldOut({"a": IDS[16:20], "b": IDS[20:]})
+    parts = ({"name": "a", "blocks": 16},)
+    return HealText(IDS[:16], held_out, parts)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral", "phi3"])
+@pytest.mark.parametrize("train", ["lora:8", "all"])
+@pytest.mark.parametrize("scarce", [False, True])
+def test_memory_of_a_heal_is_estimated(
+    scarce: bool, train: str, variant: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    changes = {} if variant == "gpt2" else WIDE
+    folders = [save_tiny(variant, name=name, seed=seed, **changes) for name, seed in (("a", 0), ("b", 1))]
+    options = HealOptions(TrainMode.parse(train), DistilLoss(1.0, 0.9), batch_tokens=512)
+
+    def pair(memory: int) -> tuple[Model, Model]:
+        student, teacher = (opened(folder, memory=memory) for folder in folders)
+        return student, teacher
+
+    least = estimate_heal(*pair(PLENTY), tuple(IDS[:16].shape), 8, options).smallest_bytes
+    memory = least if scarce else PLENTY
+    cost = estimate_heal(*pair(memory), tuple(IDS[:16].shape), 8, options)
+    assert cost.host_bytes <= memory
+    assert (cost.hidden_on == "disk") == scarce
+    student, teacher = pair(memory)
+    assert student.meta_model and teacher.meta_model
+    with Live() as live:
+        heal(student, teacher, text(), tmp_path / "healed", options)
+    assert live.peak <= cost.host_bytes
+
+
+def test_less_memory_means_recomputing_reading_again_and_files(save_tiny: Callable[..., Path]) -> None:
+    folders = [save_tiny("llama", name=name, **WIDE) for name in ("a", "b")]
+
+    def cost(memory: int):  # type: ignore[no-untyped-def]
+        student, teacher = (opened(folder, memory=memory) for folder in folders)
+        return estimate_heal(student, teacher, (16, 64), 8, HealOptions(batch_tokens=512))
+
+    plenty = cost(PLENTY)
+    found = [cost(memory) for memory in range(plenty.smallest_bytes, 2 * plenty.host_bytes, 1 << 20)]
+    assert found[0].hidden_on == "disk"
+    assert (found[0].keep_bytes, found[0].graph_bytes) == (0, 0)
+    assert found[-1].read_bytes < found[0].read_bytes
+    assert found[-1].flops < found[0].flops

@@ -1,0 +1,131 @@
+"""Streamed training against a plain loop over the whole model with autograd and torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import CALIBRATION, opened
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import surgery.loading  # noqa: F401 (layers of different width)
+from surgery.engine.streamed_model import StreamedModel
+from surgery.heal.distil_loss import DistilLoss, TopTokens
+from surgery.heal.optimizer import learning_rate
+from surgery.heal.targets import Teacher
+from surgery.heal.train import Division, HeldOut, Schedule, Trainer
+from surgery.heal.trainable import A, B, Trainables, TrainMode
+
+STEPS, BATCH, SIZE, TOP, RATE = 3, 3, 16, 32, 1e-3
+LOSS = DistilLoss(temperature=2.0, cross_entropy=0.25)
+
+
+def plain_loss(student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of `distil_loss` on whole logits [N, T, V], with log-probabilities in half precision."""
+    wide, dense = student[:, :-1] / LOSS.temperature, teacher[:, :-1] / LOSS.temperature
+    log_p, places = dense.log_softmax(-1).topk(TOP)
+    log_p = log_p.half().float()
+    p_rest = (1 - log_p.exp().sum(-1)).clamp_min(0)
+    log_q = wide.log_softmax(-1)
+    others = torch.ones_like(wide, dtype=torch.bool).scatter(-1, places, False)
+    log_rest = log_q.masked_fill(~others, -torch.inf).logsumexp(-1)
+    kl = (log_p.exp() * (log_p - log_q.gather(-1, places))).sum(-1)
+    kl = kl + p_rest * (p_rest.clamp_min(1e-30).log() - log_rest)
+    plain = -student[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    share = LOSS.cross_entropy
+    return (LOSS.temperature**2 * (1 - share) * kl + share * plain).mean()
+
+
+def plain_loop(
+    student: Any, teacher: Any, ids: torch.Tensor, path: str, masters: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Masters after STEPS plain steps from `masters`, and the losses; adapters are merged into weights."""
+    trained = {key: master.clone().requires_grad_(True) for key, master in masters.items()}
+    adam = torch.optim.AdamW(trained.values(), lr=RATE, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = ids[step * BATCH : (step + 1) * BATCH]
+        weights = {}
+        for key, master in trained.items():
+            if key.endswith(A):
+                name = key.removesuffix(A)
+                added = trained[name + B] @ master
+                module = student.get_submodule(f"{path}.{name}")
+                added = added.T if type(module).__name__ == "Conv1D" else added
+                weights[f"{path}.{name}.weight"] = module.weight.detach() + added
+            elif not key.endswith(B):
+                weights[f"{path}.{key}"] = master
+        logits = functional_call(student, weights, (batch,), {"use_cache": False}).logits
+        with torch.no_grad():
+            dense = teacher(batch, use_cache=False).logits
+        loss = plain_loss(logits, dense, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        adam.param_groups[0]["lr"] = learning_rate(step, STEPS, RATE)
+        adam.step()
+        adam.zero_grad()
+        losses.append(float(loss.detach()))
+    return {key: master.detach() for key, master in trained.items()}, losses
+
+
+@pytest.fixture
+def pair(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> Callable[[str], tuple[Path, Path]]:
+    """Folders of a student and its teacher, of one family or with widths by layer."""
+
+    def make(kind: str) -> tuple[Path, Path]:
+        teacher = save_tiny("llama" if kind == "per-layer" else kind, name="dense", seed=1)
+        if kind != "per-layer":
+            return save_tiny(kind, name="student"), teacher
+        cut = ("--sparsity", "0.5", "--multiple-of", "4", "--allocation", "score", "--repair", "none")
+        surgeon("prune", str(teacher), *cut, "--out", "student", *CALIBRATION)
+        return teacher.parent / "student", teacher
+
+    return make
+
+
+@pytest.mark.parametrize("train", ["all", "norms", "lora:3"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "mixtral", "gpt2", "per-layer"])
+def test_streamed_steps_are_those_of_a_plain_loop(
+    kind: str, train: str, pair: Callable[[str], tuple[Path, Path]]
+) -> None:
+    student, teacher = pair(kind)
+    ids = torch.randint(0, 256, (STEPS * BATCH, SIZE), generator=torch.Generator().manual_seed(5))
+    model = StreamedModel(opened(student), keep_bytes=100_000)  # some layers stay, some are read again
+    trainables = Trainables(model.meta_model, TrainMode.parse(train), 7, torch.device("cpu"))
+    for key, master in trainables.masters.items():
+        if key.endswith(B):  # from 0, the adapters' A would have no gradient in the first step
+            master.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(key)))
+    start = {key: master.clone() for key, master in trainables.masters.items()}
+    source = Teacher(
+        StreamedModel(opened(teacher)), top=TOP, temperature=LOSS.temperature, micro_batch=2, place="device"
+    )
+
+    def targets(blocks: torch.Tensor) -> TopTokens:
+        return source.targets(ids[blocks])
+
+    trainer = Trainer(
+        model,
+        trainables,
+        ids,
+        targets,
+        held_out=HeldOut({"text": ids[:1]}),
+        schedule=Schedule(torch.arange(len(ids)), BATCH),
+        peak=RATE,
+        loss=LOSS,
+        division=Division(micro_batch=2, graph_bytes=200_000),
+    )
+    losses = [trainer.step(step) for step in range(STEPS)]
+    wholes = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (student, teacher)]
+    expected, plain = plain_loop(*wholes, ids, model.meta_model.layers_path, start)
+    torch.testing.assert_close(losses, plain, atol=1e-5, rtol=1e-5)
+    for key, master in trainables.masters.items():
+        if key.endswith("c_attn.bias"):
+            # softmax does not see the keys' bias: its gradient is rounding alone, which AdamW scales up
+            width = len(master) // 3
+            master[width : 2 * width] = expected[key][width : 2 * width]
+        torch.testing.assert_close(master, expected[key], atol=1e-5, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+    assert any(not torch.equal(master, start[key]) for key, master in trainables.masters.items())

@@ -1,0 +1,193 @@
+"""`surgeon heal` end to end on tiny models: what it writes, when it writes nothing, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import CALIBRATION
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from surgery.engine.resume import journal_folder
+from surgery.heal.train import Trainer
+from surgery.pruning.verify import verify_folder
+
+# a random teacher knows no English: plain cross-entropy is what improves perplexity
+HEAL = (
+    *("--tokens", "1024", "--text", "text.txt", "--block-size", "32", "--batch-tokens", "128"),
+    *("--cross-entropy", "0.9"),
+)
+
+
+@pytest.fixture
+def pruned(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> Callable[..., Path]:
+    """Prune a tiny model of a family to half of its channels, beside its source."""
+
+    def make(family: str = "llama", *more: str, **changes: Any) -> Path:
+        source = save_tiny(family, name="dense", **changes)
+        cut = ("--sparsity", "0.5", "--multiple-of", "4", *more)
+        surgeon("prune", str(source), *cut, "--out", "cut", *CALIBRATION)
+        return source.parent / "cut"
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+
+
+@pytest.mark.parametrize("train", ["lora:4", "norms", "all"])
+def test_a_healed_folder_is_complete_and_better(
+    train: str, pruned: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    cut = pruned(dtype=torch.bfloat16)
+    result = surgeon("heal", "cut", *HEAL, "--train", train, "--out", "healed", "--dtype", "float32")
+    healed = cut.parent / "healed"
+    assert "held-out blocks of text.txt" in result.output
+    verify_folder(healed)
+    before, after = tensors(cut), tensors(healed)
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()
+    }
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any("embed" in name or "lm_head" in name for name in changed)
+    assert (train == "norms") == all("norm" in name for name in changed)
+    manifest = json.loads((healed / "surgeon.json").read_text())
+    (entry,) = manifest["heals"]
+    assert entry["steps"] == len(entry["losses"]) == 8
+    assert entry["tokens"] == 1024
+    assert entry["options"]["train"] == train
+    assert all(text["after"] < text["before"] for text in entry["held_out"].values())
+    assert manifest["plan"] == json.loads((cut / "surgeon.json").read_text())["plan"]
+    card = (healed / "README.md").read_text()
+    assert "## Healed" in card
+    assert "surgeon heal cut --tokens 1024" in card
+    assert "heal.png" in card and (healed / "heal.png").exists()
+    assert not journal_folder(healed, "heal").exists()
+    surgeon("report", "healed", "--out", "page.html")
+    titles = [section["title"] for section in json.loads((cut.parent / "page.json").read_text())["sections"]]
+    assert "Healed" in titles
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "deepseek_v3"])
+def test_trained_parameters_come_back_from_the_stored_tensors(
+    family: str, pruned: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    """Written and trained model are compared on logits before the folder appears: all kinds of storage."""
+    cut = pruned(family)
+    surgeon("heal", "cut", *HEAL, "--train", "all", "--learning-rate", "1e-3", "--out", "healed")
+    assert AutoModelForCausalLM.from_pretrained(cut.parent / "healed") is not None
+    verify_folder(cut.parent / "healed")
+
+
+def test_the_same_seed_gives_the_same_bytes_also_after_an_interruption(
+    pruned: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = pruned()
+    monkeypatch.setattr("surgery.heal.train.SAVE_SECONDS", 0.0)
+    surgeon("heal", "cut", *HEAL, "--out", "one")
+    step = Trainer.step
+
+    def stopping(self: Trainer, number: int) -> float:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    surgeon("heal", "cut", *HEAL, "--out", "two", code=1)
+    steps = []
+    monkeypatch.setattr(Trainer, "step", lambda self, number: steps.append(number) or step(self, number))
+    result = surgeon("heal", "cut", *HEAL, "--out", "two")
+    assert "Resuming" in result.stderr
+    assert steps == [5, 6, 7]
+    files = [(cut.parent / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_recomputed_targets_give_the_same_bytes(
+    pruned: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    cut = pruned()
+    surgeon("heal", "cut", *HEAL, "--out", "one")
+    surgeon("heal", "cut", *HEAL, "--targets", "recompute", "--out", "two")
+    files = [(cut.parent / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_what_does_not_help_writes_nothing(pruned: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    cut = pruned()
+    result = surgeon("heal", "cut", *HEAL, "--learning-rate", "30", "--train", "norms", "--out", "healed")
+    assert "did not help" in result.stderr
+    assert not (cut.parent / "healed").exists()
+    assert not journal_folder(cut.parent / "healed", "heal").exists()
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    pruned: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    cut = pruned()
+    before = sorted(cut.parent.iterdir())
+    said = json.loads(surgeon("heal", "cut", *HEAL, "--dry-run", "--json").stdout)
+    assert said["costs"]["target_bytes"] == 32 * 31 * 64 * 6
+    assert said["options"]["train"] == "lora:16"
+    assert "targets on disk" in surgeon("heal", "cut", *HEAL, "--dry-run").output
+    assert sorted(cut.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train", "lora:0"), "unknown --train"),
+        (("--tokens", "many"), "not a number of tokens"),
+        (("--tokens", "1M"), "too short"),
+        (("--memory", "100KiB"), "memory budget"),
+        (("--teacher", "other"), "vocabularies of different size"),
+        (("--out", "cut"), "the destination is the source"),
+    ],
+)
+def test_bad_input_is_refused_before_the_work(
+    arguments: tuple[str, ...],
+    message: str,
+    pruned: Callable[..., Path],
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pruned()
+    save_tiny("llama", name="other", vocab_size=300)
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("it trained"))
+    code = 2 if message.startswith(("unknown", "not a", "vocab")) else 1
+    assert message in surgeon("heal", "cut", *HEAL, *arguments, code=code).stderr
+
+
+def test_folders_that_cannot_be_healed(pruned: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    cut = pruned("llama", "--allocation", "score", "--pad")
+    assert "padded" in surgeon("heal", "cut", *HEAL, code=1).stderr
+    assert "--teacher" in surgeon("heal", "dense", *HEAL, code=2).stderr
+    rounding = ("--simulate", "--per-channel", "--no-clip", "--super-weights", "none")
+    surgeon("quantize", "dense", *rounding, "--out", "rounded")
+    assert "quantised" in surgeon("heal", "rounded", *HEAL, code=1).stderr
+    (cut.parent / "dense").rename(cut.parent / "moved")
+    plan = json.loads((cut / "surgeon.json").read_text())
+    plan["plan"]["padded"] = False
+    (cut / "surgeon.json").write_text(json.dumps(plan))
+    assert "not beside it" in surgeon("heal", "cut", *HEAL, code=2).stderr
+
+
+def test_a_folder_of_another_maker_is_healed_with_a_teacher(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    save_tiny("llama", name="teacher", seed=1)
+    student = save_tiny("llama", name="student", hidden_size=16, head_dim=4)
+    surgeon("heal", "student", *HEAL, "--teacher", "teacher", "--out", "healed")
+    card = (student.parent / "healed" / "README.md").read_text()
+    assert "student, healed" in card
+    assert "teacher predicts" in card
+    surgeon("heal", "healed", *HEAL, "--teacher", "teacher", "--out", "again")
+    assert len(json.loads((student.parent / "again" / "surgeon.json").read_text())["heals"]) == 2
