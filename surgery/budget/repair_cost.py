@@ -1,13 +1,14 @@
 """What the matrices of a repair take, and how channels are divided into column blocks and passes so that they
 fit.
 
-Symbols: K channels solved for together, D outputs. All matrices are in double precision.
+Symbols: K channels solved for together, D outputs. Sums are in double precision; so is what a
+ridge is solved with, where float32 would not do.
 """
 
 from __future__ import annotations
 
-GRAMS = 4  # K x K beside the sums while a ridge is solved for, the copy LAPACK makes included
-CHANGES = 5  # D x K at the same time
+GRAMS = 3  # K x K beside the sums while a ridge is solved for, the copy LAPACK makes included
+CHANGES = 4  # D x K at the same time
 
 
 def moment_bytes(width: int, outputs: int) -> int:
