@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of another library's error on one line, at most `most` characters; else its class."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class SurgeonError(Exception):
     """Base class of all errors that surgeon raises deliberately.
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from surgery.checkpoint.gguf_blocks import block_type, dequantize
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, one_line
 
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -53,7 +53,7 @@ class GgufFile:
                 header = _Header(file, self.size)
                 self.metadata, entries = header.metadata, header.tensors
             except (struct.error, EOFError, ValueError, KeyError, OverflowError, RecursionError) as error:
-                raise self._damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
+                raise self._damaged(one_line(error)) from error
             alignment = self.metadata.get("general.alignment", 32)
             if not isinstance(alignment, int) or alignment < 1:
                 raise self._damaged(f"general.alignment {alignment}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import CheckpointError
+from surgery.errors import CheckpointError, one_line
 
 POINTER = b"version https://git-lfs"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -131,7 +131,7 @@ def unreadable_json(file: str, content: bytes, error: Exception) -> CheckpointEr
     return CheckpointError(
         "a file is not valid JSON",
         where=file,
-        found=" ".join(str(error).split())[:200] or type(error).__name__,
+        found=one_line(error),
         next_step="fetch the file again",
     )
 

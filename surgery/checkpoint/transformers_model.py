@@ -6,19 +6,28 @@ import copy
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from surgery.checkpoint.quiet_transformers import quiet_transformers
 from surgery.checkpoint.reader import Checkpoint
-from surgery.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from surgery.errors import CalibrationError, CheckpointError, UnsupportedModelError, one_line
+
+TOKENIZERS: WeakKeyDictionary[Checkpoint, Any] = WeakKeyDictionary()  # loaded for an open checkpoint
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer. Raises CalibrationError when it has none that loads.
+    """The checkpoint's own tokenizer, loaded once. Raises CalibrationError when it has none that loads.
 
     Code that comes with it runs only when the checkpoint was opened with `trust_remote_code`.
     """
+    if checkpoint not in TOKENIZERS:
+        TOKENIZERS[checkpoint] = _load_tokenizer(checkpoint)
+    return TOKENIZERS[checkpoint]
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
     trusted = checkpoint.trust_remote_code
@@ -47,11 +56,6 @@ def _missing_package(error: Exception) -> str:
         if package in str(error).lower() and ("pip install" in str(error) or isinstance(error, ImportError)):
             return f"pip install {package}"
     return ""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error on one line, at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # Keys that say how to run a model, not what it is: a kernel that is named there may be missing here.

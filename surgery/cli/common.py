@@ -66,12 +66,9 @@ def calibrate_for(model: Model, text: CalibrationOptions) -> Calibration:
     found = calibrate(
         model,
         text.calibration,
-        weights=text.calibration_weights,
         blocks=text.blocks,
-        block_size=text.block_size,
-        seed=text.seed,
-        text_column=text.text_column,
         spike_prompt=text.spike_prompt,
+        **text.drawing,
     )
     for note in found.blocks.notes:
         say(note, quiet=False)

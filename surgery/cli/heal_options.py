@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from surgery import defaults
-from surgery.cli.options import collected, numbers
+from surgery.cli.options import collected, numbers, text_column_option, text_words
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,11 +77,7 @@ class TrainingOptions:
     def words(self) -> list[str]:
         """The options as words, free of paths of this machine."""
         words = ["--tokens", self.tokens_seen]
-        for text in self.heal_texts:
-            words += ["--text", Path(text).name if Path(text).exists() else text]
-        weights = self.text_weights
-        words += ["--text-weights", ",".join(f"{weight:g}" for weight in weights)] if weights else []
-        words += ["--text-column", self.text_column] if self.text_column else []
+        words += text_words("--text", self.heal_texts, self.text_weights, self.text_column)
         words += ["--train", self.train]
         words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
         if self.cross_entropy or self.temperature != 1:
@@ -120,11 +115,7 @@ training_options = collected(
             metavar="W,W,...",
             help="Shares of the texts of a mixture. [default: equal]",
         ),
-        click.option(
-            "--text-column",
-            metavar="NAME",
-            help="Column of a dataset that holds the text or the chat. [default: by usual names]",
-        ),
+        text_column_option,
         click.option(
             "--train",
             default="lora:16",

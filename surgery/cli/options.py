@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,26 +106,22 @@ class CalibrationOptions:
         """`blocks` calibration blocks, without prompts."""
         from surgery.index.calibration import draw_calibration
 
-        return draw_calibration(
-            model,
-            self.calibration,
-            weights=self.calibration_weights,
-            blocks=blocks,
-            block_size=self.block_size,
-            seed=self.seed,
-            text_column=self.text_column,
-        )
+        return draw_calibration(model, self.calibration, blocks=blocks, **self.drawing)
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How blocks are drawn, as the library takes it."""
+        return {
+            "weights": self.calibration_weights,
+            "block_size": self.block_size,
+            "seed": self.seed,
+            "text_column": self.text_column,
+        }
 
     @property
     def words(self) -> list[str]:
         """The options that name the texts again, free of paths of this machine."""
-        weights = self.calibration_weights
-        named = [
-            ("--calibration", Path(text).name if Path(text).exists() else text) for text in self.calibration
-        ]
-        words = [word for pair in named for word in pair]
-        words += ["--calibration-weights", ",".join(f"{weight:g}" for weight in weights)] if weights else []
-        return words + (["--text-column", self.text_column] if self.text_column else [])
+        return text_words("--calibration", self.calibration, self.calibration_weights, self.text_column)
 
 
 @dataclass(frozen=True)
@@ -174,6 +170,17 @@ def collected(
     return decorate
 
 
+def text_words(
+    option: str, texts: Sequence[str], weights: Sequence[float] | None, column: str | None = None
+) -> list[str]:
+    """The options that name texts, their weights and their column again, free of paths of this machine."""
+    words = []
+    for text in texts:
+        words += [option, Path(text).name if Path(text).exists() else text]
+    words += [f"{option}-weights", ",".join(f"{weight:.12g}" for weight in weights)] if weights else []
+    return words + (["--text-column", column] if column else [])
+
+
 def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
     """Numbers separated by commas."""
     if value is None:
@@ -212,6 +219,12 @@ model_options = collected(
     ],
 )
 
+text_column_option = click.option(
+    "--text-column",
+    metavar="NAME",
+    help="Column of a dataset that holds the text or the chat. [default: by usual names]",
+)
+
 calibration_options = collected(
     CalibrationOptions,
     "text_options",
@@ -231,11 +244,7 @@ calibration_options = collected(
             metavar="W,W,...",
             help="Shares of the texts of a mixture. [default: equal]",
         ),
-        click.option(
-            "--text-column",
-            metavar="NAME",
-            help="Column of a dataset that holds the text or the chat. [default: by usual names]",
-        ),
+        text_column_option,
         click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
         click.option(
             "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."

@@ -35,12 +35,14 @@ from surgery.cli.options import (
     push_options,
     resume_option,
     talk_options,
+    text_words,
 )
 from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
 
 if TYPE_CHECKING:
     from surgery.budget.prune_cost import PruneCost
     from surgery.checkpoint.push import PushTarget
+    from surgery.cut.tensors import TensorEdit
     from surgery.engine.open_model import Model
     from surgery.engine.resume import Journal
     from surgery.index.channel_index import ChannelIndex
@@ -119,8 +121,9 @@ def prune(
         quiet=quiet,
     )
     plan = plan_for(opened, index, cut, text_options.seed, quiet)
-    sizes, cost = sizes_and_cost(opened, index, plan)
-    fates = show_prune_plan(opened, plan, sizes, as_json)
+    edits = planned_edits(opened, plan)
+    sizes, cost = sizes_and_cost(opened, index, plan, edits)
+    fates = show_prune_plan(opened, plan, sizes, edits, as_json)
     if dry_run:
         show_prune_dry_run(opened, plan, sizes, cost, fates, as_json)
         return
@@ -172,15 +175,23 @@ def plan_for(model: Model, index: ChannelIndex, options: CutOptions, seed: int, 
     return plan_pruning(model, index, seed=seed, progress=bars(quiet), **vars(options))
 
 
-def sizes_and_cost(model: Model, index: ChannelIndex, plan: PrunePlan) -> tuple[dict[str, int], PruneCost]:
+def planned_edits(model: Model, plan: PrunePlan) -> dict[str, TensorEdit]:
+    """The edits of a plan with the right shapes, which is enough for sizes; no weight is read."""
+    from surgery.cut.ffn_channels import ffn_cut
+
+    return ffn_cut(model.meta_model, plan, widths_only=True).edits
+
+
+def sizes_and_cost(
+    model: Model, index: ChannelIndex, plan: PrunePlan, edits: dict[str, TensorEdit]
+) -> tuple[dict[str, int], PruneCost]:
     """Parameters and bytes before and after a plan, and what carrying it out takes."""
     from surgery.budget.prune_cost import prune_cost
-    from surgery.cut.ffn_channels import ffn_cut
     from surgery.cut.tensors import edited_specs
     from surgery.pruning.jobs import prune_job
 
     checkpoint = model.checkpoint
-    specs = edited_specs(checkpoint, ffn_cut(model.meta_model, plan, widths_only=True).edits)
+    specs = edited_specs(checkpoint, edits)
     written = sum(spec.nbytes for spec in specs.values())
     cost = prune_cost(model.meta_model, prune_job(plan, index.input_ids.shape, written), model.run)
     sizes = {
@@ -195,13 +206,13 @@ def sizes_and_cost(model: Model, index: ChannelIndex, plan: PrunePlan) -> tuple[
 
 
 def show_prune_plan(
-    model: Model, plan: PrunePlan, sizes: dict[str, int], as_json: bool
+    model: Model, plan: PrunePlan, sizes: dict[str, int], edits: dict[str, TensorEdit], as_json: bool
 ) -> list[dict[str, Any]]:
     """Print a plan, unless JSON is asked for; returns what becomes of tensors outside the model."""
     from surgery.cli.tables import show_plan
-    from surgery.cut.ffn_channels import fates_json, ffn_cut
+    from surgery.cut.ffn_channels import fates_json
 
-    fates = fates_json(model.meta_model, ffn_cut(model.meta_model, plan, widths_only=True).edits)
+    fates = fates_json(model.meta_model, edits)
     if not as_json:
         show_plan(plan, sizes, data_console())
         for line in leftover_lines(model, fates):
@@ -336,8 +347,6 @@ def canonical_command(
 def calibration_words(calibration: dict[str, Any]) -> list[str]:
     """The options that name the calibration texts of an index again."""
     parts = calibration.get("parts") or [{"name": calibration["name"], "share": 1.0}]
-    words = [word for part in parts for word in ("--calibration", part["name"])]
     counts = [part.get("blocks", 1) for part in parts]
-    if max(counts) - min(counts) > 1:
-        words += ["--calibration-weights", ",".join(map(str, counts))]
-    return words
+    uneven = max(counts) - min(counts) > 1
+    return text_words("--calibration", [part["name"] for part in parts], counts if uneven else None)

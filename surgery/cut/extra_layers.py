@@ -92,7 +92,11 @@ def _stored_parts(meta_model: MetaModel, layer: int, ffn: Ffn) -> list[StoredPar
 
 def _names(parameter: StoredParameter, layer: int) -> list[tuple[str, str]]:
     """(stored name, the part of it after the layer's number)."""
-    return [(name, name.partition(f".{layer}.")[2]) for name in parameter.stored]
+    return [(name, _rest(name, layer)) for name in parameter.stored]
+
+
+def _rest(name: str, layer: int) -> str:
+    return name.partition(f".{layer}.")[2]
 
 
 def _all_like(
@@ -108,5 +112,5 @@ def _all_like(
 
 def _moved(parameter: StoredParameter, layer: int, prefix: str) -> StoredParameter:
     """The same parameter as stored under `prefix`."""
-    sources = [(prefix + name.partition(f".{layer}.")[2], pattern) for name, pattern in parameter.sources]
+    sources = [(prefix + _rest(name, layer), pattern) for name, pattern in parameter.sources]
     return replace(parameter, sources=sources)

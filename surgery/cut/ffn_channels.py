@@ -18,7 +18,7 @@ from surgery.cut.slice_edits import slice_edits
 from surgery.cut.tensors import TensorEdit
 from surgery.model.families import family_of
 from surgery.model.ffn import Ffn
-from surgery.model.leftovers import DROP, leftovers_json
+from surgery.model.leftovers import leftovers_json
 from surgery.model.meta_model import MetaModel
 from surgery.plan.prune_plan import PrunePlan
 from surgery.plan.widths import WidthChange
@@ -148,7 +148,7 @@ def leftover_edits(
     meta_model: MetaModel, changes: tuple[WidthChange, ...], widths_only: bool
 ) -> dict[str, TensorEdit]:
     """Edits of stored tensors outside the model: dropped, or their FFN channels cut as the config says."""
-    dropped = {one.name: TensorEdit(None) for one in meta_model.leftovers if one.fate == DROP}
+    dropped = {name: TensorEdit(None) for name in meta_model.dropped}
     edits: dict[str, TensorEdit] = {}
     widths = {change.key: change for change in changes}
     for extra in find_extra_layers(meta_model):

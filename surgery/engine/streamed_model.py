@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from surgery.engine.disk_errors import in_layer
 from surgery.engine.malloc import Malloc
 from surgery.engine.open_model import Model
-from surgery.errors import CalibrationError, UnsupportedModelError
+from surgery.errors import CalibrationError, UnsupportedModelError, one_line
 from surgery.model.ffn import Ffn
 from surgery.model.meta_model import LayerEdit, StoredParameter
 
@@ -315,7 +315,7 @@ def model_code(where: str) -> Iterator[None]:
         raise UnsupportedModelError(
             "the model's own code fails on this checkpoint",
             where=where,
-            found=" ".join(str(error).split())[:200] or type(error).__name__,
+            found=one_line(error),
             next_step="compare config.json with the one its publisher has",
         ) from error
 

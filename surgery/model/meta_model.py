@@ -24,7 +24,7 @@ from surgery.model.experts import show_experts
 from surgery.model.families import Family, family_of
 from surgery.model.ffn import Ffn, find_ffns
 from surgery.model.infer_family import infer_family
-from surgery.model.leftovers import CARRY, Leftover, find_leftovers
+from surgery.model.leftovers import CARRY, DROP, Leftover, find_leftovers
 
 LayerEdit = Callable[[int, nn.Module], None]  # (layer index, resident layer): changes its weights
 
@@ -235,6 +235,11 @@ class MetaModel:
     def beside(self) -> set[str]:
         """Names of stored tensors that are not part of the model but are carried beside it."""
         return {one.name for one in self.leftovers if one.fate == CARRY}
+
+    @property
+    def dropped(self) -> set[str]:
+        """Names of stored tensors that no result has."""
+        return {one.name for one in self.leftovers if one.fate == DROP}
 
     @property
     def may_be_unexpected(self) -> set[str]:

@@ -117,11 +117,6 @@ class PrunePlan:
         """Whether stored layers differ in width; stock transformers classes can't load such a checkpoint."""
         return not self.padded and any(len(set(c.per_layer) - {None}) > 1 for c in self.widths)
 
-    @property
-    def changes_config(self) -> bool:
-        """Whether any width changes."""
-        return self.per_layer_widths or any(change.before != change.after for change in self.widths)
-
     def stored_width(self, layer: int, ffn: str) -> int:
         """Channels of an FFN in the written checkpoint.
 

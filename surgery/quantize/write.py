@@ -30,7 +30,7 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import UnsupportedModelError
 from surgery.model.ffn import Ffn
-from surgery.model.leftovers import DROP, leftovers_json
+from surgery.model.leftovers import leftovers_json
 from surgery.model.meta_model import MetaModel
 from surgery.progress import Progress, no_progress
 from surgery.quantize.compressed_tensors import (
@@ -237,7 +237,7 @@ def rounding_edits(
 
 def kept_tensors(meta_model: MetaModel) -> list[TensorEntry]:
     """The stored tensors that a quantised checkpoint has too: all but those that are dropped."""
-    dropped = {one.name for one in meta_model.leftovers if one.fate == DROP}
+    dropped = meta_model.dropped
     return [entry for entry in meta_model.checkpoint.tensors.values() if entry.name not in dropped]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from surgery.errors import CalibrationError
+from surgery.errors import CalibrationError, one_line
 from surgery.text.rows import CHAT_COLUMNS, TEXT_COLUMNS
 
 ROW_ENDINGS = {
@@ -69,7 +69,7 @@ def open_file(path: Path) -> Iterator[TextIO]:
         raise CalibrationError(
             "the file can't be read",
             where=path.name,
-            found=" ".join(str(error).split())[:150] or type(error).__name__,
+            found=one_line(error, 150),
         ) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("zlib", "zstandard", "_lzma", "lzma"):

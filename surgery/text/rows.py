@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.errors import CalibrationError
+from surgery.errors import CalibrationError, one_line
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "code")
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chosen")
@@ -115,7 +115,7 @@ class RowReader:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template may raise anything: roles in another order, no system role
-            raise ValueError(" ".join(str(error).split())[:100] or type(error).__name__) from error
+            raise ValueError(one_line(error, 100)) from error
 
 
 def _is_chat(value: Any) -> bool:
