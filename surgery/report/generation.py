@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import ReportError
+from surgery.errors import ReportError, one_line
 from surgery.report.document import Fact, Section
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time,")
@@ -47,14 +47,15 @@ def continuations(model: str, revision: str | None, prompts: list[str], tokens: 
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-            kind = auto_class(AutoConfig.from_pretrained(model, revision=revision))
-            loaded = kind.from_pretrained(model, revision=revision, dtype="auto").eval()
-    except OSError as error:
+            how = {"revision": revision, "trust_remote_code": False}  # else transformers asks on the terminal
+            tokenizer = AutoTokenizer.from_pretrained(model, **how)
+            kind = auto_class(AutoConfig.from_pretrained(model, **how))
+            loaded = kind.from_pretrained(model, dtype="auto", **how).eval()
+    except (OSError, ValueError) as error:
         raise ReportError(
             "the model can't be loaded",
             where=model,
-            found=str(error).splitlines()[0],
+            found=one_line(error),
             next_step="name a model folder or a Hub id",
         ) from error
     written = []
