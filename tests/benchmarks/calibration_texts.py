@@ -1,6 +1,6 @@
 """What a cut loses on several kinds of text, by the text it was calibrated on, as a Markdown table.
 
-    python tests/benchmarks/calibration_texts.py MODEL [--folder .cache] [--sparsity 0.5] [--blocks 64]
+    python tests/benchmarks/calibration_texts.py MODEL [--folder .cache] [--sparsity 0.5] [--on KIND …]
 
 Four kinds of English text of the wheel `exllamav2`: Wikipedia, web pages (C4), source code and technical
 prose. The last HELD_OUT of each is kept aside. The model is indexed and pruned on each kind alone and on a
@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".cache/kinds"))
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--blocks", type=int, default=64)
+    rows_of = {name: [kind] for name, kind in KINDS.items()} | {"mixture": [*KINDS.values()]}
+    parser.add_argument("--on", nargs="+", choices=rows_of, default=list(rows_of), help="rows of the table")
     options = parser.parse_args()
     fetch(options.folder)
     model = surgery.open_model(options.model)
@@ -62,10 +64,9 @@ def main() -> None:
         ]
 
     rows = {"dense": measure(model)}
-    mixture = {name: [kind] for name, kind in KINDS.items()} | {"mixture of the four": [*KINDS.values()]}
-    for name, kinds in mixture.items():
+    for name in options.on:
         start = time.time()
-        texts = [str(options.folder / f"{kind}.txt") for kind in kinds]
+        texts = [str(options.folder / f"{kind}.txt") for kind in rows_of[name]]
         index = surgery.build_index(model, texts, blocks=options.blocks)
         plan = surgery.plan_pruning(model, index, sparsity=options.sparsity)
         with tempfile.TemporaryDirectory() as folder:
