@@ -55,6 +55,7 @@ def heal(
     from surgery.heal.heal import open_heal_journal
     from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
+    from surgery.pruning.prune import Provenance
 
     options = training.options()
     opened = how.open(student)
@@ -85,7 +86,7 @@ def heal(
         options,
         overwrite=True,  # checked above
         measure=None if blocks is None else lambda model: measure(model, blocks, quiet),
-        command=shlex.join(canonical_command(opened, teacher, dense, training, how)),
+        provenance=Provenance(shlex.join(canonical_command(opened, teacher, dense, training, how))),
         journal=journal,
         progress=bars(quiet),
     )

@@ -78,13 +78,17 @@ class TrainingOptions:
         """The options as words, free of paths of this machine."""
         words = ["--tokens", self.tokens_seen]
         words += text_words("--text", self.heal_texts, self.text_weights, self.text_column)
-        words += ["--train", self.train]
+        return [*words, *self.how_words, "--block-size", str(self.block_size), "--seed", str(self.seed)]
+
+    @property
+    def how_words(self) -> list[str]:
+        """The options that say how to train, as words."""
+        words = ["--train", self.train]
         words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
         if self.cross_entropy or self.temperature != 1:
             words += ["--temperature", f"{self.temperature:g}", "--cross-entropy", f"{self.cross_entropy:g}"]
         words += ["--epochs", str(self.epochs)] if self.epochs > 1 else []
-        words += ["--batch-tokens", str(self.batch_tokens), "--block-size", str(self.block_size)]
-        return [*words, "--seed", str(self.seed)]
+        return [*words, "--batch-tokens", str(self.batch_tokens)]
 
 
 def parse_count(text: str) -> int:
@@ -95,6 +99,56 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * THOUSANDS[found[2]])
 
 
+how_to_train = [
+    click.option(
+        "--train",
+        default="lora:16",
+        show_default=True,
+        metavar="lora:R|norms|all",
+        help="What is trained of the decoder layers: adapters of rank R on every linear, and norms; "
+        "norms alone; or all parameters.",
+    ),
+    click.option(
+        "--learning-rate",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Its peak. [default: 2e-3; with --train all, 4e-4]",
+    ),
+    click.option(
+        "--batch-tokens",
+        type=click.IntRange(min=1),
+        default=4096,
+        show_default=True,
+        help="Tokens of one step.",
+    ),
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Times that every block is seen: with 2, half as much text makes the same number of tokens.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Of both distributions.",
+    ),
+    click.option(
+        "--cross-entropy",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        help="Share of plain cross-entropy in the loss; the rest is the divergence from the teacher.",
+    ),
+    click.option(
+        "--targets",
+        type=click.Choice(("disk", "recompute")),
+        default="disk",
+        show_default=True,
+        help="Keep the teacher's predictions in files until the end, or compute them in every step.",
+    ),
+]
 training_options = collected(
     TrainingOptions,
     "training",
@@ -116,54 +170,7 @@ training_options = collected(
             help="Shares of the texts of a mixture. [default: equal]",
         ),
         text_column_option,
-        click.option(
-            "--train",
-            default="lora:16",
-            show_default=True,
-            metavar="lora:R|norms|all",
-            help="What is trained of the decoder layers: adapters of rank R on every linear, and norms; "
-            "norms alone; or all parameters.",
-        ),
-        click.option(
-            "--learning-rate",
-            type=click.FloatRange(min=0, min_open=True),
-            help="Its peak. [default: 2e-3; with --train all, 4e-4]",
-        ),
-        click.option(
-            "--batch-tokens",
-            type=click.IntRange(min=1),
-            default=4096,
-            show_default=True,
-            help="Tokens of one step.",
-        ),
-        click.option(
-            "--epochs",
-            type=click.IntRange(min=1),
-            default=1,
-            show_default=True,
-            help="Times that every block is seen: with 2, half as much text makes the same --tokens.",
-        ),
-        click.option(
-            "--temperature",
-            type=click.FloatRange(min=0, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="Of both distributions.",
-        ),
-        click.option(
-            "--cross-entropy",
-            type=click.FloatRange(0, 1),
-            default=0.0,
-            show_default=True,
-            help="Share of plain cross-entropy in the loss; the rest is the divergence from the teacher.",
-        ),
-        click.option(
-            "--targets",
-            type=click.Choice(("disk", "recompute")),
-            default="disk",
-            show_default=True,
-            help="Keep the teacher's predictions in files until the end, or compute them in every step.",
-        ),
+        *how_to_train,
         click.option(
             "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
         ),

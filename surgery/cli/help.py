@@ -11,7 +11,17 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
     ),
     "Healing": (
-        *("tokens_seen", "heal_texts", "text_weights", "teacher", "train", "learning_rate", "batch_tokens"),
+        *(
+            "heal_tokens",
+            "rounds",
+            "tokens_seen",
+            "heal_texts",
+            "text_weights",
+            "teacher",
+            "train",
+            "learning_rate",
+            "batch_tokens",
+        ),
         *("epochs", "temperature", "cross_entropy", "targets"),
     ),
     "Rounding": (

@@ -37,24 +37,26 @@ from surgery.cli.options import (
     talk_options,
     text_words,
 )
+from surgery.cli.prune_heal import Healing, HealingOptions, healing_options, show_heal_dry_run
 from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from surgery.budget.prune_cost import PruneCost
     from surgery.checkpoint.push import PushTarget
     from surgery.cut.tensors import TensorEdit
     from surgery.engine.open_model import Model
-    from surgery.engine.resume import Journal
     from surgery.index.channel_index import ChannelIndex
     from surgery.plan.prune_plan import PrunePlan
     from surgery.pruning.prune import Provenance
-    from surgery.text import TokenBlocks
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("model")
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @cut_options
+@healing_options
 @eval_options
 @click.option("--card-template", type=PATH, help="jinja2 text for the card.")
 @click.option(
@@ -75,6 +77,7 @@ def prune(
     model: str,
     index_folder: str | None,
     cut: CutOptions,
+    healing: HealingOptions,
     evaluation: EvalOptions,
     card_template: Path | None,
     push_to: str | None,
@@ -88,11 +91,13 @@ def prune(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Prune MODEL: choose channels, remove them, write a smaller checkpoint.
+    """Prune MODEL: choose channels, remove them, write a smaller checkpoint; with --heal, train it too.
 
     \b
     surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
+    surgeon prune org/name --sparsity 0.5 --heal 1M --rounds 2
     """
+    from surgery.checkpoint.manifest import read_manifest
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import prune_cost_lines
     from surgery.pruning.prune import Provenance
@@ -102,6 +107,7 @@ def prune(
     opened = how.open(model)
     found = read_index(index_folder)
     check_feasible(opened, cut, calibration_shape(found, text_options))
+    heal = Healing.prepare(opened, healing, cut, text_options)
     chosen = evaluation.chosen(published=push_to is not None)
     destination = out or Path(cut.name_for(opened))
     target = blocks = None
@@ -125,19 +131,24 @@ def prune(
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
     fates = show_prune_plan(opened, plan, sizes, edits, as_json)
     if dry_run:
-        show_prune_dry_run(opened, plan, sizes, cost, fates, as_json)
+        show_prune_dry_run(opened, plan, sizes, cost, fates, as_json, heal)
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
     say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
     say("\n".join(prune_cost_lines(cost)), quiet)
-    journal = open_journal_for(opened, index, plan, destination, resume, quiet)
+    words = canonical_command(opened, index, plan, cut, how, text_options)
     provenance = Provenance(
-        command=canonical_command(opened, index, plan, cut, how, text_options),
+        command=shlex.join([*words, *healing.words(text_options)]),
         repo=target.repo if target else None,
         dense=None if blocks is None else measure(opened, blocks, quiet),
         card_template=template,
     )
-    manifest = run_prune(opened, index, plan, destination, blocks, provenance, journal, quiet)
+    measured = None if blocks is None else lambda written: measure(written, blocks, quiet)
+    if heal is None:
+        run_prune(opened, index, plan, destination, measured, provenance, resume, quiet)
+    else:
+        heal.run(opened, index, plan, destination, measured, provenance, cut, resume, quiet)
+    manifest = read_manifest(destination)
     discard_journal(destination)
     show_result(manifest, destination, as_json, quiet)
     publish(destination, target, plan, quiet)
@@ -227,8 +238,9 @@ def show_prune_dry_run(
     cost: PruneCost,
     fates: list[dict[str, Any]],
     as_json: bool,
+    heal: Healing | None = None,
 ) -> None:
-    """Print what carrying out a plan takes."""
+    """Print what carrying out a plan takes, and healing the result."""
     from surgery.cli.costs import prune_cost_lines
 
     fields = {
@@ -237,6 +249,9 @@ def show_prune_dry_run(
         "outside_model": fates,
         "left_behind": model.checkpoint.left_behind,
     }
+    if heal is not None:
+        show_heal_dry_run(model, heal, cost, prune_cost_lines(cost), fields, as_json)
+        return
     wide = bool(cost.float64_flops)
     show_dry_run(model, cost, prune_cost_lines(cost), fields, as_json=as_json, wide=wide)
 
@@ -246,38 +261,28 @@ def run_prune(
     index: ChannelIndex,
     plan: PrunePlan,
     destination: Path,
-    blocks: TokenBlocks | None,
+    measured: Callable[[Model], dict[str, Any]] | None,
     provenance: Provenance,
-    journal: Journal,
+    resume: bool,
     quiet: bool,
-) -> dict[str, Any]:
-    """Write the pruned folder and return its manifest."""
-    from surgery.checkpoint.manifest import read_manifest
+) -> None:
+    """Write the pruned folder; says so when it resumes."""
+    from surgery.pruning.prune import open_journal
     from surgery.pruning.prune import prune as write
 
+    journal = open_journal(model, index, plan, destination, resume=resume)
+    say_resuming(journal, quiet)
     write(
         model,
         index,
         plan,
         destination,
         overwrite=True,  # checked before anything was computed
-        measure=None if blocks is None else lambda written: measure(written, blocks, quiet),
+        measure=measured,
         provenance=provenance,
         journal=journal,
         progress=bars(quiet),
     )
-    return read_manifest(destination)
-
-
-def open_journal_for(
-    model: Model, index: ChannelIndex, plan: PrunePlan, destination: Path, resume: bool, quiet: bool
-) -> Journal:
-    """The journal of this prune; says so when it resumes."""
-    from surgery.pruning.prune import open_journal
-
-    journal = open_journal(model, index, plan, destination, resume=resume)
-    say_resuming(journal, quiet)
-    return journal
 
 
 def push_target(
@@ -308,7 +313,11 @@ def show_result(manifest: dict[str, Any], destination: Path, as_json: bool, quie
         click.echo(json.dumps(manifest))
     elif "pruned" in measured:
         dense, pruned = measured["dense"], measured["pruned"]
-        click.echo(f"Perplexity {dense['perplexity']:.2f} → {pruned['perplexity']:.2f} on {dense['text']}")
+        found = [dense["perplexity"], pruned["perplexity"]]
+        found += [
+            heal["evaluation"]["after"]["perplexity"] for heal in manifest.get("heals", [])[-1:] if measured
+        ]
+        click.echo(f"Perplexity {' → '.join(f'{value:.2f}' for value in found)} on {dense['text']}")
     say(f"Checkpoint written to {destination}", quiet)
 
 
@@ -319,8 +328,8 @@ def canonical_command(
     options: CutOptions,
     how: ModelOptions,
     text: CalibrationOptions,
-) -> str:
-    """The command that makes the same checkpoint again, free of paths of this machine."""
+) -> list[str]:
+    """The words of the command that makes the same checkpoint again, free of paths of this machine."""
     checkpoint, calibration = model.checkpoint, index.calibration
     words = ["surgeon", "prune", checkpoint.name]
     if checkpoint.revision:
@@ -341,7 +350,7 @@ def canonical_command(
         words.append("--protect" if plan.protect else "--no-protect")
     words += [*calibration_words(calibration), "--blocks", str(calibration["blocks"])]
     words += ["--block-size", str(calibration["block_size"]), "--dtype", index.run["dtype"]]
-    return shlex.join(words)
+    return words
 
 
 def calibration_words(calibration: dict[str, Any]) -> list[str]:

@@ -99,6 +99,11 @@ class Journal:
         for name in names:
             self.path(name).unlink(missing_ok=True)
 
+    def forget_folders(self, *names: str) -> None:
+        """Delete folders that no later step needs."""
+        for name in names:
+            shutil.rmtree(self.path(name), ignore_errors=True)
+
     def fail(self, error: SurgeonError) -> None:
         """Delete the journal, unless the same run may succeed later.
 

@@ -31,6 +31,7 @@ from surgery.heal.train import Division, History, Trainer
 from surgery.heal.trainable import Trainables
 from surgery.heal.write import trained_logits, write_trained
 from surgery.progress import Progress, no_progress
+from surgery.pruning.prune import Provenance
 from surgery.pruning.verify import check_logits, check_super_weights
 
 
@@ -70,13 +71,14 @@ def heal(
     *,
     overwrite: bool = False,
     measure: Callable[[Model], dict[str, Any]] | None = None,
-    command: str | None = None,
+    provenance: Provenance | None = None,
     journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
 ) -> HealResult:
     """Train a student towards its teacher, and write the best state to folder `out`, verified.
 
-    `measure`, when given, measures student and result for manifest and card. With `journal`
+    `measure`, when given, measures student and result for manifest and card; `provenance` is what they say of
+    command and repo. With `journal`
     (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result. Where no
     held-out measure is better than that before training, nothing is written. Raises UsageError or
     UnsupportedModelError for a pair that can't be trained, DestinationError, MemoryBudgetError,
@@ -96,7 +98,7 @@ def heal(
         if history.improved:
             if measure is not None:
                 entry["evaluation"] = {"before": measure(student)}
-            _write(student, trainer, manifest, entry, command, destination, measure)
+            _write(student, trainer, manifest, entry, provenance or Provenance(), destination, measure)
             written = student.written(destination)
     except SurgeonError as error:
         journal.fail(error)
@@ -185,7 +187,7 @@ def _write(
     trainer: Trainer,
     manifest: dict[str, Any] | None,
     entry: dict[str, Any],
-    command: str | None,
+    provenance: Provenance,
     destination: Path,
     measure: Callable[[Model], dict[str, Any]] | None,
 ) -> None:
@@ -202,17 +204,17 @@ def _write(
         )
         if measure is not None:
             entry["evaluation"]["after"] = measure(written)
-        fields = healed_manifest(student, manifest, entry, command)
+        fields = healed_manifest(student, manifest, entry, provenance)
         fields["super_weights"] = check_super_weights(
             written.checkpoint, written.meta_model, tuple(fields["super_weights"]), repaired=True
         )
         (folder / MANIFEST).write_text(dump_manifest(fields), encoding="utf-8")
         save_heal_figure(folder, fields)
-        write_card(folder, fields, student.checkpoint)
+        write_card(folder, fields, student.checkpoint, provenance.card_template)
 
 
 def healed_manifest(
-    student: Model, manifest: dict[str, Any] | None, entry: dict[str, Any], command: str | None
+    student: Model, manifest: dict[str, Any] | None, entry: dict[str, Any], provenance: Provenance
 ) -> dict[str, Any]:
     """The student's surgeon.json with one more entry in `heals`; task results are not those of this model."""
     checkpoint = student.checkpoint
@@ -220,7 +222,7 @@ def healed_manifest(
         dict(manifest) if manifest else {"source": source_json(checkpoint), "super_weights": []}
     )
     measurements = {key: value for key, value in fields.get("measurements", {}).items() if key != "tasks"}
-    heals = [*fields.get("heals", []), {**entry, "command": command}]
+    heals = [*fields.get("heals", []), {**entry, "command": provenance.command}]
     return {
         **fields,
         "schema_version": SCHEMA_VERSION,
@@ -228,6 +230,6 @@ def healed_manifest(
         "auto_class": auto_class(student.meta_model.config).__name__,
         "measurements": measurements,
         "heals": heals,
-        "repo": None,
+        "repo": provenance.repo,
         "versions": versions(),
     }

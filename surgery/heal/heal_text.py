@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,18 @@ class HealText:
     def name(self) -> str:
         """The texts' names."""
         return " + ".join(part["name"] for part in self.parts)
+
+    def part(self, number: int, count: int) -> HealText:
+        """Part `number` of `count`: every `count`-th training block, so that each has all texts in their
+        shares; held-out blocks are those of the whole.
+        """
+        place, parts = 0, []
+        for entry in self.parts:
+            rows = range(place, place + entry["blocks"])
+            mine = sum(row % count == number for row in rows)
+            parts.append({**entry, "blocks": mine})
+            place += entry["blocks"]
+        return replace(self, ids=self.ids[number::count], parts=tuple(parts))
 
     def as_json(self) -> dict[str, Any]:
         """The `text` entry of a heal in surgeon.json."""

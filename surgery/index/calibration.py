@@ -10,6 +10,7 @@ import torch
 from surgery import defaults
 from surgery.checkpoint.transformers_model import load_tokenizer
 from surgery.engine.open_model import Model
+from surgery.index.channel_index import ChannelIndex
 from surgery.index.spike_detector import PROMPTS, prompt_ids
 from surgery.text import TokenBlocks, draw_blocks, open_text
 
@@ -62,3 +63,13 @@ def draw_calibration(
     specs = [text] if isinstance(text, str) else list(text)
     texts = [open_text(spec, tokenizer, text_column) for spec in specs]
     return draw_blocks(tokenizer, texts, blocks=blocks, block_size=block_size, seed=seed, weights=weights)
+
+
+def calibration_of(index: ChannelIndex, model: Model, spike_prompt: str | None = None) -> Calibration:
+    """The calibration that an index was made on, to index a cut of its model on the same tokens."""
+    said = index.calibration
+    blocks = TokenBlocks(
+        index.input_ids, said["name"], said["seed"], predicted_bytes=0, parts=tuple(said.get("parts", ()))
+    )
+    prompts = (*PROMPTS, *([spike_prompt] if spike_prompt else []))
+    return Calibration(blocks, prompt_ids(load_tokenizer(model.checkpoint), prompts, blocks.ids))
