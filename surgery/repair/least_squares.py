@@ -19,8 +19,9 @@ for what earlier ones lost (least squares on the kept channels with accumulated 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,22 @@ def inverse_power(stream: torch.Tensor) -> torch.Tensor:
 def equal_weights(stream: torch.Tensor) -> torch.Tensor:
     """Token weights [...] of 1 for a residual stream [..., D]."""
     return torch.ones(stream.shape[:-1], dtype=torch.float32, device=stream.device)
+
+
+@contextlib.contextmanager
+def fast_products(*factors: torch.Tensor) -> Iterator[None]:
+    """Within the block, float32 products round their factors to bfloat16 (on a GPU to TensorFloat32) and sum
+    in float32, where all `factors` are bfloat16 anyway: 4 times the rate on a CPU with such instructions.
+    """
+    if any(factor.dtype != torch.bfloat16 for factor in factors):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -81,16 +98,19 @@ class Moments:
         weights: torch.Tensor,
         columns: slice = slice(None),
     ) -> None:
-        """Add tokens: u [T, K], r [T, D], the present W [D, K], w [T]; products in float32.
+        """Add tokens: u [T, K], r [T, D], the present W [D, K], w [T].
 
-        With `columns`, G and C are of those inputs only, while e is what all inputs leave.
+        Products are summed in float32; of bfloat16 inputs their factors are rounded to bfloat16, which is
+        noise of 2^-9 of each sqrt(w) u, as little as a ridge of 1e-5. W u of a bfloat16 W is exact either
+        way. With `columns`, G and C are of those inputs only, while e is what all inputs leave.
         """
         root = weights.float().sqrt()[:, None]
-        u, r = inputs.float() * root, targets.float() * root
-        e = r - u @ weight.float().T
-        u = torch.cat([u[:, columns], root], 1) if self.constant else u[:, columns]
-        self.gram += u.T @ u
-        self.cross += e.T @ u
+        with fast_products(inputs, weight):
+            e = (targets.float() - inputs.float() @ weight.float().T) * root
+            r, u = targets.float() * root, inputs[:, columns].float() * root
+            u = torch.cat([u, root], 1) if self.constant else u
+            self.gram += u.T @ u
+            self.cross += e.T @ u
         self.left += e.square().sum()
         self.power += r.square().sum()
 
