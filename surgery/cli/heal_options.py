@@ -28,6 +28,7 @@ class TrainingOptions:
     heal_texts: tuple[str, ...]
     text_weights: tuple[float, ...] | None
     text_column: str | None
+    loss_on: str
     train: str
     learning_rate: float | None
     batch_tokens: int
@@ -71,6 +72,7 @@ class TrainingOptions:
             seed=self.seed,
             weights=self.text_weights,
             text_column=self.text_column,
+            loss_on=self.loss_on,
         )
 
     @property
@@ -78,6 +80,7 @@ class TrainingOptions:
         """The options as words, free of paths of this machine."""
         words = ["--tokens", self.tokens_seen]
         words += text_words("--text", self.heal_texts, self.text_weights, self.text_column)
+        words += ["--loss-on", self.loss_on] if self.loss_on != defaults.LOSS_ON[0] else []
         words += ["--train", self.train]
         words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
         if self.cross_entropy or self.temperature != 1:
@@ -107,7 +110,8 @@ training_options = collected(
             default=defaults.CALIBRATION_TEXTS,
             show_default=True,
             metavar="NAME|FILE|DATASET",
-            help="Text to train on, named as for --calibration. Give it several times for a mixture.",
+            help="Text to train on, named as for --calibration. Give it several times for a mixture. The "
+            "loss is on the assistant's answers of chat, and on every token of plain text.",
         ),
         click.option(
             "--text-weights",
@@ -116,6 +120,14 @@ training_options = collected(
             help="Shares of the texts of a mixture. [default: equal]",
         ),
         text_column_option,
+        click.option(
+            "--loss-on",
+            type=click.Choice(defaults.LOSS_ON),
+            default=defaults.LOSS_ON[0],
+            show_default=True,
+            help="Tokens of chat that the loss is on: those of the assistant's answers, with the token that "
+            "ends each, or all.",
+        ),
         click.option(
             "--train",
             default="lora:16",
