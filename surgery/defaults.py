@@ -7,6 +7,7 @@ REPAIR = "lstsq-acc"
 ALLOCATION = "uniform"
 SPARSITY = 0.5
 CALIBRATION_TEXTS = ("web", "wikitext", "code", "chat")  # in equal shares
+LOSS_ON = ("answers", "all")  # of chat; the first unless asked
 EVALUATION_TEXT = "wikitext-test"
 BLOCKS = 64
 BLOCK_SIZE = 512

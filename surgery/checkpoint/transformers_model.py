@@ -107,6 +107,15 @@ def build_config(config: dict[str, Any], where: str) -> Any:
             expected=f"max_position_embeddings up to {MOST_POSITIONS:,}",
             found=str(positions),
         )
+    for part in (built, built.get_text_config()):
+        stated = getattr(part, "dtype", None)
+        if stated is not None and not (isinstance(stated, torch.dtype) and stated.is_floating_point):
+            raise UnsupportedModelError(
+                "the config states a dtype that a model can't have",
+                where=where,
+                expected="dtype as float32, bfloat16 or float16",
+                found=str(stated),
+            )
     return built
 
 

@@ -118,8 +118,8 @@ def say_plan(student: Model, teacher: Model, text: HealText, train: Any, quiet: 
     """Say what is trained towards what, and on how much text."""
     blocks, size = text.ids.shape
     say(
-        f"Healing {student.name} towards {teacher.name}: {train} on {blocks} x {size} tokens of {text.name}; "
-        f"{len(text.held_out.ids)} blocks held out",
+        f"Healing {student.name} towards {teacher.name}: {train} on {blocks} x {size} tokens of {text.name}, "
+        f"of which the loss counts {text.tokens_counted:,}; {len(text.held_out.ids)} blocks held out",
         quiet,
     )
 

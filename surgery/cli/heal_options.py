@@ -28,6 +28,7 @@ class TrainingOptions:
     heal_texts: tuple[str, ...]
     text_weights: tuple[float, ...] | None
     text_column: str | None
+    loss_on: str
     train: str
     learning_rate: float | None
     batch_tokens: int
@@ -71,6 +72,7 @@ class TrainingOptions:
             seed=self.seed,
             weights=self.text_weights,
             text_column=self.text_column,
+            loss_on=self.loss_on,
         )
 
     @property
@@ -83,7 +85,8 @@ class TrainingOptions:
     @property
     def how_words(self) -> list[str]:
         """The options that say how to train, as words."""
-        words = ["--train", self.train]
+        words = ["--loss-on", self.loss_on] if self.loss_on != defaults.LOSS_ON[0] else []
+        words += ["--train", self.train]
         words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
         if self.cross_entropy or self.temperature != 1:
             words += ["--temperature", f"{self.temperature:g}", "--cross-entropy", f"{self.cross_entropy:g}"]
@@ -100,6 +103,14 @@ def parse_count(text: str) -> int:
 
 
 how_to_train = [
+    click.option(
+        "--loss-on",
+        type=click.Choice(defaults.LOSS_ON),
+        default=defaults.LOSS_ON[0],
+        show_default=True,
+        help="Tokens of chat that the loss is on: those of the assistant's answers, with the token that "
+        "ends each, or all.",
+    ),
     click.option(
         "--train",
         default="lora:16",
@@ -161,7 +172,8 @@ training_options = collected(
             default=defaults.CALIBRATION_TEXTS,
             show_default=True,
             metavar="NAME|FILE|DATASET",
-            help="Text to train on, named as for --calibration. Give it several times for a mixture.",
+            help="Text to train on, named as for --calibration. Give it several times for a mixture. The "
+            "loss is on the assistant's answers of chat, and on every token of plain text.",
         ),
         click.option(
             "--text-weights",

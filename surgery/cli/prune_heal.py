@@ -34,6 +34,7 @@ class HealingOptions:
 
     heal_tokens: str | None
     rounds: int
+    loss_on: str
     train: str
     learning_rate: float | None
     batch_tokens: int

@@ -83,15 +83,30 @@ def token_losses(
     return nats, gradient.mul_(temperature * (1 - share)).add_(plain, alpha=share)
 
 
-def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss) -> float:
-    """Mean loss of all predicted tokens of a stream that has left the last layer; its gradient is stored.
+def counted_tokens(counted: torch.Tensor) -> int:
+    """Tokens that are predicted and count, of blocks whose `counted` [N, T] tokens are given."""
+    return int(counted[:, 1:].sum())
 
-    `targets` hold [N, T - 1, k]: the last token of a block has no target. dL/d(last hidden state) becomes the
-    gradient that a backward pass starts from, where L is the mean.
+
+def distil(
+    stream: TokenStream,
+    targets: TopTokens,
+    loss: DistilLoss,
+    counted: torch.Tensor | None = None,
+    tokens: int | None = None,
+) -> float:
+    """Mean loss of the counted tokens of a stream that has left the last layer; its gradient is stored.
+
+    `targets` hold [N, T - 1, k]: the last token of a block has no target. Position t has a loss where token
+    t + 1 is `counted` [N, T], all by default. The mean L is the sum divided by `tokens`, by default the
+    stream's own `counted_tokens`; where blocks are a share of a batch, those of the whole batch. dL/d(last
+    hidden state) becomes the gradient that a backward pass starts from. Both are 0 where no token counts.
     """
     model = stream.model
-    blocks, size = stream.ids.shape
-    tokens = blocks * (size - 1)
+    blocks = len(stream.ids)
+    if counted is None:
+        counted = torch.ones(stream.ids.shape, dtype=torch.bool)
+    tokens = counted_tokens(counted) if tokens is None else tokens
     total = torch.zeros((), dtype=torch.float64)
     with model.other_weights():
         for block in range(blocks):
@@ -101,7 +116,9 @@ def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss) -> float:
             following = stream.ids[block, 1:].to(model.device)
             ids = targets.ids[block].to(model.device, torch.long)
             log_p = targets.log_p[block].to(model.device, torch.float32)
-            for rows in head_slices(model, size - 1):
+            places = counted[block, 1:].nonzero()[:, 0].to(model.device)
+            for some in head_slices(model, len(places)):
+                rows = places[some]
                 states = hidden[rows].detach().requires_grad_(True)
                 with torch.enable_grad():
                     logits = model.logits(states)
@@ -113,4 +130,4 @@ def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss) -> float:
                 total += nats.double().sum().cpu()
             stream.put_last_gradient(part, gradient[None])
             model.malloc.trim()
-    return float(total) / tokens
+    return float(total) / max(1, tokens)

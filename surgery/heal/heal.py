@@ -142,6 +142,7 @@ def _train(
         text.ids,
         targets,
         held_out=text.held_out,
+        counted=text.counted,
         schedule=options.schedule(blocks, block_size),
         peak=options.peak,
         loss=options.loss,

@@ -18,7 +18,7 @@ from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import NumericsError
-from surgery.heal.distil_loss import DistilLoss, TopTokens, distil
+from surgery.heal.distil_loss import DistilLoss, TopTokens, counted_tokens, distil
 from surgery.heal.optimizer import Optimizer
 from surgery.heal.train_stream import GraphBudget, TrainingStream, all_layers
 from surgery.heal.trainable import Trainables
@@ -102,7 +102,8 @@ class Division:
 class Trainer:
     """Trains what `trainables` holds of a student on blocks of ids [N, T], towards a teacher's targets.
 
-    `targets(block numbers)` gives the targets of a batch. With `journal` the state is saved at least every
+    `targets(block numbers)` gives the targets of a batch. The loss is on the predicted tokens that are
+    `counted` [N, T], all by default. With `journal` the state is saved at least every
     SAVE_SECONDS, and an interrupted run goes on from there with the same result.
     """
 
@@ -114,6 +115,7 @@ class Trainer:
         targets: Callable[[torch.Tensor], TopTokens],
         *,
         held_out: HeldOut,
+        counted: torch.Tensor | None = None,
         schedule: Schedule,
         peak: float,
         loss: DistilLoss | None = None,
@@ -125,6 +127,7 @@ class Trainer:
         self.ids = ids
         self.targets = targets
         self.held_out = held_out
+        self.counted = torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
         self.schedule = schedule
         self.loss = loss or DistilLoss()
         self.division = division or Division(1)
@@ -136,7 +139,7 @@ class Trainer:
         self.saved, self.saves = time.monotonic(), 0  # when the state was saved last, and how often
 
     def step(self, number: int) -> float:
-        """Carry out one step; returns the mean loss of its tokens in nats. Raises NumericsError."""
+        """Carry out one step; returns the mean loss of its counted tokens in nats. Raises NumericsError."""
         blocks = self.schedule.blocks(number)
         stream = TrainingStream(
             self.model,
@@ -148,7 +151,8 @@ class Trainer:
         )
         for layer_number, layer in all_layers(self.model):
             stream.forward(layer_number, layer)
-        loss = distil(stream, self.targets(blocks), self.loss)
+        counted = self.counted[blocks]
+        loss = distil(stream, self.targets(blocks), self.loss, counted, counted_tokens(counted))
         gradients: dict[str, torch.Tensor] = {}
         for layer_number, layer in all_layers(self.model, backwards=True):
             found = stream.train_backward(layer_number, layer)

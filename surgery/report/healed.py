@@ -36,9 +36,19 @@ def _section(number: int, entry: dict[str, Any], count: int) -> Section:
         Fact("text", entry["text"]["name"]),
         Fact("steps, and the one whose state was kept", f"{entry['steps']:,}, {entry['kept_step']:,}"),
         Fact("tokens", f"{entry['tokens']:,}"),
+        *_counted(entry["text"]),
         Fact("seconds", f"{entry['seconds']:,.0f}"),
         Fact("peak learning rate", f"{options['learning_rate']:g}"),
     ]
     title = "Healed" if count == 1 else f"Healed, {number} of {count}"
     figures = [replace(figure, id=f"{figure.id}-{number}") for figure in heal_figures(entry)]
     return Section(f"heal-{number}", title, facts=facts, tables=[table], figures=figures)
+
+
+def _counted(text: dict[str, Any]) -> list[Fact]:
+    """How many tokens the loss is on, of the entry of a text; a heal of an older version says nothing."""
+    if "tokens_counted" not in text:
+        return []
+    predicted = text["blocks"] * (text["block_size"] - 1)
+    label = "distinct predicted tokens, and those that the loss counts"
+    return [Fact(label, f"{predicted:,}, {text['tokens_counted']:,}")]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from surgery.errors import CalibrationError
+from surgery.text.marks import Counted, TokenMarks
 from surgery.text.sources import Text
 
 PIECE = 1 << 15  # characters tokenised at once
@@ -29,7 +30,8 @@ class TokenBlocks:
     `name` identifies the text, without a path. `seed` is None when blocks were taken in order.
     `predicted_bytes` is the UTF-8 length of the predicted tokens: all tokens except the first of each block.
     `parts` are the texts of a mixture: name, revision, blocks and share of each. `notes` say what was left
-    out of a text, one sentence each.
+    out of a text, one sentence each. `counted` [N, T] are the tokens that a loss on answers counts; None
+    where that was not asked for.
     """
 
     ids: torch.Tensor
@@ -38,6 +40,7 @@ class TokenBlocks:
     predicted_bytes: int
     parts: tuple[dict[str, Any], ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    counted: torch.Tensor | None = None
 
     @property
     def digest(self) -> str:
@@ -62,7 +65,8 @@ class TokenisedText:
     """Token ids [n] int32 of a text, and how many of its UTF-8 bytes come before the edges of its blocks.
 
     `starts[b]` and `ends[b]` are the bytes up to and including the first and the last token of block b;
-    `complete` says whether the text ended.
+    `complete` says whether the text ended. `counted` [n] are the tokens that a loss on answers counts; None
+    where all do.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -70,6 +74,7 @@ class TokenisedText:
     ends: list[int]
     text_bytes: int
     complete: bool
+    counted: Counted | None = None
 
     def blocks(self, block_size: int, chosen: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(Ids [N, T] of the `chosen` blocks, UTF-8 bytes of the tokens that are predicted in them)."""
@@ -80,6 +85,13 @@ class TokenisedText:
             return every[chosen].contiguous(), round(self.text_bytes * share)
         predicted = sum(self.ends[int(b)] - self.starts[int(b)] for b in chosen)
         return every[chosen].contiguous(), predicted
+
+    def counted_blocks(self, block_size: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Which tokens [N, T] of the `chosen` blocks count."""
+        if self.counted is None:
+            return torch.ones((len(chosen), block_size), dtype=torch.bool)
+        count = len(self.counted) // block_size
+        return torch.from_numpy(self.counted[: count * block_size]).view(count, block_size)[chosen]
 
 
 def first_blocks(tokenizer: Any, text: Text, *, block_size: int, blocks: int | None = None) -> TokenBlocks:
@@ -129,16 +141,23 @@ def check_length(name: str, available: int, wanted: int, block_size: int, tokens
         )
 
 
-def tokenise(tokenizer: Any, pieces: Iterable[str], block_size: int, limit: int | None) -> TokenisedText:
+def tokenise(
+    tokenizer: Any,
+    pieces: Iterable[str],
+    block_size: int,
+    limit: int | None,
+    marks: TokenMarks | None = None,
+) -> TokenisedText:
     """Tokenise a text piece by piece until `limit` tokens are there, or the text ends.
 
     Pieces are cut where that gives the same tokens as in one go. Without a limit the text may have LARGEST
-    bytes.
+    bytes. `marks`, when given, are read along with `pieces` and say which tokens count.
     """
     first, last = special_tokens(tokenizer)
     found: list[np.ndarray[Any, np.dtype[np.int32]]] = [np.array(first, dtype=np.int32)]
     starts: list[int] = []
     ends: list[int] = []
+    counted: list[Counted] = []
     count, text_bytes, complete = len(first), 0, True
     if first:
         starts.append(0)
@@ -152,6 +171,8 @@ def tokenise(tokenizer: Any, pieces: Iterable[str], block_size: int, limit: int 
         ids = np.array(encoded["input_ids"], dtype=np.int32)
         if offsets:
             _mark_edges(encoded["offset_mapping"], piece, count, block_size, text_bytes, starts, ends)
+        if marks is not None:
+            counted.append(marks.of_piece(piece, len(ids), encoded["offset_mapping"] if offsets else None))
         found.append(ids)
         count += len(ids)
         text_bytes += len(piece.encode())
@@ -163,7 +184,14 @@ def tokenise(tokenizer: Any, pieces: Iterable[str], block_size: int, limit: int 
         if last and offsets and (count + len(last)) % block_size == 0:
             ends.append(text_bytes)
     everything = np.concatenate(found) if count > len(first) else np.empty(0, dtype=np.int32)
-    return TokenisedText(everything, starts, ends if offsets else [], text_bytes, complete)
+    every_mark = None if marks is None else _whole_marks(counted, len(first), len(everything))
+    return TokenisedText(everything, starts, ends if offsets else [], text_bytes, complete, every_mark)
+
+
+def _whole_marks(counted: list[Counted], first: int, tokens: int) -> Counted:
+    """Marks of all `tokens`; the special tokens around a text, `first` before it, are as their neighbours."""
+    found = np.concatenate([np.empty(0, dtype=np.bool_), *counted])
+    return np.pad(found, (first, tokens - first - len(found)), mode="edge") if tokens else found
 
 
 def _mark_edges(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from surgery.errors import CalibrationError, UsageError
 from surgery.text.blocks import TokenBlocks, TokenisedText, check_length, check_shape, tokenise
+from surgery.text.marks import MarkedText, TokenMarks
 from surgery.text.sources import Text
 
 WHOLE = 4 << 20  # bytes: a file up to this size is sampled by blocks, a larger one by stretches
@@ -24,34 +26,39 @@ def draw_blocks(
     block_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
+    answers: bool = False,
 ) -> TokenBlocks:
     """Draw `blocks` blocks of `block_size` tokens with `seed`, shared among texts by `weights`.
 
     Blocks come in the order of the texts, and within one in the order of the text. Without weights every text
     has the same share. A file of up to WHOLE bytes is drawn from as a whole; of a larger one, stretches at
-    seeded places are read; of a stream, CHOICE times what is needed. Raises CalibrationError for a text that
-    is too short, UsageError for weights that do not fit.
+    seeded places are read; of a stream, CHOICE times what is needed. With `answers`, `counted` says which of
+    the tokens, which are the same, belong to answers of chat or to plain text. Raises CalibrationError for a
+    text that is too short, UsageError for weights that do not fit.
     """
     check_shape(blocks, block_size)
     counts = share_blocks(blocks, [text.name for text in texts], weights)
-    ids, predicted = [], 0
+    ids, counted, predicted = [], [], 0
     parts: list[dict[str, Any]] = []
     for text, count in zip(texts, counts, strict=True):
         if count == 0:
             continue
-        found = _tokenised(tokenizer, text, count, block_size, seed)
+        found = _tokenised(tokenizer, text, count, block_size, seed, TokenMarks() if answers else None)
         available = len(found.ids) // block_size
         check_length(text.name, available, count, block_size, len(found.ids))
         order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-        drawn, size = found.blocks(block_size, order[:count].sort().values)
+        chosen = order[:count].sort().values
+        drawn, size = found.blocks(block_size, chosen)
         ids.append(drawn)
+        counted.append(found.counted_blocks(block_size, chosen))
         predicted += size
         parts.append({"name": text.name, "revision": text.revision, "blocks": count, "share": count / blocks})
     several = len(parts) > 1
     name = " + ".join(part["name"] for part in parts)
     kept = tuple(parts) if several or parts[0]["revision"] else ()
     notes = tuple(note for text in texts for note in text.notes)
-    return TokenBlocks(torch.cat(ids), name, seed, predicted, kept, notes)
+    mask = torch.cat(counted) if answers else None
+    return TokenBlocks(torch.cat(ids), name, seed, predicted, kept, notes, mask)
 
 
 def share_blocks(blocks: int, names: Sequence[str], weights: Sequence[float] | None) -> list[int]:
@@ -80,21 +87,36 @@ def share_blocks(blocks: int, names: Sequence[str], weights: Sequence[float] | N
     return counts
 
 
-def _tokenised(tokenizer: Any, text: Text, blocks: int, block_size: int, seed: int) -> TokenisedText:
-    """As much of a text as blocks are drawn from, tokenised."""
+def _tokenised(
+    tokenizer: Any, text: Text, blocks: int, block_size: int, seed: int, marks: TokenMarks | None
+) -> TokenisedText:
+    """As much of a text as blocks are drawn from, tokenised; with `marks`, where it has answers."""
+    pieces, marked = text.pieces, text.marked
+    if marks is None or marked is None:
+        marks = None
+    else:
+        pieces = partial(_read_along, marks, marked)
     wanted = CHOICE * BYTES_PER_TOKEN * blocks * block_size
     whole = max(WHOLE, wanted)
     if text.size is not None and text.size <= whole:
-        return tokenise(tokenizer, text.pieces(None), block_size, None)
+        return tokenise(tokenizer, pieces(None), block_size, None, marks)
     if text.sample is not None:
         return tokenise(tokenizer, text.sample(wanted, CHOICE * blocks, seed), block_size, None)
-    return tokenise(tokenizer, _up_to(text, wanted if text.size is None else whole, seed), block_size, None)
+    stream = _up_to(pieces(seed), wanted if text.size is None else whole)
+    return tokenise(tokenizer, stream, block_size, None, marks)
 
 
-def _up_to(text: Text, limit: int, seed: int) -> Any:
+def _read_along(
+    marks: TokenMarks, marked: Callable[[int | None], Iterator[MarkedText]], seed: int | None
+) -> Iterator[str]:
+    """The pieces of a text with answers, which `marks` reads along."""
+    return marks.strings(marked(seed))
+
+
+def _up_to(pieces: Iterator[str], limit: int) -> Iterator[str]:
     """The pieces of a stream up to about `limit` bytes."""
     read = 0
-    for piece in text.pieces(seed):
+    for piece in pieces:
         yield piece
         read += len(piece.encode())
         if read >= limit:

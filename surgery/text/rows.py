@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from surgery.errors import CalibrationError, one_line
+from surgery.text.answers import AnswersUnknown, ChatAnswers, Messages, Span
+from surgery.text.marks import MarkedText
 
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "code")
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chosen")
@@ -27,30 +30,39 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 class RowReader:
     """Turns rows into texts; `skipped` counts rows without text, by reason.
 
-    `column` is the column named by the user. `tokenizer` renders chat rows, where it has a chat template;
-    without one the messages are joined by newlines.
+    `whole` counts chat rows of which `marked` can't tell the answers from the rest, by reason. `column` is
+    the column named by the user. `tokenizer` renders chat rows, where it has a chat template; without one the
+    messages are joined by newlines.
     """
 
     name: str
     tokenizer: Any = None
     column: str | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, int] = field(default_factory=dict)
 
     def texts(self, rows: Iterable[Any]) -> Iterator[str]:
         """The text of each row that has one. Raises CalibrationError for rows without a text column."""
+        return (row.text for row in self._read(rows, answers=False))
+
+    def marked(self, rows: Iterable[Any]) -> Iterator[MarkedText]:
+        """The same texts, those of chat with the spans of the assistant's answers."""
+        return self._read(rows, answers=True)
+
+    def _read(self, rows: Iterable[Any], answers: bool) -> Iterator[MarkedText]:
         found = 0
         for row in rows:
             value = row if isinstance(row, str) else self._value(row)
             try:
-                text = self._text(value)
+                row_text = self._text(value, answers)
             except ValueError as error:
                 self._skip(f"not what the chat template takes ({error})")
                 continue
-            if text is None or not text.strip():
+            if row_text is None or not row_text.text.strip():
                 self._skip("empty")
                 continue
             found += 1
-            yield clean(text)
+            yield clean_marked(row_text)
         if not found:
             reasons = "; ".join(f"{count} rows {reason}" for reason, count in self.skipped.items())
             raise CalibrationError(
@@ -98,28 +110,51 @@ class RowReader:
         after = answered if _is_chat(answered) else [{"role": "assistant", "content": str(answered)}]
         return [*before, *after]
 
-    def _text(self, value: Any) -> str | None:
-        if value is None or isinstance(value, str):
-            return value
+    def _text(self, value: Any, answers: bool) -> MarkedText | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return MarkedText(value)
         if isinstance(value, dict):
             value = [value]
         if _is_chat(value):
-            return self._chat([_message(message) for message in value])
+            return self._chat([_message(message) for message in value], answers)
         if isinstance(value, (list, tuple)):
-            return "\n".join(str(part) for part in value if part is not None)
-        return str(value)
+            return MarkedText("\n".join(str(part) for part in value if part is not None))
+        return MarkedText(str(value))
 
-    def _chat(self, messages: list[dict[str, str]]) -> str:
+    def _chat(self, messages: Messages, answers: bool) -> MarkedText:
         if not getattr(self.tokenizer, "chat_template", None):
-            return "\n".join(message["content"] for message in messages)
+            text = "\n".join(message["content"] for message in messages)
+            return MarkedText(text, _joined_answers(messages) if answers else None)
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # a template may raise anything: roles in another order, no system role
             raise ValueError(one_line(error, 100)) from error
+        try:
+            return MarkedText(text, self._answers.spans(messages, text) if answers else None)
+        except AnswersUnknown as error:
+            self.whole[str(error)] = self.whole.get(str(error), 0) + 1
+            return MarkedText(text)
+
+    @cached_property
+    def _answers(self) -> ChatAnswers:
+        return ChatAnswers(self.tokenizer)
 
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _joined_answers(messages: Messages) -> tuple[Span, ...]:
+    """The spans of the assistant's messages in all of them, joined by single characters."""
+    spans, start = [], 0
+    for message in messages:
+        end = start + len(message["content"])
+        if message["role"] == "assistant":
+            spans.append((start, end))
+        start = end + 1
+    return tuple(spans)
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:
@@ -136,3 +171,12 @@ def _message(message: dict[str, Any]) -> dict[str, str]:
 def clean(text: str) -> str:
     """The text with halves of surrogate pairs replaced by U+FFFD; they can't be encoded."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def clean_marked(row: MarkedText) -> MarkedText:
+    """A row with its text cleaned, and its spans where their characters are then."""
+    text = clean(row.text)
+    if row.answers is None or len(text) == len(row.text):
+        return MarkedText(text, row.answers)
+    places = [(len(clean(row.text[:start])), len(clean(row.text[:end]))) for start, end in row.answers]
+    return MarkedText(text, tuple(places))

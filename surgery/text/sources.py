@@ -17,6 +17,7 @@ from typing import Any
 
 from surgery.errors import CalibrationError
 from surgery.text.local_files import file_pieces, is_compressed, json_rows, row_format, sampled_pieces
+from surgery.text.marks import MarkedText
 from surgery.text.rows import RowReader
 
 NAMED_TEXTS = {
@@ -30,6 +31,7 @@ DATASET_ADDRESS = re.compile(
     r"(?:hf://datasets/|https?://(?:huggingface\.co|hf\.co)/datasets/)([\w.-]+/[\w.-]+)"
 )
 DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+BETWEEN = "\n\n"  # two rows
 
 
 @dataclass
@@ -42,7 +44,9 @@ class Text:
     - `size` is its length in bytes where that is known before reading.
     - `sample(wanted, parts, seed)` gives about `wanted` bytes from `parts` places of a large file; None where
       only reading from the start is possible.
-    - `skipped` counts rows without text so far, by reason.
+    - `marked(shard_seed)` gives the same strings with the spans of answers in them, for text from rows; None
+      where all of the text counts.
+    - `skipped` counts rows without text so far, by reason; `whole` chat rows whose answers are not known.
     """
 
     name: str
@@ -50,12 +54,19 @@ class Text:
     size: int | None = None
     revision: str | None = None
     sample: Callable[[int, int, int], Iterator[str]] | None = None
+    marked: Callable[[int | None], Iterator[MarkedText]] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, int] = field(default_factory=dict)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out so far, one sentence a reason."""
-        return tuple(f"{count} rows of {self.name} left out: {why}" for why, count in self.skipped.items())
+        """What was left out so far, and which rows count whole, one sentence a reason."""
+        left_out = (f"{count} rows of {self.name} left out: {why}" for why, count in self.skipped.items())
+        whole = (
+            f"the loss is on all tokens of {count} rows of {self.name}, not on their answers alone: {why}"
+            for why, count in self.whole.items()
+        )
+        return (*left_out, *whole)
 
     def start(self, characters: int) -> str:
         """At most so many characters of the text, from its start."""
@@ -123,15 +134,28 @@ def _file(path: Path, tokenizer: Any, column: str | None) -> Text:
         )
     reader = RowReader(path.name, tokenizer, column)
     if kind == "json":
-        return Text(
-            path.name,
-            lambda _: joined(reader.texts(json_rows(path, reader.skipped))),
-            size=size,
-            skipped=reader.skipped,
-        )
+        return _text_of_rows(reader, lambda _: json_rows(path, reader.skipped), size=size)
     files = {"data_files": str(path.absolute()), **({"sep": "\t"} if ".tsv" in path.suffixes else {})}
     rows = _rows(path.name, kind, None, "train", None, files)
-    return Text(path.name, lambda _: joined(reader.texts(rows(None))), size=size, skipped=reader.skipped)
+    return _text_of_rows(reader, lambda _: rows(None), size=size)
+
+
+def _text_of_rows(
+    reader: RowReader,
+    rows: Callable[[int | None], Iterator[Any]],
+    size: int | None = None,
+    revision: str | None = None,
+) -> Text:
+    """Rows as one text, with blank lines between them."""
+    return Text(
+        reader.name,
+        lambda seed: joined(reader.texts(rows(seed))),
+        size=size,
+        revision=revision,
+        marked=lambda seed: joined_marked(reader.marked(rows(seed))),
+        skipped=reader.skipped,
+        whole=reader.whole,
+    )
 
 
 def _is_utf8(path: Path) -> bool:
@@ -146,12 +170,7 @@ def _dataset(
     reader = RowReader(label, tokenizer, column)
     path = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     rows = _rows(label, path, config or None, split or "train", revision, {})
-    return Text(
-        label,
-        lambda seed: joined(reader.texts(rows(seed))),
-        revision=revision,
-        skipped=reader.skipped,
-    )
+    return _text_of_rows(reader, rows, revision=revision)
 
 
 def _commit(repo: str) -> str | None:
@@ -229,4 +248,10 @@ def dataset_errors(name: str) -> Iterator[None]:
 def joined(texts: Iterator[str]) -> Iterator[str]:
     """Texts with blank lines between them."""
     for number, text in enumerate(texts):
-        yield text if number == 0 else "\n\n" + text
+        yield text if number == 0 else BETWEEN + text
+
+
+def joined_marked(rows: Iterator[MarkedText]) -> Iterator[MarkedText]:
+    """The same of texts with answers."""
+    for number, row in enumerate(rows):
+        yield row if number == 0 else row.after(BETWEEN)

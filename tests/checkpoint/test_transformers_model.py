@@ -90,6 +90,7 @@ def test_a_kernel_that_is_not_installed_does_not_matter(folder: Path) -> None:
         ("config.json", '{"model_type": "llama", "num_hidden_layers": 1000000000}', "more layers than"),
         ("config.json", '{"model_type": ["llama"]}', "does not know this model type"),
         ("config.json", '{"model_type": "llama", "quantization_config": [1]}', "not an object"),
+        ("config.json", '{"model_type": "llama", "dtype": 1}', "dtype that a model can't have"),
         ("config.json", "[" * 100_000, "not valid JSON"),
     ],
 )
