@@ -51,8 +51,8 @@ def heal(
     """
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import heal_cost_lines
+    from surgery.heal.heal import disk_needs, open_heal_journal
     from surgery.heal.heal import heal as run
-    from surgery.heal.heal import open_heal_journal
     from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
 
@@ -69,7 +69,7 @@ def heal(
         show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
         return
     destination = out or Path(f"{opened.short_name}-healed")
-    needs = opened.checkpoint.nbytes + cost.target_bytes
+    needs = disk_needs(opened, cost, destination)
     check_destination(destination, overwrite=overwrite, source=opened.folder, needs_bytes=needs)
     chosen = evaluation.chosen(published=False)
     blocks = None if chosen is None else chosen.read(opened)

@@ -19,7 +19,7 @@ from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.transformers_model import auto_class
 from surgery.engine.open_model import Model
-from surgery.engine.resume import Journal
+from surgery.engine.resume import Journal, journal_folder
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import SurgeonError
 from surgery.heal.distil_loss import TopTokens
@@ -28,10 +28,12 @@ from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.pair import check_pair, student_manifest
 from surgery.heal.targets import StoredTargets, Teacher
 from surgery.heal.train import Division, History, Trainer
-from surgery.heal.trainable import Trainables
+from surgery.heal.trainable import Trainables, open_state
 from surgery.heal.write import trained_logits, write_trained
 from surgery.progress import Progress, no_progress
 from surgery.pruning.verify import check_logits, check_super_weights
+
+JOURNAL = "heal"  # kind of the journal
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def open_heal_journal(
         "run": student.run.as_json(),
         "memory": student.run.memory,
     }
-    return Journal(out, fingerprint, resume=resume, kind="heal")
+    return Journal(out, fingerprint, resume=resume, kind=JOURNAL)
+
+
+def disk_needs(student: Model, cost: HealCost, out: Path) -> int:
+    """Bytes of disk that a heal into folder `out` takes beside those that its journal has already."""
+    held = (file.stat().st_size for file in journal_folder(out, JOURNAL).glob("*") if file.is_file())
+    return max(0, student.checkpoint.nbytes + cost.target_bytes + cost.state_disk_bytes - sum(held))
 
 
 def heal(
@@ -86,7 +94,7 @@ def heal(
     manifest = student_manifest(student)
     check_pair(student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
-    needs = student.checkpoint.nbytes + cost.target_bytes
+    needs = disk_needs(student, cost, destination)
     check_destination(destination, overwrite=overwrite, source=student.folder, needs_bytes=needs)
     journal = journal or open_heal_journal(student, teacher, text, options, destination)
     try:
@@ -134,9 +142,11 @@ def _train(
         source.model.kept.clear()  # its layers have done their work
         targets = stored.take
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
+    files = journal if cost.state_on == "disk" else None
+    state = open_state(model.meta_model, options.train, model.device, files)
     trainer = Trainer(
         model,
-        Trainables(model.meta_model, options.train, options.seed, model.device),
+        Trainables(model.meta_model, options.train, options.seed, model.device, state),
         text.ids,
         targets,
         held_out=text.held_out,
