@@ -11,8 +11,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
     ),
     "Healing": (
-        *("tokens_seen", "heal_texts", "text_weights", "teacher", "train", "learning_rate", "batch_tokens"),
-        *("epochs", "temperature", "cross_entropy", "targets"),
+        *("tokens_seen", "heal_texts", "text_weights", "teacher", "train", "save_adapter", "learning_rate"),
+        *("batch_tokens", "epochs", "temperature", "cross_entropy", "targets"),
     ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),

@@ -22,6 +22,7 @@ from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal, journal_folder
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import SurgeonError
+from surgery.heal.adapter import adapter_bytes, adapter_folder, check_adapter
 from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
 from surgery.heal.options import HealOptions, estimate_heal
@@ -63,10 +64,20 @@ def open_heal_journal(
     return Journal(out, fingerprint, resume=resume, kind=JOURNAL)
 
 
-def disk_needs(student: Model, cost: HealCost, out: Path) -> int:
-    """Bytes of disk that a heal into folder `out` takes beside those that its journal has already."""
+def check_outputs(
+    student: Model, options: HealOptions, cost: HealCost, out: Path, adapter: Path | None, *, overwrite: bool
+) -> None:
+    """Raise DestinationError when the folders `out` and `adapter` can't be written, as on a disk that is too
+    small for them and the journal; what an interrupted run's journal has already is not counted again.
+
+    Raises UsageError or UnsupportedModelError for an adapter that can't be saved.
+    """
     held = (file.stat().st_size for file in journal_folder(out, JOURNAL).glob("*") if file.is_file())
-    return max(0, student.checkpoint.nbytes + cost.target_bytes + cost.state_disk_bytes - sum(held))
+    needs = student.checkpoint.nbytes + cost.target_bytes + cost.state_disk_bytes - sum(held)
+    if adapter is not None:
+        check_adapter(student, options.train, adapter, out, overwrite=overwrite)
+        needs += adapter_bytes(student.meta_model, options.train)
+    check_destination(out, overwrite=overwrite, source=student.folder, needs_bytes=max(0, needs))
 
 
 def heal(
@@ -77,6 +88,7 @@ def heal(
     options: HealOptions | None = None,
     *,
     overwrite: bool = False,
+    adapter: Path | None = None,
     measure: Callable[[Model], dict[str, Any]] | None = None,
     command: str | None = None,
     journal: Journal | None = None,
@@ -84,18 +96,18 @@ def heal(
 ) -> HealResult:
     """Train a student towards its teacher, and write the best state to folder `out`, verified.
 
-    `measure`, when given, measures student and result for manifest and card. With `journal`
-    (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result. Where no
-    held-out measure is better than that before training, nothing is written. Raises UsageError or
-    UnsupportedModelError for a pair that can't be trained, DestinationError, MemoryBudgetError,
-    NumericsError, and CheckpointError when verification fails.
+    `adapter` is a second folder, for the adapter alone (`surgery.heal.adapter`). `measure`, when given,
+    measures student and result for manifest and card. With `journal` (`open_heal_journal`; made here unless
+    given) an interrupted heal resumes with the same result. Where no held-out measure is better than that
+    before training, nothing is written. Raises UsageError or UnsupportedModelError for a pair that can't be
+    trained or an adapter that can't be saved, DestinationError, MemoryBudgetError, NumericsError, and
+    CheckpointError when verification fails.
     """
     options, destination = options or HealOptions(), Path(out)
     manifest = student_manifest(student)
     check_pair(student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
-    needs = disk_needs(student, cost, destination)
-    check_destination(destination, overwrite=overwrite, source=student.folder, needs_bytes=needs)
+    check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
     journal = journal or open_heal_journal(student, teacher, text, options, destination)
     try:
         trainer, history = _train(student, teacher, text, options, cost, journal, progress)
@@ -104,7 +116,8 @@ def heal(
         if history.improved:
             if measure is not None:
                 entry["evaluation"] = {"before": measure(student)}
-            _write(student, trainer, manifest, entry, command, destination, measure)
+            with adapter_folder(student, trainer.trainables, adapter):
+                _write(student, trainer, manifest, entry, command, destination, measure)
             written = student.written(destination)
     except SurgeonError as error:
         journal.fail(error)
