@@ -1,7 +1,8 @@
 """What healing takes: memory for training with one layer resident, targets on disk, operations.
 
 Symbols: L layers, D hidden_size, s bytes of the compute dtype, B tokens of a batch, P trained numbers.
-Training holds float32 masters, gradients, two moments and the best state, 20 P bytes. Estimates err upwards.
+Training keeps float32 masters, gradients, two moments and the best state, 20 P bytes: in memory, or in files,
+with one layer's in memory. Estimates err upwards.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from surgery.engine.run_options import RunOptions
 from surgery.model.meta_model import MetaModel
 
 STATE_BYTES = 20  # for each trained number: master, gradient, two moments, best state
+SAVES_BYTES = 32  # on disk: two saves of master, two moments and best state
+FILES_BYTES = 36  # on disk where the state is in files: that, and the gradient
+STEP_BYTES = 16  # for each number of the layer that makes a step: copies of master, moments and gradient
+STEP_READS, STEP_WRITES = 28, 16  # from and to files in a step: masters in both passes and the norm, then all
 TOP_BYTES = 20  # for each token of a target, while it is taken from the files or computed
 TAKING_APART = 40  # for each weight of a parameter that is put together from several stored tensors
 WRITING = 16  # for each weight of a matrix that was trained, while it is written or makes a step
@@ -55,12 +60,15 @@ class HealJob:
 class HealCost(Cost):
     """What a heal takes.
 
-    `state_bytes` are held for what is trained. `keep_bytes` may hold the student's layers between passes, and
+    `state_bytes` are those of what is trained, kept on `state_on`: device, memory or disk. Files and saves of
+    it take `state_disk_bytes`. `keep_bytes` may hold the student's layers between passes, and
     `graph_bytes` what autograd saved of them; `teacher_bytes` may hold the teacher's layers. `ends_held`:
     embeddings and head stay in memory. `target_bytes` are on disk.
     """
 
     state_bytes: int
+    state_on: str
+    state_disk_bytes: int
     keep_bytes: int
     graph_bytes: int
     teacher_bytes: int
@@ -74,12 +82,13 @@ def heal_cost(student: MetaModel, teacher: MetaModel, job: HealJob, run: RunOpti
     Raises MemoryBudgetError, naming the smallest budget that would do.
     """
     needs, budget = _Needs(student, teacher, job, run), Budget.of(run, free_only=True)
-    smallest = budget.smallest(needs.peak(1))
+    smallest = budget.smallest(min(needs.peak(1), needs.peak(1, in_files=True)))
     budget.check(smallest)
+    in_files = needs.peak(1) > budget.usable
     micro_batch = min(job.batch, largest_micro_batch(job.block_size, run.device.type))
-    while micro_batch > 1 and needs.peak(micro_batch) > budget.usable:
+    while micro_batch > 1 and needs.peak(micro_batch, in_files) > budget.usable:
         micro_batch //= 2
-    used = needs.peak(micro_batch)
+    used = needs.peak(micro_batch, in_files)
     place = budget.place(needs.hidden, used, host_used=needs.host)
     used += needs.hidden * (place == budget.first_place)
     left = budget.usable - used
@@ -98,10 +107,12 @@ def heal_cost(student: MetaModel, teacher: MetaModel, job: HealJob, run: RunOpti
         hidden_bytes=needs.hidden,
         hidden_on=place,
         **budget.peaks(max(training, used + ends + teacher_keep), smallest, needs.hidden, place, needs.host),
-        read_bytes=needs.read_bytes(keep, teacher_keep),
-        write_bytes=job.written + job.target_bytes + needs.hidden * (place == "disk") * job.steps,
+        read_bytes=needs.read_bytes(keep, teacher_keep, in_files),
+        write_bytes=needs.write_bytes(place == "disk", in_files),
         flops=needs.flops(graphs),
-        state_bytes=needs.state,
+        state_bytes=STATE_BYTES * needs.trained,
+        state_on="disk" if in_files else budget.first_place,
+        state_disk_bytes=(FILES_BYTES if in_files else SAVES_BYTES) * needs.trained,
         keep_bytes=keep,
         graph_bytes=graphs,
         teacher_bytes=teacher_keep,
@@ -129,32 +140,43 @@ class _Needs:
         self.hidden = rows * job.block_size * dtype.itemsize
         merged = 0 if job.adapters else _largest_merged(student)
         self.writing = max(WRITING * max(self.student.matrix, self.teacher.matrix), TAKING_APART * merged)
-        self.state = STATE_BYTES * sum(job.trained)
+        self.trained = sum(job.trained)
         self.cast = (4 + dtype.itemsize) * max(job.trained)  # a layer's cast masters and gradients
         self.graphs = GRAPH_SHARE * self.student.layers * self.student.saved_token * self.tokens
-        self.graphs += dtype.itemsize * sum(job.trained)
+        self.graphs += dtype.itemsize * self.trained
         self.student_layers = _resident(student, dtype.itemsize)
         self.teacher_layers = _resident(teacher, dtype.itemsize)
         self.ends = max(self.student.other_resident, self.teacher.other_resident)
         self.host = max(2 * size.layer + size.merging for size in (self.student, self.teacher))
         self.merging = max(self.student.merging, self.teacher.merging) * (kind != "cuda")
 
-    def peak(self, blocks: int) -> int:
-        """Bytes with `blocks` blocks in a layer at once, all else on disk or read again."""
+    def peak(self, blocks: int, in_files: bool = False) -> int:
+        """Bytes with `blocks` blocks in a layer at once, all else on disk or read again; with the state of
+        what is trained in memory or `in_files`.
+        """
         rows = min(HEAD_ELEMENTS, self.job.block_size * (self.student.head // self.student.hidden))
         at_ends = self.ends + 4 * LOSS_COPIES * rows
         layer = max(2 * size.layer + size.micro_batch_bytes(blocks) for size in (self.student, self.teacher))
         layer += self.merging + self.cast
         size, chunk = self.job.block_size, max(self.chunk, self.job.batch, self.job.held_out)
         arguments = chunk * size * (TOP_BYTES * self.job.top + 16) + 8 * size**2  # targets, ids, masks
-        return self.state + max(at_ends, layer, self.writing) + arguments
+        stepping = self.writing + STEP_BYTES * max(self.job.trained) * in_files
+        held = STATE_BYTES * self.trained * (not in_files)
+        return held + max(at_ends, layer, stepping) + arguments
 
-    def read_bytes(self, keep: int, teacher_keep: int) -> int:
-        """Bytes read: layers that do not stay in memory are read in every pass."""
+    def write_bytes(self, hidden_on_disk: bool, in_files: bool) -> int:
+        """Bytes written: the result, targets, layer inputs and the state of what is trained."""
+        job = self.job
+        state = (STEP_WRITES * job.steps + 4 * job.measures) * self.trained
+        return job.written + job.target_bytes + self.hidden * hidden_on_disk * job.steps + state * in_files
+
+    def read_bytes(self, keep: int, teacher_keep: int, in_files: bool) -> int:
+        """Bytes read: layers that do not stay in memory are read in every pass, masters in files too."""
         job, student, teacher = self.job, self.student, self.teacher
         passes = 2 * job.steps + job.measures
         again = 1 - keep / max(1, self.student_layers)
         read = student.layers_stored * (1 + passes * again) + 2 * (student.other_stored + job.written)
+        read += (STEP_READS * job.steps + 8 * job.measures) * self.trained * in_files
         passes = job.steps if job.recomputes else -(-job.distinct // TARGET_CHUNK)
         again = 1 - teacher_keep / max(1, self.teacher_layers)
         return round(read + teacher.layers_stored * (1 + (passes - 1) * again) + teacher.other_stored)

@@ -14,29 +14,34 @@ MARGIN_BYTES = 64 << 20  # disk space reserved for all files other than weights
 
 
 def check_destination(
-    path: Path, *, overwrite: bool, source: Path | None = None, needs_bytes: int = 0
+    path: Path,
+    *,
+    overwrite: bool,
+    source: Path | None = None,
+    needs_bytes: int = 0,
+    option: str = "--out",
 ) -> None:
-    """Raise DestinationError when the folder `path` can't be written.
+    """Raise DestinationError when the folder `path`, named with `option`, can't be written.
 
     Reasons: it exists (and not `overwrite`), it is a file, it is or lies inside `source`, there is no
     permission, or the disk lacks `needs_bytes` bytes plus MARGIN_BYTES.
     """
     if source is not None and path.resolve() == source.resolve():
         raise DestinationError(
-            "the destination is the source", where=path.name, next_step="name another folder with --out"
+            "the destination is the source", where=path.name, next_step=f"name another folder with {option}"
         )
     if source is not None and source.resolve() in path.resolve().parents:
         raise DestinationError(
             "the destination lies inside the source",
             where=path.name,
-            next_step="name another folder with --out",
+            next_step=f"name another folder with {option}",
         )
     recover(path)
     if path.exists() and not overwrite:
         raise DestinationError(
             "the destination exists",
             where=str(path),
-            next_step="name another with --out, or give --overwrite",
+            next_step=f"name another with {option}, or give --overwrite",
         )
     if path.exists() and not path.is_dir():
         raise DestinationError("the destination is a file", where=str(path), expected="a folder")
@@ -52,7 +57,7 @@ def check_destination(
             where=str(parent),
             expected=f"{(needs_bytes + MARGIN_BYTES) / 2**30:.2f} GiB free",
             found=f"{free / 2**30:.2f} GiB",
-            next_step="free some space, or name another disk with --out",
+            next_step=f"free some space, or name another disk with {option}",
         )
 
 

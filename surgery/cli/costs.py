@@ -49,7 +49,8 @@ def heal_cost_lines(cost: HealCost) -> list[str]:
     targets = f"on disk: {format_bytes(cost.target_bytes)}" if cost.target_bytes else "computed in every step"
     return [
         memory_line(cost),
-        f"Trained numbers and their state: {format_bytes(cost.state_bytes)}; targets {targets}",
+        f"Trained numbers and their state: {format_bytes(cost.state_bytes)}, kept {PLACES[cost.state_on]}; "
+        f"on disk for them: {format_bytes(cost.state_disk_bytes)}; targets {targets}",
         f"Layers that stay in memory: {kept} of the student; "
         f"activations that are not computed again: {format_bytes(cost.graph_bytes)} at most",
         _hidden_line(cost),

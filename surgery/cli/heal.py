@@ -49,10 +49,9 @@ def heal(
     \b
     surgeon heal name-lp-hybrid-50 --tokens 1M --text web --text code
     """
-    from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import heal_cost_lines
+    from surgery.heal.heal import check_outputs, open_heal_journal
     from surgery.heal.heal import heal as run
-    from surgery.heal.heal import open_heal_journal
     from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
     from surgery.pruning.prune import Provenance
@@ -70,8 +69,7 @@ def heal(
         show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
         return
     destination = out or Path(f"{opened.short_name}-healed")
-    needs = opened.checkpoint.nbytes + cost.target_bytes
-    check_destination(destination, overwrite=overwrite, source=opened.folder, needs_bytes=needs)
+    check_outputs(opened, options, cost, destination, training.save_adapter, overwrite=overwrite)
     chosen = evaluation.chosen(published=False)
     blocks = None if chosen is None else chosen.read(opened)
     say_plan(opened, dense, text, options.train, quiet)
@@ -85,12 +83,13 @@ def heal(
         destination,
         options,
         overwrite=True,  # checked above
+        adapter=training.save_adapter,
         measure=None if blocks is None else lambda model: measure(model, blocks, quiet),
         provenance=Provenance(shlex.join(canonical_command(opened, teacher, dense, training, how))),
         journal=journal,
         progress=bars(quiet),
     )
-    show_result(result, destination, as_json, quiet)
+    show_result(result, destination, training.save_adapter, as_json, quiet)
 
 
 def open_teacher(student: Model, named: str | None, how: ModelOptions) -> Model:
@@ -124,7 +123,9 @@ def say_plan(student: Model, teacher: Model, text: HealText, train: Any, quiet: 
     )
 
 
-def show_result(result: HealResult, destination: Path, as_json: bool, quiet: bool) -> None:
+def show_result(
+    result: HealResult, destination: Path, adapter: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Print what healing changed, or that it did not help and nothing was written."""
     history, entry = result.history, result.entry
     if as_json:
@@ -148,3 +149,5 @@ def show_result(result: HealResult, destination: Path, as_json: bool, quiet: boo
     rate = entry["tokens"] / max(1e-9, entry["seconds"])
     say(f"{entry['steps']} steps, {entry['tokens']:,} tokens, {rate:,.0f} tokens a second", quiet)
     say(f"Checkpoint written to {destination}", quiet)
+    if adapter is not None:
+        say(f"Adapter written to {adapter}", quiet)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from surgery import defaults
-from surgery.cli.options import collected, numbers, text_column_option, text_words
+from surgery.cli.options import PATH, collected, numbers, text_column_option, text_words
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class TrainingOptions:
     text_column: str | None
     loss_on: str
     train: str
+    save_adapter: Path | None
     learning_rate: float | None
     batch_tokens: int
     epochs: int
@@ -45,13 +47,17 @@ class TrainingOptions:
         return max(1, round(parse_count(self.tokens_seen) / self.block_size / self.epochs))
 
     def options(self) -> HealOptions:
-        """These as the library takes them. Raises UsageError for values out of range."""
+        """These as the library takes them. Raises UsageError for values out of range or at odds."""
+        from surgery.heal.adapter import check_mode
         from surgery.heal.distil_loss import DistilLoss
         from surgery.heal.options import HealOptions
         from surgery.heal.trainable import TrainMode
 
+        mode = TrainMode.parse(self.train)
+        if self.save_adapter is not None:
+            check_mode(mode)
         return HealOptions(
-            TrainMode.parse(self.train),
+            mode,
             DistilLoss(self.temperature, self.cross_entropy),
             self.epochs,
             self.batch_tokens,
@@ -183,6 +189,12 @@ training_options = collected(
         ),
         text_column_option,
         *how_to_train,
+        click.option(
+            "--save-adapter",
+            type=PATH,
+            metavar="DIR",
+            help="With --train lora:R, also write adapters and norms to DIR, to be loaded by peft.",
+        ),
         click.option(
             "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
         ),

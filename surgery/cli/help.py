@@ -12,7 +12,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Healing": (
         *("heal_tokens", "rounds", "tokens_seen", "heal_texts", "text_weights", "loss_on", "teacher"),
-        *("train", "learning_rate", "batch_tokens", "epochs", "temperature", "cross_entropy", "targets"),
+        *("train", "save_adapter", "learning_rate", "batch_tokens", "epochs", "temperature"),
+        *("cross_entropy", "targets"),
     ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),

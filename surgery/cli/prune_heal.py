@@ -64,6 +64,7 @@ class HealingOptions:
             text_column=text.text_column,
             block_size=text.block_size,
             seed=text.seed,
+            save_adapter=None,  # it would fit the cut before its heal, which is not written
             **how,
         )
 

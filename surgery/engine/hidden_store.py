@@ -37,24 +37,19 @@ class HiddenStore:
         self.on_disk = path is not None or place == "disk"
         self.pinned = not self.on_disk and place == "memory" and device.type == "cuda"
         if path is not None:
-            with path.open("ab") as handle:
-                _allocate(handle.fileno(), self.nbytes)
-            self._data = self._mapped(str(path))
+            self._data = mapped_file(path, torch.Size(shape).numel(), dtype).view(shape)
         elif self.on_disk:
             descriptor, name = tempfile.mkstemp(prefix="surgeon-hidden-")
             try:
                 _allocate(descriptor, self.nbytes)
-                self._data = self._mapped(name)
+                size = torch.Size(shape).numel()
+                self._data = torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
             finally:
                 os.close(descriptor)
                 os.unlink(name)  # noqa: PTH108 (mkstemp returns the name as a string)
         else:
             where = device if place == "device" else torch.device("cpu")
             self._data = torch.empty(shape, dtype=dtype, device=where, pin_memory=self.pinned)
-
-    def _mapped(self, name: str) -> torch.Tensor:
-        size = torch.Size(self.shape).numel()
-        return torch.from_file(name, shared=True, size=size, dtype=self.dtype).view(self.shape)
 
     def get(self, slot: int, blocks: slice, device: torch.device, width: int | None = None) -> torch.Tensor:
         """A copy on `device` of blocks [n, T, D] of a slot, or of the first `width` of the D dimensions."""
@@ -67,6 +62,16 @@ class HiddenStore:
     def put(self, slot: int, blocks: slice, hidden: torch.Tensor) -> None:
         """Store blocks [n, T, D] into a slot, or into the first D dimensions of a wider slot."""
         self._data[slot, blocks, :, : hidden.shape[-1]].copy_(hidden, non_blocking=self.pinned)
+
+
+def mapped_file(path: Path, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers [size] in a file, mapped into memory; the file is made where it is missing.
+
+    Changes of the tensor change the file. Raises OSError when the disk has no space for the file.
+    """
+    with path.open("ab") as handle:
+        _allocate(handle.fileno(), size * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:

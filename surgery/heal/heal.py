@@ -19,20 +19,23 @@ from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.transformers_model import auto_class
 from surgery.engine.open_model import Model
-from surgery.engine.resume import Journal
+from surgery.engine.resume import Journal, journal_folder
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import SurgeonError
+from surgery.heal.adapter import adapter_bytes, adapter_folder, check_adapter
 from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
 from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.pair import check_pair, student_manifest
 from surgery.heal.targets import StoredTargets, Teacher
 from surgery.heal.train import Division, History, Trainer
-from surgery.heal.trainable import Trainables
+from surgery.heal.trainable import Trainables, open_state
 from surgery.heal.write import trained_logits, write_trained
 from surgery.progress import Progress, no_progress
 from surgery.pruning.prune import Provenance
 from surgery.pruning.verify import check_logits, check_super_weights
+
+JOURNAL = "heal"  # kind of the journal
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,23 @@ def open_heal_journal(
         "run": student.run.as_json(),
         "memory": student.run.memory,
     }
-    return Journal(out, fingerprint, resume=resume, kind="heal")
+    return Journal(out, fingerprint, resume=resume, kind=JOURNAL)
+
+
+def check_outputs(
+    student: Model, options: HealOptions, cost: HealCost, out: Path, adapter: Path | None, *, overwrite: bool
+) -> None:
+    """Raise DestinationError when the folders `out` and `adapter` can't be written, as on a disk that is too
+    small for them and the journal; what an interrupted run's journal has already is not counted again.
+
+    Raises UsageError or UnsupportedModelError for an adapter that can't be saved.
+    """
+    held = (file.stat().st_size for file in journal_folder(out, JOURNAL).glob("*") if file.is_file())
+    needs = student.checkpoint.nbytes + cost.target_bytes + cost.state_disk_bytes - sum(held)
+    if adapter is not None:
+        check_adapter(student, options.train, adapter, out, overwrite=overwrite)
+        needs += adapter_bytes(student.meta_model, options.train)
+    check_destination(out, overwrite=overwrite, source=student.folder, needs_bytes=max(0, needs))
 
 
 def heal(
@@ -70,6 +89,7 @@ def heal(
     options: HealOptions | None = None,
     *,
     overwrite: bool = False,
+    adapter: Path | None = None,
     measure: Callable[[Model], dict[str, Any]] | None = None,
     provenance: Provenance | None = None,
     journal: Journal | None = None,
@@ -77,19 +97,18 @@ def heal(
 ) -> HealResult:
     """Train a student towards its teacher, and write the best state to folder `out`, verified.
 
-    `measure`, when given, measures student and result for manifest and card; `provenance` is what they say of
-    command and repo. With `journal`
-    (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result. Where no
-    held-out measure is better than that before training, nothing is written. Raises UsageError or
-    UnsupportedModelError for a pair that can't be trained, DestinationError, MemoryBudgetError,
-    NumericsError, and CheckpointError when verification fails.
+    `adapter` is a second folder, for the adapter alone (`surgery.heal.adapter`). `measure`, when given,
+    measures student and result for manifest and card; `provenance` is what they say of command and repo. With
+    `journal` (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result.
+    Where no held-out measure is better than that before training, nothing is written. Raises UsageError or
+    UnsupportedModelError for a pair that can't be trained or an adapter that can't be saved,
+    DestinationError, MemoryBudgetError, NumericsError, and CheckpointError when verification fails.
     """
     options, destination = options or HealOptions(), Path(out)
     manifest = student_manifest(student)
     check_pair(student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
-    needs = student.checkpoint.nbytes + cost.target_bytes
-    check_destination(destination, overwrite=overwrite, source=student.folder, needs_bytes=needs)
+    check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
     journal = journal or open_heal_journal(student, teacher, text, options, destination)
     try:
         trainer, history = _train(student, teacher, text, options, cost, journal, progress)
@@ -98,7 +117,8 @@ def heal(
         if history.improved:
             if measure is not None:
                 entry["evaluation"] = {"before": measure(student)}
-            _write(student, trainer, manifest, entry, provenance or Provenance(), destination, measure)
+            with adapter_folder(student, trainer.trainables, adapter):
+                _write(student, trainer, manifest, entry, provenance or Provenance(), destination, measure)
             written = student.written(destination)
     except SurgeonError as error:
         journal.fail(error)
@@ -136,9 +156,11 @@ def _train(
         source.model.kept.clear()  # its layers have done their work
         targets = stored.take
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
+    files = journal if cost.state_on == "disk" else None
+    state = open_state(model.meta_model, options.train, model.device, files)
     trainer = Trainer(
         model,
-        Trainables(model.meta_model, options.train, options.seed, model.device),
+        Trainables(model.meta_model, options.train, options.seed, model.device, state),
         text.ids,
         targets,
         held_out=text.held_out,

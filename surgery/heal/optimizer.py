@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from surgery.heal.state import MASTER, MOMENTS, State
+
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 LAST = 0.1  # share of the peak that it falls to
 CLIP = 1.0  # largest norm of all gradients together
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -22,40 +23,35 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Optimizer:
-    """torch.optim.AdamW, without weight decay, on masters by key; they change in place."""
+    """torch.optim.AdamW, without weight decay, on the masters of a state, one layer after another."""
 
-    def __init__(self, masters: dict[str, torch.Tensor], peak: float, steps: int) -> None:
-        self.masters = masters
+    def __init__(self, state: State, peak: float, steps: int) -> None:
+        self.state = state
         self.peak = peak
         self.steps = steps
-        self.adam = torch.optim.AdamW(list(masters.values()), lr=peak, weight_decay=0.0)
 
-    def step(self, number: int, gradients: dict[str, torch.Tensor]) -> float:
-        """Carry out step `number` of `steps` with the gradients of all masters; returns their norm before the
-        clipping.
+    def step(self, number: int) -> float:
+        """Carry out step `number` of `steps` with the gradients of all masters, scaled by
+        min(1, CLIP / norm) as torch.nn.utils.clip_grad_norm_ does; returns their norm before the clipping.
         """
-        for key, master in self.masters.items():
-            master.grad = gradients[key]
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
-        for group in self.adam.param_groups:
-            group["lr"] = learning_rate(number, self.steps, self.peak)
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        state = self.state
+        norms = [torch.linalg.vector_norm(state.gradient(key)) for key in state.masters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        rate = learning_rate(number, self.steps, self.peak)
+        for keys in state.layers:
+            with state.changing(keys) as tensors:
+                for key, master in zip(keys, tensors[MASTER], strict=True):
+                    master.grad = state.take_gradient(key, factor)
+                self._step_layer(tensors, number, rate)
+        state.stepped()
         return float(norm)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The moments by "name/key" of every master that has made a step."""
-        return {
-            f"{name}/{key}": self.adam.state[master][name]
-            for key, master in self.masters.items()
-            if master in self.adam.state
-            for name in MOMENTS
-        }
-
-    def load(self, state: dict[str, torch.Tensor], done: int) -> None:
-        """Go on after `done` steps with the moments that `state` returned then."""
-        for key, master in self.masters.items():
-            self.adam.state[master] = {
-                "step": torch.tensor(float(done)),
-                **{name: state[f"{name}/{key}"].to(master) for name in MOMENTS},
-            }
+    def _step_layer(self, tensors: dict[str, list[torch.Tensor]], done: int, rate: float) -> None:
+        """One step of AdamW, after `done` others, on masters with gradients and on their moments in place."""
+        adam = torch.optim.AdamW(tensors[MASTER], lr=rate, weight_decay=0.0)
+        for place, master in enumerate(tensors[MASTER]):
+            moments = {name: tensors[name][place] for name in MOMENTS}
+            adam.state[master] = {"step": torch.tensor(float(done)), **moments}
+        adam.step()
+        adam.zero_grad(set_to_none=True)

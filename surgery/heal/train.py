@@ -132,10 +132,10 @@ class Trainer:
         self.loss = loss or DistilLoss()
         self.division = division or Division(1)
         self.journal = journal
-        self.optimizer = Optimizer(trainables.masters, peak, schedule.steps)
+        self.state = trainables.state
+        self.optimizer = Optimizer(self.state, peak, schedule.steps)
         self.graphs = GraphBudget(self.division.graph_bytes)
         self.history = History()
-        self.best: dict[str, torch.Tensor] = {}
         self.saved, self.saves = time.monotonic(), 0  # when the state was saved last, and how often
 
     def step(self, number: int) -> float:
@@ -153,11 +153,10 @@ class Trainer:
             stream.forward(layer_number, layer)
         counted = self.counted[blocks]
         loss = distil(stream, self.targets(blocks), self.loss, counted, counted_tokens(counted))
-        gradients: dict[str, torch.Tensor] = {}
         for layer_number, layer in all_layers(self.model, backwards=True):
             found = stream.train_backward(layer_number, layer)
-            gradients |= {f"{layer_number}.{path}": gradient for path, gradient in found.items()}
-        norm = self.optimizer.step(number, gradients)
+            self.state.put_gradients({f"{layer_number}.{path}": gradient for path, gradient in found.items()})
+        norm = self.optimizer.step(number)
         if not (loss < float("inf") and norm < float("inf")):
             raise NumericsError(
                 "the loss or its gradient is not finite",
@@ -196,8 +195,7 @@ class Trainer:
                 self._note(number + 1)
             self.history.seconds = time.monotonic() - started
             self._save(number + 1)
-        for key, master in self.trainables.masters.items():
-            master.copy_(self.best[key])
+        self.state.use_best()
         return self.history
 
     def _note(self, step: int) -> None:
@@ -207,30 +205,22 @@ class Trainer:
         last = len(history.measures) - 1
         if last == 0 or history.mean(last) < history.mean(history.best):
             history.best = last
-            self.best = {key: master.detach().clone() for key, master in self.trainables.masters.items()}
+            self.state.keep_best()
 
     def _save(self, done: int) -> None:
-        """Save the state after `done` steps, in one of two files, unless it was saved a moment ago."""
+        """Save the state after `done` steps, unless it was saved a moment ago."""
         last = done == self.schedule.steps
         if self.journal is None or (time.monotonic() - self.saved < SAVE_SECONDS and not last):
             return
-        tensors = {f"master/{key}": one for key, one in self.trainables.masters.items()}
-        tensors |= {f"best/{key}": one for key, one in self.best.items()} | self.optimizer.state()
         self.saves += 1
-        self.journal.save(f"state-{self.saves % 2}", {"done": done, "history": asdict(self.history)}, tensors)
-        self.journal.mark(f"state {self.saves}")
+        self.state.save(self.journal, self.saves, {"done": done, "history": asdict(self.history)})
         self.saved = time.monotonic()
 
     def _resume(self) -> int:
         """Take up the last saved state; returns the number of steps that were done."""
-        saves = [] if self.journal is None else self.journal.numbers("state")
-        if not saves or self.journal is None:
+        fields = None if self.journal is None else self.state.load(self.journal)
+        if fields is None or self.journal is None:
             return 0
-        self.saves = max(saves)
-        fields, tensors = self.journal.load(f"state-{self.saves % 2}")
+        self.saves = self.state.last_save(self.journal)
         self.history = History(**fields["history"])
-        for key, master in self.trainables.masters.items():
-            master.copy_(tensors[f"master/{key}"])
-            self.best[key] = tensors[f"best/{key}"].to(master)
-        self.optimizer.load(tensors, fields["done"])
         return int(fields["done"])

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.engine.resume import Journal
 from surgery.errors import UsageError
+from surgery.heal.state import HeldState, State, StateFiles
 from surgery.model.ffn import is_conv1d
 from surgery.model.meta_model import MetaModel
 
@@ -75,40 +77,72 @@ def direct_parameters(layer: nn.Module, mode: TrainMode) -> dict[str, tuple[int,
     }
 
 
+def trained_shapes(layer: nn.Module, mode: TrainMode) -> dict[str, tuple[int, ...]]:
+    """Path in the layer -> shape of each tensor that is trained: parameters themselves, then adapters."""
+    shapes = direct_parameters(layer, mode)
+    if mode.kind == "lora":
+        for path, (rows, columns) in adapted_linears(layer).items():
+            shapes |= {f"{path}{A}": (mode.rank, columns), f"{path}{B}": (rows, mode.rank)}
+    return shapes
+
+
 def trained_numbers(meta_model: MetaModel, mode: TrainMode) -> list[int]:
     """Trained numbers of every layer."""
-    counts = []
-    for layer in meta_model.layers:
-        count = sum(math.prod(shape) for shape in direct_parameters(layer, mode).values())
-        if mode.kind == "lora":
-            count += sum(mode.rank * (rows + columns) for rows, columns in adapted_linears(layer).values())
-        counts.append(count)
-    return counts
+    layers = meta_model.layers
+    return [sum(math.prod(shape) for shape in trained_shapes(layer, mode).values()) for layer in layers]
+
+
+def open_state(meta_model: MetaModel, mode: TrainMode, device: torch.device, files: Journal | None) -> State:
+    """The state of what is trained, in memory, or in `files` of a journal."""
+    if files is None:
+        return HeldState(device)
+    shapes = {
+        f"{number}.{path}": shape
+        for number, layer in enumerate(meta_model.layers)
+        for path, shape in trained_shapes(layer, mode).items()
+    }
+    return StateFiles(files, shapes, device)
 
 
 class Trainables:
-    """Float32 masters of what is trained, on the device, by key "layer.path in the layer".
+    """What is trained, by key "layer.path in the layer": its float32 masters are those of `state`.
 
+    - `state`: in memory unless given.
     - `scale`: an adapter adds scale · B A to its weight W [O, I]; 1 by default.
     - A is drawn uniformly from ±1/sqrt(I) with `seed`, B is 0, so that training starts at the student.
     """
 
-    def __init__(self, meta_model: MetaModel, mode: TrainMode, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        meta_model: MetaModel,
+        mode: TrainMode,
+        seed: int,
+        device: torch.device,
+        state: State | None = None,
+    ) -> None:
         self.meta_model = meta_model
         self.mode = mode
         self.scale = 1.0
         self.device = device
-        self.masters: dict[str, torch.Tensor] = {}
-        generator = torch.Generator().manual_seed(seed)
-        for number, layer in enumerate(meta_model.layers):
-            for path in direct_parameters(layer, mode):
-                self.masters[f"{number}.{path}"] = self._stored(number, path).to(device, torch.float32)
-            if mode.kind != "lora":
-                continue
-            for path, (rows, columns) in adapted_linears(layer).items():
-                drawn = torch.rand(mode.rank, columns, generator=generator) * 2 - 1
-                self.masters[f"{number}.{path}{A}"] = (drawn / math.sqrt(columns)).to(device)
-                self.masters[f"{number}.{path}{B}"] = torch.zeros(rows, mode.rank, device=device)
+        self.state = state or HeldState(device)
+        if not self.state.resumed:
+            self._start(torch.Generator().manual_seed(seed))
+
+    def _start(self, generator: torch.Generator) -> None:
+        for number, layer in enumerate(self.meta_model.layers):
+            for path, shape in trained_shapes(layer, self.mode).items():
+                if path.endswith(A):
+                    master = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+                elif path.endswith(B):
+                    master = torch.zeros(shape)
+                else:
+                    master = self._stored(number, path)
+                self.state.start(f"{number}.{path}", master)
+
+    @property
+    def masters(self) -> dict[str, torch.Tensor]:
+        """Float32 masters by key, as they are now; on the device, or in files."""
+        return self.state.masters
 
     def _stored(self, number: int, path: str) -> torch.Tensor:
         """A parameter as the checkpoint has it, in the layout of memory; a copy."""
@@ -156,9 +190,11 @@ class Trainables:
         leaves: dict[str, torch.Tensor] = {}
         for path, master in self.of_layer(number).items():
             if path.endswith((A, B)):
-                leaves[path] = master.to(self.meta_model.dtype).detach().requires_grad_(True)
+                cast = master.to(self.device, self.meta_model.dtype)
+                leaves[path] = cast.detach().requires_grad_(True)
             else:
-                leaves[path] = nn.Parameter(master.to(self.meta_model.compute_dtype(prefix + path)))
+                dtype = self.meta_model.compute_dtype(prefix + path)
+                leaves[path] = nn.Parameter(master.to(self.device, dtype))
         return leaves
 
     def has(self, number: int, path: str) -> bool:
@@ -178,7 +214,7 @@ class Trainables:
         a, b = (self.masters.get(f"{number}.{module}{suffix}") for suffix in (A, B))
         if a is None or b is None or module == path:
             return None
-        added = self.scale * (b @ a).detach().cpu()
+        added = self.scale * (b.to(self.device) @ a.to(self.device)).detach().cpu()
         linear = self.meta_model.layers[number].get_submodule(module)
         return tensor.float() + (added.T if is_conv1d(linear) else added)
 

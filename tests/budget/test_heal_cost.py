@@ -10,6 +10,7 @@ import torch
 from helpers.live_memory import Live
 from helpers.tiny_models import PLENTY, opened
 
+from surgery.budget.heal_cost import HealCost
 from surgery.engine.open_model import Model
 from surgery.heal.distil_loss import DistilLoss
 from surgery.heal.heal import heal
@@ -46,7 +47,7 @@ def test_memory_of_a_heal_is_estimated(
     memory = least if scarce else PLENTY
     cost = estimate_heal(*pair(memory), tuple(IDS[:16].shape), 8, options)
     assert cost.host_bytes <= memory
-    assert (cost.hidden_on == "disk") == scarce
+    assert ((cost.hidden_on, cost.state_on) == ("disk", "disk")) == scarce
     student, teacher = pair(memory)
     assert student.meta_model and teacher.meta_model
     with Live() as live:
@@ -67,3 +68,22 @@ def test_less_memory_means_recomputing_reading_again_and_files(save_tiny: Callab
     assert (found[0].keep_bytes, found[0].graph_bytes) == (0, 0)
     assert found[-1].read_bytes < found[0].read_bytes
     assert found[-1].flops < found[0].flops
+
+
+def test_state_goes_to_files_where_memory_does_not_hold_it(save_tiny: Callable[..., Path]) -> None:
+    folders = [save_tiny("llama", name=name, **WIDE) for name in ("a", "b")]
+    options = HealOptions(TrainMode("all"), batch_tokens=512)
+
+    def cost(memory: int) -> HealCost:
+        student, teacher = (opened(folder, memory=memory) for folder in folders)
+        return estimate_heal(student, teacher, (16, 64), 8, options)
+
+    plenty = cost(PLENTY)
+    budgets = range(plenty.smallest_bytes, 3 * plenty.state_bytes, plenty.state_bytes // 20)
+    found = [cost(memory) for memory in budgets]
+    places = [one.state_on for one in found]
+    assert places == sorted(places) and set(places) == {"disk", "memory"}
+    first = found[places.index("memory")]
+    assert first.host_bytes - found[0].host_bytes > 0.8 * plenty.state_bytes
+    assert found[0].state_disk_bytes > first.state_disk_bytes == plenty.state_disk_bytes
+    assert found[0].write_bytes - first.write_bytes > 2 * 16 * plenty.state_bytes // 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from surgery.checkpoint.output_folder import MARGIN_BYTES
 from surgery.engine.resume import journal_folder
 from surgery.heal.train import Trainer
 from surgery.pruning.verify import verify_folder
@@ -138,6 +140,33 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert said["options"]["train"] == "lora:16"
     assert "targets on disk" in surgeon("heal", "cut", *HEAL, "--dry-run").output
     assert sorted(cut.parent.iterdir()) == before
+
+
+def test_less_than_the_least_memory_is_refused_and_the_least_puts_the_state_in_files(
+    pruned: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = pruned()
+    command = ("heal", "cut", *HEAL, "--train", "all", "--learning-rate", "1e-3", "--out", "healed")
+
+    def costs(*more: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(surgeon(*command, *more, "--dry-run", "--json").stdout)["costs"]
+        return found
+
+    plenty = costs()
+    least = plenty["smallest_bytes"]
+    before = sorted(cut.parent.iterdir())
+    assert "at least" in surgeon(*command, "--memory", str(least - 1), code=1).stderr
+    scarce = costs("--memory", str(least))
+    numbers = scarce["state_bytes"] // 20
+    assert (plenty["state_on"], scarce["state_on"]) == ("memory", "disk")
+    assert scarce["state_disk_bytes"] == 36 * numbers
+    needs = 36 * numbers + scarce["target_bytes"] + MARGIN_BYTES
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needs))
+    assert "the disk is too small" in surgeon(*command, "--memory", str(least), code=1).stderr
+    assert sorted(cut.parent.iterdir()) == before
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needs + (1 << 20)))
+    surgeon(*command, "--memory", str(least))
+    verify_folder(cut.parent / "healed")
 
 
 @pytest.mark.parametrize(
