@@ -13,30 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.subprocesses import KILL, RUN, torchrun
 from helpers.tiny_models import CALIBRATION, ROOT
-from test_resume import KILL
 
 from surgery.engine import distributed
 from surgery.errors import DistributedError
 from surgery.index.channel_index import SECOND_ORDER, STATISTICS, ChannelIndex
 
-RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 INDEX = ["index", "tiny", *CALIBRATION[:2], "--blocks", "5", "--block-size", "32", "--dtype", "float32"]
-
-
-def torchrun(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*RUN, *arguments],
-        cwd=where,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.parametrize(("variant", "more"), [("llama", ["--second-order"]), ("mixtral", [])])
