@@ -30,6 +30,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
+def local_rank() -> int:
+    """Place of this process among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+
+
 def rank() -> int:
     """Rank of this process, from 0. Rank 0 writes files and messages."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
@@ -41,6 +46,8 @@ def init(device: torch.device) -> None:
     Raises DistributedError when the other processes can't be reached.
     """
     if world_size() > 1 and not distributed.is_initialized():
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where NCCL computes what has no tensors, a barrier
         backend = "nccl" if device.type == "cuda" else "gloo"
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface is not None:
