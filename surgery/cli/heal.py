@@ -51,11 +51,13 @@ def heal(
     """
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import heal_cost_lines
+    from surgery.engine.distributed import destroy, rank
+    from surgery.heal.heal import disk_bytes, open_heal_journal
     from surgery.heal.heal import heal as run
-    from surgery.heal.heal import open_heal_journal
     from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
 
+    quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     options = training.options()
     opened = how.open(student)
     dense = open_teacher(opened, teacher, how)
@@ -66,10 +68,11 @@ def heal(
     cost = estimate_heal(opened, dense, tuple(text.ids.shape), len(text.held_out.ids), options)
     if dry_run:
         fields = {"text": text.as_json(), "options": options.as_json()}
-        show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
+        if rank() == 0:
+            show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
         return
     destination = out or Path(f"{opened.short_name}-healed")
-    needs = opened.checkpoint.nbytes + cost.target_bytes
+    needs = disk_bytes(opened, cost)
     check_destination(destination, overwrite=overwrite, source=opened.folder, needs_bytes=needs)
     chosen = evaluation.chosen(published=False)
     blocks = None if chosen is None else chosen.read(opened)
@@ -89,7 +92,9 @@ def heal(
         journal=journal,
         progress=bars(quiet),
     )
-    show_result(result, destination, as_json, quiet)
+    destroy()
+    if rank() == 0:
+        show_result(result, destination, as_json, quiet)
 
 
 def open_teacher(student: Model, named: str | None, how: ModelOptions) -> Model:
@@ -115,12 +120,16 @@ def canonical_command(
 
 def say_plan(student: Model, teacher: Model, text: HealText, train: Any, quiet: bool) -> None:
     """Say what is trained towards what, and on how much text."""
+    from surgery.engine.distributed import world_size
+
     blocks, size = text.ids.shape
     say(
         f"Healing {student.name} towards {teacher.name}: {train} on {blocks} x {size} tokens of {text.name}; "
         f"{len(text.held_out.ids)} blocks held out",
         quiet,
     )
+    if world_size() > 1:
+        say(f"{world_size()} processes share the blocks of every step; the costs are those of one", quiet)
 
 
 def show_result(result: HealResult, destination: Path, as_json: bool, quiet: bool) -> None:

@@ -83,15 +83,16 @@ def token_losses(
     return nats, gradient.mul_(temperature * (1 - share)).add_(plain, alpha=share)
 
 
-def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss) -> float:
+def distil(stream: TokenStream, targets: TopTokens, loss: DistilLoss, tokens: int | None = None) -> float:
     """Mean loss of all predicted tokens of a stream that has left the last layer; its gradient is stored.
 
     `targets` hold [N, T - 1, k]: the last token of a block has no target. dL/d(last hidden state) becomes the
-    gradient that a backward pass starts from, where L is the mean.
+    gradient that a backward pass starts from, where L is the mean. `tokens` is what sums are divided by where
+    these blocks are a part of a batch: L is then their part of the batch's mean.
     """
     model = stream.model
     blocks, size = stream.ids.shape
-    tokens = blocks * (size - 1)
+    tokens = blocks * (size - 1) if tokens is None else tokens
     total = torch.zeros((), dtype=torch.float64)
     with model.other_weights():
         for block in range(blocks):
