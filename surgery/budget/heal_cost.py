@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.model_size import HEAD_COPIES, ModelSize
+from surgery.engine.distributed import world_size
 from surgery.engine.loss import HEAD_ELEMENTS
 from surgery.engine.run_options import RunOptions
 from surgery.model.meta_model import MetaModel
@@ -29,7 +30,7 @@ GRAPH_SHARE = 2  # autograd saves float32 copies in norms: measured graphs may t
 
 @dataclass(frozen=True)
 class HealJob:
-    """What a heal does.
+    """What a heal does, or one of its processes.
 
     `trained` numbers of every layer, `adapters` or norms unless all is; `steps` of `batch` blocks of
     `block_size` tokens, `distinct` blocks of them; `measures` of `held_out` blocks each; `target_bytes` of
@@ -142,6 +143,7 @@ class _Needs:
         self.writing = max(WRITING * max(self.student.matrix, self.teacher.matrix), TAKING_APART * merged)
         self.trained = sum(job.trained)
         self.cast = (4 + dtype.itemsize) * max(job.trained)  # a layer's cast masters and gradients
+        self.cast += 4 * max(job.trained) * (world_size() > 1)  # its gradients in one piece, to be summed
         self.graphs = GRAPH_SHARE * self.student.layers * self.student.saved_token * self.tokens
         self.graphs += dtype.itemsize * self.trained
         self.student_layers = _resident(student, dtype.itemsize)

@@ -50,12 +50,14 @@ def heal(
     surgeon heal name-lp-hybrid-50 --tokens 1M --text web --text code
     """
     from surgery.cli.costs import heal_cost_lines
+    from surgery.engine.distributed import destroy, rank
     from surgery.heal.heal import check_outputs, open_heal_journal
     from surgery.heal.heal import heal as run
     from surgery.heal.options import estimate_heal
     from surgery.heal.pair import check_pair
     from surgery.pruning.prune import Provenance
 
+    quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     options = training.options()
     opened = how.open(student)
     dense = open_teacher(opened, teacher, how)
@@ -66,7 +68,8 @@ def heal(
     cost = estimate_heal(opened, dense, tuple(text.ids.shape), len(text.held_out.ids), options)
     if dry_run:
         fields = {"text": text.as_json(), "options": options.as_json()}
-        show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
+        if rank() == 0:
+            show_dry_run(opened, cost, heal_cost_lines(cost), fields, as_json=as_json)
         return
     destination = out or Path(f"{opened.short_name}-healed")
     check_outputs(opened, options, cost, destination, training.save_adapter, overwrite=overwrite)
@@ -89,7 +92,9 @@ def heal(
         journal=journal,
         progress=bars(quiet),
     )
-    show_result(result, destination, training.save_adapter, as_json, quiet)
+    destroy()
+    if rank() == 0:
+        show_result(result, destination, training.save_adapter, as_json, quiet)
 
 
 def open_teacher(student: Model, named: str | None, how: ModelOptions) -> Model:
@@ -115,12 +120,16 @@ def canonical_command(
 
 def say_plan(student: Model, teacher: Model, text: HealText, train: Any, quiet: bool) -> None:
     """Say what is trained towards what, and on how much text."""
+    from surgery.engine.distributed import world_size
+
     blocks, size = text.ids.shape
     say(
         f"Healing {student.name} towards {teacher.name}: {train} on {blocks} x {size} tokens of {text.name}, "
         f"of which the loss counts {text.tokens_counted:,}; {len(text.held_out.ids)} blocks held out",
         quiet,
     )
+    if world_size() > 1:
+        say(f"{world_size()} processes share the blocks of every step; the costs are those of one", quiet)
 
 
 def show_result(

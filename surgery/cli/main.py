@@ -86,9 +86,9 @@ def main() -> None:
     gc.set_threshold(COLLECT_AFTER)
     atexit.register(gc.freeze)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
-    if several and click.get_current_context().invoked_subcommand not in ("index", "show"):
+    if several and click.get_current_context().invoked_subcommand not in ("index", "heal", "show"):
         raise UsageError(
-            "only `surgeon index` runs in several processes",
+            "only `surgeon index` and `surgeon heal` run in several processes",
             expected="one process",
             found=f"{os.environ['WORLD_SIZE']} of torchrun's",
             next_step="index with torchrun, then run this command alone with --index",

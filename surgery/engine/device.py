@@ -6,28 +6,35 @@ import os
 
 import torch
 
+from surgery.engine.distributed import local_rank, world_size
 from surgery.errors import UsageError
 
 TOKENS_PER_STEP = {"cpu": 2048, "cuda": 8192, "mps": 2048}  # tokens in a micro-batch
 
 
 def pick_device(option: str) -> torch.device:
-    """The device of `--device auto|cpu|cuda|cuda:N|mps`. Raises UsageError when it is not available."""
+    """The device of `--device auto|cpu|cuda|cuda:N|mps`. Raises UsageError when it is not available.
+
+    Of the processes that torchrun started on a machine each takes a GPU of its own, unless one is named.
+    """
     if option == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        other = "mps" if torch.backends.mps.is_available() else "cpu"
+        option = "cuda" if torch.cuda.is_available() else other
     try:
         device = torch.device(option)
     except RuntimeError as error:
         raise UsageError("unknown device", expected="auto, cpu, cuda, cuda:N or mps", found=option) from error
+    if str(device) == "cuda" and world_size() > 1:  # no index
+        device = torch.device("cuda", local_rank())
     present = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if not present.get(device.type, False):
-        raise UsageError("that device is not on this machine", found=option, next_step="use --device cpu")
+        raise UsageError(
+            "that device is not on this machine", found=str(device), next_step="use --device cpu"
+        )
     return device
 
 

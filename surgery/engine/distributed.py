@@ -30,6 +30,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
+def processes_here() -> int:
+    """Number of processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+def local_rank() -> int:
+    """Place of this process among those of this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+
+
 def rank() -> int:
     """Rank of this process, from 0. Rank 0 writes files and messages."""
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
@@ -41,6 +51,8 @@ def init(device: torch.device) -> None:
     Raises DistributedError when the other processes can't be reached.
     """
     if world_size() > 1 and not distributed.is_initialized():
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where NCCL computes what has no tensors, a barrier
         backend = "nccl" if device.type == "cuda" else "gloo"
         interface = interface_towards(os.environ["MASTER_ADDR"])
         if interface is not None:
@@ -122,6 +134,32 @@ def all_true(known: list[bool], device: torch.device) -> list[bool]:
     """Elementwise AND of `known` over all ranks. Raises DistributedError."""
     flags = torch.tensor(known, dtype=torch.int32, device=device)
     return [bool(flag) for flag in all_reduce_min(flags).tolist()]
+
+
+def sum_numbers(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sum over ranks of float64 numbers on the CPU; `device` is where the backend computes.
+
+    Raises DistributedError.
+    """
+    return all_reduce_sum(values.to(device)).cpu() if world_size() > 1 else values
+
+
+def sum_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sum over ranks of tensors of one dtype, in one exchange.
+
+    All ranks have the same keys in the same order. Raises DistributedError.
+    """
+    if world_size() == 1 or not tensors:
+        return tensors
+    flat = all_reduce_sum(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {key: part.view_as(tensors[key]) for key, part in zip(tensors, parts, strict=True)}
+
+
+def first_says(answer: bool, device: torch.device) -> bool:
+    """The answer of rank 0, on all ranks. Raises DistributedError."""
+    asked = torch.tensor(int(answer and rank() == 0), device=device)
+    return bool(all_reduce_max(asked))
 
 
 class BroadcastReader:

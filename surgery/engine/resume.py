@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint.output_folder import flush
+from surgery.checkpoint.output_folder import flush, replace_text
 from surgery.engine.distributed import rank, world_size
 from surgery.errors import DistributedError, StorageError, SurgeonError
 
@@ -69,6 +69,11 @@ class Journal:
             handle.flush()
             os.fsync(handle.fileno())
         self.done.add(f"{step}.")
+
+    def unmark(self, *steps: str) -> None:
+        """Record that steps are not complete after all; their files are kept."""
+        self.done -= {f"{step}." for step in steps}
+        replace_text(self.path(STEPS), "".join(f"{line}\n" for line in sorted(self.done)))
 
     def path(self, name: str) -> Path:
         """Path of the journal's file `name`."""

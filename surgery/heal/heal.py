@@ -18,6 +18,7 @@ from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, dump_manifest,
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.transformers_model import auto_class
+from surgery.engine import distributed
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal, journal_folder
 from surgery.engine.streamed_model import StreamedModel
@@ -27,6 +28,9 @@ from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
 from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.pair import check_pair, student_manifest
+from surgery.heal.processes import check_same
+from surgery.heal.saved_states import agree_on_saves
+from surgery.heal.state import HeldState, StateFiles
 from surgery.heal.targets import StoredTargets, Teacher
 from surgery.heal.train import Division, History, Trainer
 from surgery.heal.trainable import Trainables, open_state
@@ -40,7 +44,9 @@ JOURNAL = "heal"  # kind of the journal
 
 @dataclass(frozen=True)
 class HealResult:
-    """What a heal saw, and the written model; None where training did not help, and nothing was written."""
+    """What a heal saw, and the written model; None where training did not help, and nothing was written, and
+    in all processes but the first.
+    """
 
     history: History
     entry: dict[str, Any]
@@ -61,6 +67,7 @@ def open_heal_journal(
         "recompute": options.recompute,
         "run": student.run.as_json(),
         "memory": student.run.memory,
+        "processes": [distributed.rank(), distributed.world_size()],
     }
     return Journal(out, fingerprint, resume=resume, kind=JOURNAL)
 
@@ -74,7 +81,8 @@ def check_outputs(
     Raises UsageError or UnsupportedModelError for an adapter that can't be saved.
     """
     held = (file.stat().st_size for file in journal_folder(out, JOURNAL).glob("*") if file.is_file())
-    needs = student.checkpoint.nbytes + cost.target_bytes + cost.state_disk_bytes - sum(held)
+    journals = (cost.target_bytes + cost.state_disk_bytes) * distributed.processes_here()
+    needs = student.checkpoint.nbytes + journals - sum(held)
     if adapter is not None:
         check_adapter(student, options.train, adapter, out, overwrite=overwrite)
         needs += adapter_bytes(student.meta_model, options.train)
@@ -100,31 +108,45 @@ def heal(
     `adapter` is a second folder, for the adapter alone (`surgery.heal.adapter`). `measure`, when given,
     measures student and result for manifest and card; `provenance` is what they say of command and repo. With
     `journal` (`open_heal_journal`; made here unless given) an interrupted heal resumes with the same result.
-    Where no held-out measure is better than that before training, nothing is written. Raises UsageError or
-    UnsupportedModelError for a pair that can't be trained or an adapter that can't be saved,
-    DestinationError, MemoryBudgetError, NumericsError, and CheckpointError when verification fails.
+    Where no held-out measure is better than that before training, nothing is written. Of several processes
+    the first writes, and all return when the folder is complete. Raises UsageError or UnsupportedModelError
+    for a pair that can't be trained or an adapter that can't be saved, DestinationError, MemoryBudgetError,
+    NumericsError, DistributedError, and CheckpointError when verification fails.
     """
     options, destination = options or HealOptions(), Path(out)
     manifest = student_manifest(student)
     check_pair(student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
     check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
+    distributed.init(student.run.device)
+    check_same(_shared(student, teacher, text, options), student.run.device)
     journal = journal or open_heal_journal(student, teacher, text, options, destination)
     try:
         trainer, history = _train(student, teacher, text, options, cost, journal, progress)
         entry = heal_entry(student, teacher, text, options, history)
         written = None
-        if history.improved:
+        if history.improved and distributed.rank() == 0:
             if measure is not None:
                 entry["evaluation"] = {"before": measure(student)}
             with adapter_folder(student, trainer.trainables, adapter):
                 _write(student, trainer, manifest, entry, provenance or Provenance(), destination, measure)
             written = student.written(destination)
+        distributed.barrier()
     except SurgeonError as error:
         journal.fail(error)
         raise
     journal.finish()
     return HealResult(history, entry, written)
+
+
+def _shared(student: Model, teacher: Model, text: HealText, options: HealOptions) -> dict[str, Any]:
+    """What several processes of one heal have in common, by name."""
+    return {
+        "the student": source_json(student.checkpoint),
+        "the teacher": source_json(teacher.checkpoint),
+        "the text": text.as_json(),
+        "the options": [options.as_json(), options.recompute, student.run.dtype_name],
+    }
 
 
 def _train(
@@ -138,6 +160,7 @@ def _train(
 ) -> tuple[Trainer, History]:
     """Compute the targets, where they are not recomputed in every step, and train."""
     blocks, block_size = text.ids.shape
+    schedule = options.schedule(blocks, block_size)
     source = Teacher(
         StreamedModel(teacher, keep_bytes=cost.teacher_bytes),
         top=options.top,
@@ -151,12 +174,13 @@ def _train(
 
     targets: Callable[[torch.Tensor], TopTokens] = recomputed
     if not options.recompute:
-        stored = StoredTargets(journal, blocks, block_size, source.top)
+        stored = StoredTargets(journal, schedule.own, block_size, source.top)
         stored.fill(source, text.ids, progress)
         source.model.kept.clear()  # its layers have done their work
         targets = stored.take
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
     files = journal if cost.state_on == "disk" else None
+    agree_on_saves(journal, (HeldState.mark, StateFiles.mark), model.device)
     state = open_state(model.meta_model, options.train, model.device, files)
     trainer = Trainer(
         model,
@@ -165,7 +189,7 @@ def _train(
         targets,
         held_out=text.held_out,
         counted=text.counted,
-        schedule=options.schedule(blocks, block_size),
+        schedule=schedule,
         peak=options.peak,
         loss=options.loss,
         division=Division(cost.micro_batch, cost.hidden_on, cost.graph_bytes),

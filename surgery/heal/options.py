@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from surgery.budget.heal_cost import HealCost, HealJob, heal_cost
+from surgery.engine.distributed import shard
 from surgery.engine.open_model import Model
 from surgery.heal.distil_loss import DistilLoss
+from surgery.heal.processes import check_shares
 from surgery.heal.targets import TOP, target_bytes
 from surgery.heal.train import MEASURES, Schedule
 from surgery.heal.trainable import TrainMode, trained_numbers
@@ -70,19 +72,22 @@ def estimate_heal(
 ) -> HealCost:
     """The cost of a heal on blocks of ids of `shape` [N, T], with `held_out` blocks measured along the way.
 
-    Raises MemoryBudgetError for a budget that is too small.
+    Of several processes it is that of this one's share. Raises MemoryBudgetError for a budget that is too
+    small, UsageError for more processes than blocks in a step.
     """
     blocks, block_size = shape
     schedule = options.schedule(blocks, block_size)
+    check_shares(min(blocks, schedule.batch), block_size)
+    own = schedule.own
     job = HealJob(
         trained=trained_numbers(student.meta_model, options.train),
         steps=schedule.steps,
-        batch=schedule.batch,
+        batch=schedule.own_batch,
         block_size=block_size,
-        distinct=blocks,
-        held_out=held_out,
+        distinct=len(own),
+        held_out=len(range(held_out)[shard(held_out)]),
         measures=1 + min(MEASURES, schedule.steps),
-        target_bytes=0 if options.recompute else target_bytes(blocks, block_size, options.top),
+        target_bytes=0 if options.recompute else target_bytes(len(own), block_size, options.top),
         recomputes=options.recompute,
         adapters=options.train.kind != "all",
         top=options.top,

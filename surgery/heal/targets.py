@@ -61,31 +61,34 @@ class Teacher:
 
 
 class StoredTargets:
-    """Targets of N blocks in files of a journal; `fill` computes those that are missing."""
+    """Targets of the blocks with the numbers `blocks` [N], rising, in files of a journal; `fill` computes
+    those that are missing.
+    """
 
-    def __init__(self, journal: Journal, blocks: int, block_size: int, top: int) -> None:
+    def __init__(self, journal: Journal, blocks: torch.Tensor, block_size: int, top: int) -> None:
         self.journal = journal
-        shape, cpu = (1, blocks, block_size - 1, top), torch.device("cpu")
+        shape, cpu = (1, len(blocks), block_size - 1, top), torch.device("cpu")
         ids, logs = (journal.path(file) for file in FILES)
         self.ids = HiddenStore(shape, torch.int32, cpu, path=ids)
         self.logs = HiddenStore(shape, torch.float16, cpu, path=logs)
         self.blocks = blocks
 
     def fill(self, teacher: Teacher, ids: torch.Tensor, progress: Progress[Any] = no_progress) -> None:
-        """Compute the missing targets of blocks of ids [N, T], a chunk of blocks at a time."""
-        starts = range(0, self.blocks, TARGET_CHUNK)
+        """Compute the missing targets, a chunk of blocks at a time; `ids` are those of all blocks."""
+        starts = range(0, len(self.blocks), TARGET_CHUNK)
         for start in progress(starts, "targets", len(starts)):
             if f"targets {start}" in self.journal:
                 continue
-            part = slice(start, min(start + TARGET_CHUNK, self.blocks))
-            found = teacher.targets(ids[part])
+            part = slice(start, min(start + TARGET_CHUNK, len(self.blocks)))
+            found = teacher.targets(ids[self.blocks[part]])
             self.ids.put(0, part, found.ids)
             self.logs.put(0, part, found.log_p)
             self.journal.mark(f"targets {start}")
 
     def take(self, blocks: torch.Tensor) -> TopTokens:
         """Targets [n, T - 1, k] of the blocks with these numbers."""
-        parts = [slice(int(block), int(block) + 1) for block in blocks]
+        places = torch.searchsorted(self.blocks, blocks).tolist()
+        parts = [slice(place, place + 1) for place in places]
         cpu = torch.device("cpu")
         ids = torch.cat([self.ids.get(0, part, cpu) for part in parts])
         return TopTokens(ids, torch.cat([self.logs.get(0, part, cpu) for part in parts]))

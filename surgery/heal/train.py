@@ -1,18 +1,20 @@
 """Trains a student: steps over batches of blocks, held-out measures along the way, the best state kept.
 
 A step is that of a plain loop: the gradients of all layers are there before any of them is clipped and used.
+With several processes each takes its share of the blocks; sums over all of them make the same step in each.
 Shape letters: N blocks, T tokens of a block.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from surgery.engine import distributed
 from surgery.engine.loss import next_token_loss
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
@@ -84,6 +86,22 @@ class Schedule:
         """Numbers of the blocks of a step."""
         return self.order[step * self.batch : (step + 1) * self.batch]
 
+    def own_blocks(self, step: int) -> torch.Tensor:
+        """Numbers of those blocks of a step that this process trains on; none where a step is too small."""
+        blocks = self.blocks(step)
+        return blocks[distributed.shard(len(blocks))]
+
+    @property
+    def own(self) -> torch.Tensor:
+        """Numbers, in rising order, of all blocks that this process trains on."""
+        own: torch.Tensor = torch.cat([self.own_blocks(step) for step in range(self.steps)]).unique()
+        return own
+
+    @property
+    def own_batch(self) -> int:
+        """The most blocks of a step that this process trains on."""
+        return len(range(self.batch)[distributed.shard(self.batch)])
+
     def measures_after(self, done: int) -> bool:
         """Whether held-out blocks are measured when so many steps are done."""
         every = max(1, self.steps // MEASURES)
@@ -102,9 +120,9 @@ class Division:
 class Trainer:
     """Trains what `trainables` holds of a student on blocks of ids [N, T], towards a teacher's targets.
 
-    `targets(block numbers)` gives the targets of a batch. The loss is on the predicted tokens that are
-    `counted` [N, T], all by default. With `journal` the state is saved at least every
-    SAVE_SECONDS, and an interrupted run goes on from there with the same result.
+    `targets(block numbers)` gives the targets of those blocks of a batch that this process trains on. The
+    loss is on the predicted tokens that are `counted` [N, T], all by default. With `journal` the state is
+    saved at least every SAVE_SECONDS, and an interrupted run goes on from there with the same result.
     """
 
     def __init__(
@@ -139,23 +157,20 @@ class Trainer:
         self.saved, self.saves = time.monotonic(), 0  # when the state was saved last, and how often
 
     def step(self, number: int) -> float:
-        """Carry out one step; returns the mean loss of its counted tokens in nats. Raises NumericsError."""
-        blocks = self.schedule.blocks(number)
-        stream = TrainingStream(
-            self.model,
-            self.ids[blocks],
-            self.trainables,
-            micro_batch=self.division.micro_batch,
-            place=self.division.place,
-            graphs=self.graphs,
-        )
-        for layer_number, layer in all_layers(self.model):
-            stream.forward(layer_number, layer)
-        counted = self.counted[blocks]
-        loss = distil(stream, self.targets(blocks), self.loss, counted, counted_tokens(counted))
-        for layer_number, layer in all_layers(self.model, backwards=True):
-            found = stream.train_backward(layer_number, layer)
-            self.state.put_gradients({f"{layer_number}.{path}": gradient for path, gradient in found.items()})
+        """Carry out one step; returns the mean loss of its counted tokens in nats.
+
+        Raises NumericsError, DistributedError.
+        """
+        own = self.schedule.own_blocks(number)
+        tokens = counted_tokens(self.counted[self.schedule.blocks(number)])
+        stream, loss = None, 0.0
+        if len(own):
+            stream = self._forward(own)
+            loss = distil(stream, self.targets(own), self.loss, self.counted[own], tokens)
+        for layer_number, found in self._backward(stream):
+            summed = distributed.sum_tensors(found)
+            self.state.put_gradients({f"{layer_number}.{path}": one for path, one in summed.items()})
+        loss = float(self._summed(torch.tensor(loss, dtype=torch.float64, device="cpu")))
         norm = self.optimizer.step(number)
         if not (loss < float("inf") and norm < float("inf")):
             raise NumericsError(
@@ -165,19 +180,53 @@ class Trainer:
             )
         return loss
 
-    @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Mean cross-entropy in nats a token of every held-out text, with the masters as they are."""
-        ids = self.held_out.ids
-        stream = TokenStream(
-            self.model, ids, micro_batch=self.division.micro_batch, place=self.division.place
+    def _forward(self, blocks: torch.Tensor) -> TrainingStream:
+        """A stream of the blocks with these numbers that has left the last layer."""
+        stream = TrainingStream(
+            self.model,
+            self.ids[blocks],
+            self.trainables,
+            micro_batch=self.division.micro_batch,
+            place=self.division.place,
+            graphs=self.graphs,
         )
         for number, layer in all_layers(self.model):
-            with self.trainables.installed(number, layer):
-                stream.forward(number, layer)
-        sums = next_token_loss(stream)
+            stream.forward(number, layer)
+        return stream
+
+    def _backward(self, stream: TrainingStream | None) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """(Layer, path -> gradient) from the last layer on: those of a stream, or zeros without one."""
+        if stream is not None:
+            for number, layer in all_layers(self.model, backwards=True):
+                yield number, stream.train_backward(number, layer)
+            return
+        for number in reversed(range(len(self.model.layers))):
+            masters = self.trainables.of_layer(number)
+            yield number, {path: torch.zeros_like(master) for path, master in masters.items()}
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of float64 numbers over all processes."""
+        return distributed.sum_numbers(values, self.model.device)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Mean cross-entropy in nats a token of every held-out text, with the masters as they are.
+
+        Raises DistributedError.
+        """
+        ids = self.held_out.ids
+        own = distributed.shard(len(ids))
+        sums = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
+        if own.stop > own.start:
+            stream = TokenStream(
+                self.model, ids[own], micro_batch=self.division.micro_batch, place=self.division.place
+            )
+            for number, layer in all_layers(self.model):
+                with self.trainables.installed(number, layer):
+                    stream.forward(number, layer)
+            sums[own] = next_token_loss(stream)
         counts = [len(blocks) for blocks in self.held_out.texts.values()]
-        means = [float(part.mean()) / (ids.shape[1] - 1) for part in sums.split(counts)]
+        means = [float(part.mean()) / (ids.shape[1] - 1) for part in self._summed(sums).split(counts)]
         return dict(zip(self.held_out.texts, means, strict=True))
 
     def run(self, progress: Progress[Any] = no_progress) -> History:
@@ -210,11 +259,16 @@ class Trainer:
     def _save(self, done: int) -> None:
         """Save the state after `done` steps, unless it was saved a moment ago."""
         last = done == self.schedule.steps
-        if self.journal is None or (time.monotonic() - self.saved < SAVE_SECONDS and not last):
+        if self.journal is None or not (last or self._due()):
             return
         self.saves += 1
         self.state.save(self.journal, self.saves, {"done": done, "history": asdict(self.history)})
         self.saved = time.monotonic()
+
+    def _due(self) -> bool:
+        """Whether SAVE_SECONDS have passed since the last save, by the clock of the first process."""
+        passed = time.monotonic() - self.saved >= SAVE_SECONDS
+        return distributed.first_says(passed, self.model.device)
 
     def _resume(self) -> int:
         """Take up the last saved state; returns the number of steps that were done."""

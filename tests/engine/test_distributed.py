@@ -13,30 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.subprocesses import KILL, RUN, torchrun
 from helpers.tiny_models import CALIBRATION, ROOT
-from test_resume import KILL
 
 from surgery.engine import distributed
-from surgery.errors import DistributedError
+from surgery.engine.device import pick_device
+from surgery.errors import DistributedError, UsageError
 from surgery.index.channel_index import SECOND_ORDER, STATISTICS, ChannelIndex
 
-RUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 INDEX = ["index", "tiny", *CALIBRATION[:2], "--blocks", "5", "--block-size", "32", "--dtype", "float32"]
-
-
-def torchrun(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*RUN, *arguments],
-        cwd=where,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.parametrize(("variant", "more"), [("llama", ["--second-order"]), ("mixtral", [])])
@@ -132,6 +117,21 @@ def test_blocks_are_shared_out_evenly_and_in_order(monkeypatch: pytest.MonkeyPat
             shares.append(list(range(11))[distributed.shard(11)])
         assert [block for share in shares for block in share] == list(range(11))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for alone in ("auto", "cuda"):
+        assert pick_device(alone) == torch.device("cuda")
+    for name, value in (("WORLD_SIZE", "16"), ("MASTER_ADDR", "localhost"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    for shared in ("auto", "cuda"):
+        assert pick_device(shared) == torch.device("cuda:2")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UsageError, match="not on this machine; found cuda:4"):
+        pick_device("auto")
 
 
 @pytest.mark.usefixtures("surgeon")

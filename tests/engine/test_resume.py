@@ -13,26 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.subprocesses import KILL
 from helpers.tiny_models import CALIBRATION
 
 from surgery.engine.resume import Journal, journal_folder
 
-KILL = """
-import os, signal, sys
-sys.argv[0] = "surgeon"
-name, left = os.environ["KILL_AT"].split(":")
-folder = os.environ.get("KILL_IN", "surgeon-journal/")
-left = int(left)
-def watch(event, arguments):
-    global left
-    if event == "open" and str(arguments[0]).endswith(folder + name):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-from surgery.cli.main import main
-main()
-"""
 INDEX = ["index", "tiny", "--out", "index", *CALIBRATION]
 # fsync opens each file once a step; steps.jsonl is read once at the start and appended to at each step
 MOMENTS = [
