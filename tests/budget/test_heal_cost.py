@@ -26,7 +26,7 @@ IDS = torch.randint(0, 256, (24, 64), generator=torch.Generator().manual_seed(1)
 def text() -> HealText:
     held_out = HeldOut({"a": IDS[16:20], "b": IDS[20:]})
     parts = ({"name": "a", "blocks": 16},)
-    return HealText(IDS[:16], held_out, parts)
+    return HealText(IDS[:16], torch.ones(16, IDS.shape[1], dtype=torch.bool), held_out, parts)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral", "phi3"])
