@@ -136,7 +136,9 @@ class HeldState(State):
         if not number:
             return None
         fields, tensors = journal.load(f"{self.mark}-{number % 2}")
-        self.best = {key: tensors[f"{BEST}/{key}"].to(master) for key, master in self.masters.items()}
+        self.best = {  # cloned: tensors are mapped from a file that is replaced by the save after the next
+            key: tensors[f"{BEST}/{key}"].to(master).clone() for key, master in self.masters.items()
+        }
         for name, held in ((MASTER, self.masters), *self.moments.items()):
             for key, one in held.items():
                 one.copy_(tensors[f"{name}/{key}"])
