@@ -28,7 +28,8 @@ from surgery.progress import Progress, no_progress
 
 MEASURES = 8  # held-out measures in a run, beside that before
 PATIENCE = 3  # measures without an improvement after which training stops
-SAVE_SECONDS = 30.0  # between two saves of the state
+SAVE_SECONDS = 30.0  # between two saves of the state; up to twice as many where a save takes long
+SAVE_SHARE = 0.1  # of the time, as far as that goes, for saves
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Trainer:
         self.graphs = GraphBudget(self.division.graph_bytes)
         self.history = History()
         self.saved, self.saves = time.monotonic(), 0  # when the state was saved last, and how often
+        self.save_seconds = 0.0  # that the last save took
 
     def step(self, number: int) -> float:
         """Carry out one step; returns the mean loss of its counted tokens in nats.
@@ -262,13 +264,19 @@ class Trainer:
         if self.journal is None or not (last or self._due()):
             return
         self.saves += 1
+        started = time.monotonic()
         self.state.save(self.journal, self.saves, {"done": done, "history": asdict(self.history)})
         self.saved = time.monotonic()
+        self.save_seconds = self.saved - started
 
     def _due(self) -> bool:
-        """Whether SAVE_SECONDS have passed since the last save, by the clock of the first process."""
-        passed = time.monotonic() - self.saved >= SAVE_SECONDS
-        return distributed.first_says(passed, self.model.device)
+        """Whether it is time for a save, by the clock of the first process.
+
+        The state of all parameters is 16 bytes each: on a slow disk, writing it every SAVE_SECONDS would take
+        longer than the steps in between.
+        """
+        pause = min(2 * SAVE_SECONDS, max(SAVE_SECONDS, self.save_seconds / SAVE_SHARE))
+        return distributed.first_says(time.monotonic() - self.saved >= pause, self.model.device)
 
     def _resume(self) -> int:
         """Take up the last saved state; returns the number of steps that were done."""
