@@ -41,14 +41,11 @@ def kill(moment: str, where: Path, *arguments: str, kind: str = "") -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
 
 
-@pytest.mark.parametrize("variant", ["llama", "mixtral"])
-def test_a_killed_index_goes_on(
-    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
-) -> None:
-    where = save_tiny(variant).parent
+def test_a_killed_index_goes_on(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    where = save_tiny("mixtral").parent
     surgeon(*INDEX)
     expected = contents(where / "index")
-    for moment in MOMENTS if variant == "llama" else MOMENTS[3:]:
+    for moment in MOMENTS:
         if (where / "index").exists():
             for file in (where / "index").iterdir():
                 file.unlink()
