@@ -22,22 +22,39 @@ THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """On which text to train, what, and how, as the command line says it."""
+class HowToTrain:
+    """What is trained and how, as `heal` and `prune --heal` take it."""
 
-    tokens_seen: str
-    heal_texts: tuple[str, ...]
-    text_weights: tuple[float, ...] | None
-    text_column: str | None
     loss_on: str
     train: str
-    save_adapter: Path | None
     learning_rate: float | None
     batch_tokens: int
     epochs: int
     temperature: float
     cross_entropy: float
     targets: str
+
+    @property
+    def how_words(self) -> list[str]:
+        """The options that say how to train, as words."""
+        words = ["--loss-on", self.loss_on] if self.loss_on != defaults.LOSS_ON[0] else []
+        words += ["--train", self.train]
+        words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
+        if self.cross_entropy or self.temperature != 1:
+            words += ["--temperature", f"{self.temperature:g}", "--cross-entropy", f"{self.cross_entropy:g}"]
+        words += ["--epochs", str(self.epochs)] if self.epochs > 1 else []
+        return [*words, "--batch-tokens", str(self.batch_tokens)]
+
+
+@dataclass(frozen=True)
+class TrainingOptions(HowToTrain):
+    """On which text to train, what, and how, as the command line says it."""
+
+    tokens_seen: str
+    heal_texts: tuple[str, ...]
+    text_weights: tuple[float, ...] | None
+    text_column: str | None
+    save_adapter: Path | None
     block_size: int
     seed: int
 
@@ -87,17 +104,6 @@ class TrainingOptions:
         words = ["--tokens", self.tokens_seen]
         words += text_words("--text", self.heal_texts, self.text_weights, self.text_column)
         return [*words, *self.how_words, "--block-size", str(self.block_size), "--seed", str(self.seed)]
-
-    @property
-    def how_words(self) -> list[str]:
-        """The options that say how to train, as words."""
-        words = ["--loss-on", self.loss_on] if self.loss_on != defaults.LOSS_ON[0] else []
-        words += ["--train", self.train]
-        words += ["--learning-rate", f"{self.learning_rate:g}"] if self.learning_rate else []
-        if self.cross_entropy or self.temperature != 1:
-            words += ["--temperature", f"{self.temperature:g}", "--cross-entropy", f"{self.cross_entropy:g}"]
-        words += ["--epochs", str(self.epochs)] if self.epochs > 1 else []
-        return [*words, "--batch-tokens", str(self.batch_tokens)]
 
 
 def parse_count(text: str) -> int:

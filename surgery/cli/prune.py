@@ -138,7 +138,7 @@ def prune(
     say("\n".join(prune_cost_lines(cost)), quiet)
     words = canonical_command(opened, index, plan, cut, how, text_options)
     provenance = Provenance(
-        command=shlex.join([*words, *healing.words(text_options)]),
+        command=shlex.join([*words, *healing.words]),
         repo=target.repo if target else None,
         dense=None if blocks is None else measure(opened, blocks, quiet),
         card_template=template,

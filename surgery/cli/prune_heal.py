@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from surgery.cli.common import bars, say
-from surgery.cli.heal_options import TrainingOptions, how_to_train
+from surgery.cli.heal_options import HowToTrain, TrainingOptions, how_to_train
 from surgery.cli.options import CalibrationOptions, collected
 from surgery.errors import UsageError
 
@@ -29,19 +29,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HealingOptions:
+class HealingOptions(HowToTrain):
     """Whether and how to heal after a cut, as the command line says it."""
 
     heal_tokens: str | None
     rounds: int
-    loss_on: str
-    train: str
-    learning_rate: float | None
-    batch_tokens: int
-    epochs: int
-    temperature: float
-    cross_entropy: float
-    targets: str
 
     def check(self) -> None:
         """Raise UsageError for options of a heal without one."""
@@ -56,7 +48,7 @@ class HealingOptions:
 
     def training(self, text: CalibrationOptions) -> TrainingOptions:
         """These as the options of `surgeon heal`, on the calibration texts."""
-        how = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        how = {field.name: getattr(self, field.name) for field in fields(HowToTrain)}
         return TrainingOptions(
             tokens_seen=self.heal_tokens or "",
             heal_texts=text.calibration,
@@ -68,12 +60,13 @@ class HealingOptions:
             **how,
         )
 
-    def words(self, text: CalibrationOptions) -> list[str]:
+    @property
+    def words(self) -> list[str]:
         """The options as words."""
         if self.heal_tokens is None:
             return []
         words = ["--heal", self.heal_tokens, *(["--rounds", str(self.rounds)] if self.rounds > 1 else [])]
-        return words + self.training(text).how_words
+        return words + self.how_words
 
 
 healing_options = collected(
@@ -106,6 +99,7 @@ class Healing:
     training: TrainingOptions
     text: HealText
     cost: HealCost
+    spike_prompt: str | None
 
     @classmethod
     def prepare(
@@ -127,7 +121,7 @@ class Healing:
         training = options.training(text)
         how, drawn = training.options(), training.draw(model)
         cost = estimate_heal(model, model, tuple(drawn.ids.shape), len(drawn.held_out.ids), how)
-        return cls(options, training, drawn, cost)
+        return cls(options, training, drawn, cost, text.spike_prompt)
 
     def run(
         self,
@@ -147,7 +141,7 @@ class Healing:
 
         result = prune_and_heal(
             model,
-            calibration_of(index, model),
+            calibration_of(index, model, self.spike_prompt),
             self.text,
             destination,
             self.training.options(),

@@ -44,8 +44,7 @@ def calibrate(
     drawn = draw_calibration(
         model, text, weights=weights, blocks=blocks, block_size=block_size, seed=seed, text_column=text_column
     )
-    prompts = (*PROMPTS, *([spike_prompt] if spike_prompt else []))
-    return Calibration(drawn, prompt_ids(load_tokenizer(model.checkpoint), prompts, drawn.ids))
+    return _with_prompts(drawn, model, spike_prompt)
 
 
 def draw_calibration(
@@ -71,5 +70,9 @@ def calibration_of(index: ChannelIndex, model: Model, spike_prompt: str | None =
     blocks = TokenBlocks(
         index.input_ids, said["name"], said["seed"], predicted_bytes=0, parts=tuple(said.get("parts", ()))
     )
+    return _with_prompts(blocks, model, spike_prompt)
+
+
+def _with_prompts(blocks: TokenBlocks, model: Model, spike_prompt: str | None) -> Calibration:
     prompts = (*PROMPTS, *([spike_prompt] if spike_prompt else []))
     return Calibration(blocks, prompt_ids(load_tokenizer(model.checkpoint), prompts, blocks.ids))

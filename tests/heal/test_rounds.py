@@ -12,9 +12,12 @@ import torch
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 
+from surgery.engine.open_model import open_model
 from surgery.errors import PlanError
 from surgery.heal.rounds import round_sizes
 from surgery.heal.train import Trainer
+from surgery.index.calibration import calibrate, calibration_of
+from surgery.index.channel_index import ChannelIndex
 from surgery.pruning.verify import verify_folder
 
 HEAL = (
@@ -152,3 +155,18 @@ def test_what_cannot_be_healed_is_refused_before_the_index(
     result = surgeon("prune", "dense", *HEAL[:4], *CALIBRATION, *arguments, code=code)
     assert message in result.stderr
     assert "Indexing" not in result.stderr
+
+
+def test_later_rounds_are_indexed_on_the_blocks_and_prompts_of_the_first(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    model = open_model(save_tiny("llama", name="dense"))
+    surgeon("index", "dense", *CALIBRATION, "--spike-prompt", "a prompt", "--out", "index")
+    index = ChannelIndex.load("index")
+    first = calibrate(
+        model, "text.txt", blocks=len(index.input_ids), block_size=32, seed=42, spike_prompt="a prompt"
+    )
+    again = calibration_of(index, model, "a prompt")
+    assert again.blocks.as_json() == index.calibration
+    assert [ids.tolist() for ids in again.prompts] == [ids.tolist() for ids in first.prompts]
+    assert len(again.prompts) > len(calibration_of(index, model).prompts)
