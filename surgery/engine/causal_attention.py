@@ -15,6 +15,7 @@ Shape letters: B batch, H heads, T tokens, d head dimension.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def attention_gradients(
             d_k[part, :seen].baddbmm_(d_scores.transpose(1, 2), rows_q, alpha=scale)
     shared = [one.view(batch, -1, groups, tokens, width).sum(2) if groups > 1 else one for one in (d_k, d_v)]
     return d_q.view_as(query), shared[0].view_as(key), shared[1].view_as(value)
+
+
+def fast_gradients(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """FastGradients where a layer on this device, in this dtype, is about to take gradients; else nothing."""
+    useful = device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return FastGradients() if useful else nullcontext()
 
 
 class FastGradients(TorchFunctionMode):
