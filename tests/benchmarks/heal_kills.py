@@ -10,10 +10,8 @@ time that work takes. Prints how many reruns arrived, what the killed runs had b
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kills import started
+from kills import kill, started
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -79,10 +77,7 @@ def torture(command: list[str], where: Path, kills: int, chance: random.Random) 
     while sum(phases.values()) < kills:
         for path in (result, *hidden(where)):  # a kill after the last rename may leave the journal
             shutil.rmtree(path, ignore_errors=True)
-        process, begun = started(command, where)
-        time.sleep(max(0.0, begun + chance.uniform(0, work) - time.perf_counter()))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(command, where, chance.uniform(0, work))
         if result.exists():  # too late: it had been complete
             assert (result / WEIGHTS).read_bytes() == expected
             continue

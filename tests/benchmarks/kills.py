@@ -45,6 +45,14 @@ def started(command: list[str], where: Path) -> tuple[subprocess.Popen[str], flo
     return process, time.perf_counter()
 
 
+def kill(command: list[str], where: Path, after: float) -> None:
+    """Start a process and kill it `after` seconds of work."""
+    process, begun = started(command, where)
+    time.sleep(max(0.0, begun + after - time.perf_counter()))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def torture(command: list[str], where: Path, result: Path, kills: int, chance: random.Random) -> None:
     """Kill and run again, until `kills` have come before the end; print how it went."""
     process, begun = started(command, where)
@@ -53,10 +61,7 @@ def torture(command: list[str], where: Path, result: Path, kills: int, chance: r
     arrived = resumed = early = 0
     while early < kills:
         shutil.rmtree(result)
-        process, begun = started(command, where)
-        time.sleep(max(0.0, begun + chance.uniform(0, work) - time.perf_counter()))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(command, where, chance.uniform(0, work))
         if result.exists():  # too late: it had been complete
             assert digest(result) == expected
             continue
