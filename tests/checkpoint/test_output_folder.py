@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.subprocesses import run_forked
 from helpers.tiny_models import CALIBRATION
 
 from surgery.checkpoint.output_folder import complete_folder, recover
@@ -55,10 +53,8 @@ def test_sigkill(
     if existing:
         out.mkdir()
         (out / "precious.txt").write_text("as it was")
-    command = [sys.executable, "-c", KILL_AT, *PRUNE]
-    environment = {**os.environ, "KILL_AT": moment}
-    killed = subprocess.run(command, cwd=source.parent, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = run_forked(KILL_AT, *PRUNE, where=source.parent, KILL_AT=moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     recover(out)  # what the next run does first; needed only for a kill between the two renames
     assert out.exists() == existing
     if existing:
@@ -73,10 +69,9 @@ def test_sigkill(
 def test_sigkill_while_indexing(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
     source = save_tiny("llama")
     for moment in ("os.mkdir:1", "open:1", "os.rename:1"):
-        command = [sys.executable, "-c", KILL_AT, "index", "tiny", "--out", "index", *CALIBRATION]
-        environment = {**os.environ, "KILL_AT": moment}
-        killed = subprocess.run(command, cwd=source.parent, env=environment, capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        index = ["index", "tiny", "--out", "index", *CALIBRATION]
+        killed = run_forked(KILL_AT, *index, where=source.parent, KILL_AT=moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (source.parent / "index").exists()
     surgeon("index", "tiny", "--out", "index", *CALIBRATION)
     surgeon("show", "index")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.subprocesses import run_forked
 from helpers.tiny_models import CALIBRATION, ROOT
 from transformers import AutoModelForCausalLM
 
@@ -32,8 +33,13 @@ def indexed(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> Path
 
 
 def run(folder: Path, script: str, *arguments: str) -> list[str]:
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    examples = ROOT / "examples"
+    start = (
+        f"import runpy, sys; sys.path.insert(0, {str(examples)!r}); runpy.run_path({str(examples / script)!r}"
+    )
+    ended = run_forked(f"{start}, run_name='__main__')", *arguments, where=folder)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
 
 
 def test_read_index(indexed: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.subprocesses import KILL, RUN, torchrun
+from helpers.subprocesses import KILL, RUN, SURGEON, in_two_processes, torchrun
 from helpers.tiny_models import CALIBRATION, ROOT
 
 from surgery.engine import distributed
@@ -30,9 +30,9 @@ def test_two_processes_make_the_index_of_one(
 ) -> None:
     where = save_tiny(variant).parent
     surgeon(*INDEX, *more, "--out", "one")
-    for name in ("two", "again"):
-        shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", name)
-        assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", "two")
+    assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    in_two_processes(SURGEON, *INDEX, *more, "--out", "again", where=where)
     assert [path.name for path in where.iterdir() if path.name.startswith(".")] == []
     one, two = ChannelIndex.load("one"), ChannelIndex.load("two")
     names = [*STATISTICS, *(SECOND_ORDER if more else ())]
@@ -57,7 +57,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
     lost: bool, save_tiny: Callable[..., Path]
 ) -> None:
     where = save_tiny("llama").parent
-    torchrun(where, "-m", "surgery", *INDEX, "--out", "whole")
+    in_two_processes(SURGEON, *INDEX, "--out", "whole", where=where)
     (where / "kill.py").write_text(KILL)
     moment = {"KILL_AT": "layer-3.json:1", "KILL_IN": "surgeon-journal-1/"}
     environment = {**os.environ, **moment, "OMP_NUM_THREADS": "1"}
@@ -69,7 +69,8 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
     assert not (where / "index").exists()
     if lost:  # a machine was replaced, and its journal went with it
         shutil.rmtree(where / ".index.surgeon-journal-1")
-    assert "Resuming" in torchrun(where, "-m", "surgery", *INDEX, "--out", "index").stderr
+    first, _ = in_two_processes(SURGEON, *INDEX, "--out", "index", where=where)
+    assert "Resuming" in first.stderr
     for file in ("index.json", "index.safetensors"):
         assert (where / "index" / file).read_bytes() == (where / "whole" / file).read_bytes()
 
@@ -96,12 +97,11 @@ def test_weights_read_in_turn_are_the_same(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
     where = save_tiny("llama").parent
-    (where / "read.py").write_text(READ_ALL)
-    torchrun(where, "read.py")
+    in_two_processes(READ_ALL, where=where)
     shares = [float((where / f"share-{rank}").read_text()) for rank in range(2)]
     assert sum(shares) == pytest.approx(1) and max(shares) < 0.8
-    torchrun(where, "-m", "surgery", *INDEX, "--out", "each")
-    torchrun(where, "-m", "surgery", *INDEX, "--out", "shared", "--broadcast-reads")
+    in_two_processes(SURGEON, *INDEX, "--out", "each", where=where)
+    in_two_processes(SURGEON, *INDEX, "--out", "shared", "--broadcast-reads", where=where)
     surgeon(*INDEX, "--out", "alone", "--broadcast-reads")
     for file in ("index.json", "index.safetensors"):
         assert (where / "each" / file).read_bytes() == (where / "shared" / file).read_bytes()

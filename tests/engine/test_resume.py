@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.subprocesses import KILL
+from helpers.subprocesses import KILL, run_forked
 from helpers.tiny_models import CALIBRATION
 
 from surgery.engine.resume import Journal, journal_folder
@@ -35,10 +32,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kill(moment: str, where: Path, *arguments: str, kind: str = "") -> None:
-    environment = {**os.environ, "KILL_AT": moment, "KILL_IN": f"surgeon-journal{kind}/"}
-    command = [sys.executable, "-c", KILL, *arguments]
-    killed = subprocess.run(command, cwd=where, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    moments = {"KILL_AT": moment, "KILL_IN": f"surgeon-journal{kind}/"}
+    killed = run_forked(KILL, *arguments, where=where, **moments)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 def test_a_killed_index_goes_on(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:

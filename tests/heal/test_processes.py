@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.subprocesses import KILL, torchrun
+from helpers.subprocesses import KILL, SURGEON, in_two_processes, run_forked, start_two, torchrun
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 
@@ -85,9 +81,9 @@ def hidden(folder: Path) -> list[str]:
 
 def test_a_step_of_two_processes_is_that_of_one(where: Path) -> None:
     """Also with an odd number of blocks, and where one process has none."""
-    (where / "step.py").write_text(ONE_STEP)
-    subprocess.run([sys.executable, "step.py", "one"], cwd=where, check=True)
-    torchrun(where, "step.py", "two")
+    alone = run_forked(ONE_STEP, "one", where=where)
+    assert alone.returncode == 0, alone.stderr
+    in_two_processes(ONE_STEP, "two", where=where)
     for train in ("all", "lora:3"):
         for batch, shares in ((4, (2, 2)), (3, (2, 1)), (1, (1, 0))):
             one = load_file(where / f"one-{train}-{batch}-0.safetensors")
@@ -116,45 +112,29 @@ def test_two_processes_write_the_folder_of_one(where: Path, surgeon: Callable[..
     assert hidden(where) == []
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def killed(where: Path, moment: str) -> str:
     """What the first of two processes says, and ends with, when the second kills itself at a moment.
 
     They are started without torchrun, which would end the first one before it can say anything.
     """
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    environment = {**os.environ, **group, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "kill.py", *HEAL, "--out", "healed"]
-    moments = ({"KILL_AT": "none:1"}, {"KILL_AT": moment, "KILL_IN": "surgeon-journal-heal-1/"})
-    first, second = (
-        subprocess.Popen(
-            command,
-            cwd=where,
-            env={**environment, **more, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, more in enumerate(moments)
-    )
-    assert "Error" not in second.communicate(timeout=300)[1] and second.returncode == -signal.SIGKILL
-    said = first.communicate(timeout=300)[1]
-    assert first.returncode == 1
-    return said
+    moments = {"KILL_AT": moment, "KILL_IN": "surgeon-journal-heal-1/"}
+    code = "import os\nos.environ.setdefault('KILL_AT', 'none:1')\n" + SAVE_ALWAYS + KILL
+    first, second = start_two(code, *HEAL, "--out", "healed", where=where, second=moments)
+    lost = second.wait()
+    assert "Error" not in lost.stderr and lost.returncode == -signal.SIGKILL
+    said = first.wait()
+    assert said.returncode == 1
+    return said.stderr
 
 
 def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(where: Path) -> None:
-    torchrun(where, "-m", "surgery", *HEAL, "--out", "whole")
-    (where / "kill.py").write_text(SAVE_ALWAYS + KILL)
+    in_two_processes(SURGEON, *HEAL, "--out", "whole", where=where)
     said = killed(where, "state-1.safetensors:3")
     assert "Error: the connection to another process of this job failed; in rank 0 of 2" in said
     assert "Traceback" not in said
     assert not (where / "healed").exists() and len(hidden(where)) == 2
-    assert "Resuming" in torchrun(where, "-m", "surgery", *HEAL, "--out", "healed").stderr
+    first, _ = in_two_processes(SURGEON, *HEAL, "--out", "healed", where=where)
+    assert "Resuming" in first.stderr
     files = [(where / name / "model.safetensors").read_bytes() for name in ("healed", "whole")]
     assert files[0] == files[1]
     assert hidden(where) == []
@@ -238,17 +218,13 @@ def test_processes_with_different_texts_are_refused(monkeypatch: pytest.MonkeyPa
 def test_killed_over_and_over_it_arrives_at_the_same_bytes(where: Path, surgeon: Callable[..., Any]) -> None:
     """While targets are computed, while a state is saved, and while the folder is written."""
     surgeon(*HEAL, "--out", "whole")
-    (where / "kill.py").write_text(SAVE_ALWAYS + KILL)
     for folder, moment in (
         ("surgeon-journal-heal/", "target-logs.bin:2"),
         ("surgeon-journal-heal/", "state-0.safetensors:2"),
         ("surgeon-partial/", "config.json:1"),
     ):
         moments = {"KILL_AT": moment, "KILL_IN": folder}
-        command = [sys.executable, "kill.py", *HEAL, "--out", "healed"]
-        killed = subprocess.run(
-            command, cwd=where, env={**os.environ, **moments}, capture_output=True, text=True, check=False
-        )
+        killed = run_forked(SAVE_ALWAYS + KILL, *HEAL, "--out", "healed", where=where, **moments)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (where / "healed").exists()
     assert "Resuming" in surgeon(*HEAL, "--out", "healed").stderr
