@@ -43,7 +43,7 @@ def _show(title: str, entries: list[dict[str, Any]], console: Console) -> None:
     console.print(f"\n{title}:")
     if console.width < ROOMY:
         for entry in entries:
-            name = escape(structure_name(entry["parts"]))
+            name = escape(entry["name"])
             console.print(f"{name}: {effect_text(entry)}, perplexity {perplexity_text(entry)}")
         return
     headings = ("structure", "effect [95%]", "perplexity without", "at its mean", "controls", "seen")
@@ -51,7 +51,7 @@ def _show(title: str, entries: list[dict[str, Any]], console: Console) -> None:
     for entry in entries:
         mean = entry["mean_effect"]
         table.add_row(
-            escape(structure_name(entry["parts"], "\n+ ")),
+            escape(entry["name"].replace(" + ", "\n+ ")),
             escape(effect_text(entry)),
             perplexity_text(entry),
             "-" if mean is None else f"{mean:+.3f}",
@@ -59,13 +59,6 @@ def _show(title: str, entries: list[dict[str, Any]], console: Console) -> None:
             escape(seen_text(entry)),
         )
     console.print(table)
-
-
-def structure_name(parts: list[dict[str, Any]], between: str = " + ") -> str:
-    """The parts of a structure, as `Part.name` has them."""
-    from surgery.index.structures import Part
-
-    return between.join(Part(**part).name for part in parts)
 
 
 def effect_text(entry: dict[str, Any]) -> str:

@@ -56,6 +56,7 @@ class Finding:
     def as_json(self) -> dict[str, Any]:
         """Its entry of `structures` in index.json."""
         return {
+            "name": self.structure.name,
             "kind": self.structure.kind,
             "super": self.is_super,
             "parts": self.structure.as_json(),

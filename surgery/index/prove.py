@@ -42,7 +42,7 @@ class Measurements:
         self.opened, self.ids, self.progress = opened, ids, progress
         self.dense: torch.Tensor | None = None  # [N] nats per token
         self.effects: dict[Any, torch.Tensor] = {}  # [N] nats per token more than dense
-        self.passes = 0
+        self.proved: list[Structure] = []  # groups that matter and were made as small as they get
 
     def measure(self, wanted: dict[Any, Edits]) -> None:
         """Measure what is not known yet; `wanted` maps a key to its edits."""
@@ -65,15 +65,24 @@ class Measurements:
         self.dense = losses[dense]
         for (key, _), stream in zip(conditions, run.streams(), strict=True):
             self.effects[key] = losses[stream] - losses[dense]
-        self.passes += 1
 
     def interval(self, key: Any) -> Interval:
         """The measured effect of a structure."""
         return paired_interval(self.effects[key])
 
     def gain(self, structure: Structure) -> Interval:
-        """What a structure costs more than the costliest measured part of it (more than nothing, of none)."""
-        parts = [key for key in self.effects if isinstance(key, Structure) and structure.contains(key)]
+        """What a structure costs more than the costliest part of it (more than nothing, of none).
+
+        Its parts are the singles and pairs inside it, and the groups in `proved`. A group with one part taken
+        out is not counted: where many parts share a work, each of them adds little.
+        """
+        parts = [
+            key
+            for key in self.effects
+            if isinstance(key, Structure)
+            and structure.contains(key)
+            and (len(key.parts) <= 2 or key in self.proved)
+        ]
         best = max(parts, key=lambda part: float(self.effects[part].mean()), default=None)
         own = self.effects[structure]
         return paired_interval(own if best is None else own - self.effects[best].clamp(min=0))
@@ -99,9 +108,9 @@ def prove(
     units = _units(candidates, known)
     together = [*pairs(units), *candidates.groups()]
     known.measure({one: one.edits() for one in together})
-    smallest = _shrunk([one for one in together if len(one.parts) > 2], known)
-    listed = [*singles, *(one for one in dict.fromkeys([*together, *smallest]) if known.matters(one))]
-    findings = [_finding(one, known) for one in listed if not _explained(one, smallest)]
+    _shrink([one for one in together if len(one.parts) > 2], known)
+    found = [one for one in together if len(one.parts) == 2 and known.matters(one)]
+    findings = [_finding(one, known) for one in dict.fromkeys([*singles, *found, *known.proved])]
     return _compared(findings, candidates, known)
 
 
@@ -115,20 +124,13 @@ def _units(candidates: Candidates, known: Measurements) -> list[Structure]:
     return found
 
 
-def _explained(one: Structure, smallest: list[Structure]) -> bool:
-    """Whether a joint structure only repeats a smaller one that was found inside it."""
-    if len(one.parts) < 3 or one in smallest:
-        return False
-    return any(one.contains(small) for small in smallest)
-
-
-def _shrunk(groups: list[Structure], known: Measurements) -> list[Structure]:
-    """The smallest structures, inside groups that matter, that keep KEPT_SHARE of their effect."""
-    found: list[Structure] = []
+def _shrink(groups: list[Structure], known: Measurements) -> None:
+    """Put into `known.proved` the smallest structures inside groups that matter, small groups first."""
     for group in sorted(groups, key=lambda one: len(one.parts)):
-        if known.matters(group) and not any(group.contains(small) for small in found):
-            found.append(_smallest(group, known))
-    return found
+        if known.matters(group):
+            small = _smallest(group, known)
+            if known.matters(small) and small not in known.proved:
+                known.proved.append(small)
 
 
 def _smallest(group: Structure, known: Measurements) -> Structure:
@@ -143,7 +145,11 @@ def _smallest(group: Structure, known: Measurements) -> Structure:
             for taken in range(len(order) - 1)
         ]
         known.measure({one: one.edits() for one in nested})
-        kept = [one for one in nested if float(known.effects[one].mean()) >= needed]
+        kept = [
+            one
+            for one in nested
+            if float(known.effects[one].mean()) >= needed and known.interval(one).low > MIN_EFFECT
+        ]
         if not kept:
             return group
         group = min(kept, key=lambda one: len(one.parts))
