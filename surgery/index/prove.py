@@ -26,6 +26,7 @@ from surgery.index.controls import control_edits
 from surgery.index.findings import Finding
 from surgery.index.paired_bootstrap import Interval, paired_interval
 from surgery.index.structures import Candidates, Structure, pairs
+from surgery.model.families import EXPERT
 from surgery.progress import Progress, no_progress
 
 MIN_EFFECT = math.log(1.5)  # nats per token: perplexity half as large again
@@ -111,7 +112,7 @@ def prove(
     _shrink([one for one in together if len(one.parts) > 2], known)
     found = [one for one in together if len(one.parts) == 2 and known.matters(one)]
     findings = [_finding(one, known) for one in dict.fromkeys([*singles, *found, *known.proved])]
-    return _compared(findings, candidates, known)
+    return _compared(findings, known)
 
 
 def _units(candidates: Candidates, known: Measurements) -> list[Structure]:
@@ -172,13 +173,12 @@ def _finding(one: Structure, known: Measurements) -> Finding:
     )
 
 
-def _compared(findings: list[Finding], candidates: Candidates, known: Measurements) -> list[Finding]:
+def _compared(findings: list[Finding], known: Measurements) -> list[Finding]:
     """Measure the mean and the controls of every finding whose interval excludes no effect; rank all."""
-    routed = {w.ffn for w in candidates.weights if w.ffn.startswith("expert")}
     wanted: dict[Any, Edits] = {}
     for found in findings:
         if found.effect.low > 0:
-            if not any(part.ffn in routed for part in found.structure.parts):
+            if not any(part.ffn.startswith(EXPERT) for part in found.structure.parts):
                 wanted[found.structure, "mean"] = found.structure.edits(mean=True)
             wanted |= {
                 (found.structure, like): edits for like, edits in control_edits(found.structure).items()

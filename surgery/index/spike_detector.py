@@ -176,12 +176,16 @@ class PromptDetector:
         self, number: int, activations: dict[str, Activations], residual: torch.Tensor
     ) -> list[RowSpike]:
         """Rows of the layer whose output spikes without a single weight that explains it."""
-        found = []
-        for name, seen in activations.items():
-            weight = ffn_named(self.model.ffns(number), name).down_weight()
-            spike = largest_spike(number, name, seen, weight, weight)
-            if isinstance(spike, RowSpike) and creates_spike(spike, residual):
-                found.append(spike)
+        found: list[RowSpike] = []
+        for name, (x, y, positions) in activations.items():
+            weight, left = ffn_named(self.model.ffns(number), name).down_weight(), y.clone()
+            for _ in range(MAX_PER_LAYER):
+                spike = largest_spike(number, name, (x, left, positions), weight, weight)
+                if spike is None:
+                    break
+                if isinstance(spike, RowSpike) and creates_spike(spike, residual):
+                    found.append(spike)
+                left[:, spike.row] = 0
         return found
 
     def _search(
