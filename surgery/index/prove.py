@@ -43,7 +43,7 @@ class Measurements:
         self.opened, self.ids, self.progress = opened, ids, progress
         self.dense: torch.Tensor | None = None  # [N] nats per token
         self.effects: dict[Any, torch.Tensor] = {}  # [N] nats per token more than dense
-        self.proved: list[Structure] = []  # groups that matter and were made as small as they get
+        self.proved: list[Structure] = []  # what matters, groups made as small as they get
 
     def measure(self, wanted: dict[Any, Edits]) -> None:
         """Measure what is not known yet; `wanted` maps a key to its edits."""
@@ -74,15 +74,18 @@ class Measurements:
     def gain(self, structure: Structure) -> Interval:
         """What a structure costs more than the costliest part of it (more than nothing, of none).
 
-        Its parts are the singles and pairs inside it, and the groups in `proved`. A group with one part taken
-        out is not counted: where many parts share a work, each of them adds little.
+        Its parts are the singles and pairs inside it. A group with one part taken out is not counted: where
+        many parts share a work, each of them adds little. What was proved of the same spikes counts as a part
+        of a pair or a group: the columns behind two spikes, say, where the structure is their two rows.
         """
         parts = [
             key
             for key in self.effects
             if isinstance(key, Structure)
-            and structure.contains(key)
-            and (len(key.parts) <= 2 or key in self.proved)
+            and (
+                (structure.contains(key) and len(key.parts) <= 2)
+                or (len(structure.parts) > 1 and key in self.proved and structure.repeats(key))
+            )
         ]
         best = max(parts, key=lambda part: float(self.effects[part].mean()), default=None)
         own = self.effects[structure]
@@ -109,9 +112,9 @@ def prove(
     units = _units(candidates, known)
     together = [*pairs(units), *candidates.groups()]
     known.measure({one: one.edits() for one in together})
-    _shrink([one for one in together if len(one.parts) > 2], known)
-    found = [one for one in together if len(one.parts) == 2 and known.matters(one)]
-    findings = [_finding(one, known) for one in dict.fromkeys([*singles, *found, *known.proved])]
+    known.proved += [one for one in singles if known.matters(one)]
+    _shrink(together, known)
+    findings = [_finding(one, known) for one in dict.fromkeys([*singles, *known.proved])]
     return _compared(findings, known)
 
 

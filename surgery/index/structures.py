@@ -40,6 +40,14 @@ class Part:
             and self.column in (None, other.column)
         )
 
+    def meets(self, other: Part) -> bool:
+        """Whether the two have a weight in common."""
+        return (
+            (self.layer, self.ffn) == (other.layer, other.ffn)
+            and (self.row is None or other.row in (None, self.row))
+            and (self.column is None or other.column in (None, self.column))
+        )
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -72,6 +80,10 @@ class Structure:
     def contains(self, other: Structure) -> bool:
         """Whether `other` is a proper part of it."""
         return self != other and all(any(mine.covers(p) for mine in self.parts) for p in other.parts)
+
+    def repeats(self, other: Structure) -> bool:
+        """Whether each part of `other` has weights in common with it: both may be the same spikes."""
+        return self != other and all(any(mine.meets(p) for mine in self.parts) for p in other.parts)
 
     def edits(self, mean: bool = False) -> Edits:
         """Edits that remove it, or set what it adds to the residual stream to its mean."""
