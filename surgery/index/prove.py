@@ -75,8 +75,8 @@ class Measurements:
         """What a structure costs more than the costliest part of it (more than nothing, of none).
 
         Its parts are the singles and pairs inside it. A group with one part taken out is not counted: where
-        many parts share a work, each of them adds little. What was proved of the same spikes counts as a part
-        of a pair or a group: the columns behind two spikes, say, where the structure is their two rows.
+        many parts share a work, each of them adds little. A pair or group proved of the same spikes counts
+        as a part of another: the columns behind two spikes, say, where that one is their two rows.
         """
         parts = [
             key
@@ -84,7 +84,11 @@ class Measurements:
             if isinstance(key, Structure)
             and (
                 (structure.contains(key) and len(key.parts) <= 2)
-                or (len(structure.parts) > 1 and key in self.proved and structure.repeats(key))
+                or (
+                    min(len(key.parts), len(structure.parts)) > 1
+                    and key in self.proved
+                    and structure.repeats(key)
+                )
             )
         ]
         best = max(parts, key=lambda part: float(self.effects[part].mean()), default=None)

@@ -35,7 +35,10 @@ class Planted:
             generator = torch.Generator().manual_seed(1)
             head = self.model.get_output_embeddings().weight
             head[:, ROW] = 0.1 * torch.randn(len(head), generator=generator)
-            self.model.get_input_embeddings().weight[:, TRIGGER] = 30.0
+            embedding = self.model.get_input_embeddings().weight
+            if embedding is not head:
+                embedding[:, ROW] = 0
+            embedding[:, TRIGGER] = 30.0
             norm, offset = self.model.model.norm, 1.0 if "gemma" in self.model.config.model_type else 0.0
             norm.weight.fill_(4.0 - offset)
             norm.weight[TRIGGER] = -offset  # predictions do not read it

@@ -74,8 +74,8 @@ def test_the_largest_spike_without_effect_is_ranked_last(family: str, save_tiny:
     planted = Planted(save_tiny(family))
     planted.channel(1, 11)
     planted.write(1, ROW, 11, SIZE)
-    planted.channel(3, 12, reads=ROW)  # fires on the first spike, and makes it ten times larger
-    planted.write(3, ROW, 12, 10 * SIZE)
+    planted.channel(3, 12, reads=ROW)  # fires on the first spike, and makes it larger
+    planted.write(3, ROW, 12, 2 * SIZE)
     found = planted.found()
     spikes = sorted([*found.super_weights, *found.echoes], key=lambda w: -abs(w.output))
     assert (spikes[0].layer, spikes[0].column) == (3, 12)
