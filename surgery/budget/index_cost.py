@@ -7,7 +7,7 @@ what was used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.model_size import ModelSize
@@ -51,6 +51,10 @@ def index_cost(
     on_device = budget.on_device
     resident = size.resident_bytes(blocks, second_order, merging=not on_device)  # merging is the host's work
     smallest = resident + size.micro_batch_bytes(1)
+    if not on_device:  # the passes before, which prove super weights, share --memory
+        unlimited = replace(run, memory=1 << 62)
+        shape = min(blocks, PROOF_BLOCKS), min(block_size, PROOF_TOKENS)
+        smallest = max(smallest, proof_cost(meta_model, *shape, unlimited).smallest_bytes)
     budget.check(smallest)
     micro_batch = largest_micro_batch(block_size, run.device.type)
     while micro_batch > 1 and resident + size.micro_batch_bytes(micro_batch) > budget.limit:
