@@ -7,21 +7,25 @@ what was used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.model_size import ModelSize
+from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
 from surgery.engine.run_options import RunOptions
 from surgery.model.meta_model import MetaModel
 
-ABLATION_BLOCKS = 8  # calibration blocks that each candidate super weight is measured on
-MAX_ABLATIONS = 12  # candidates measured
+PROOF_BLOCKS, PROOF_TOKENS = (
+    8,
+    256,
+)  # calibration blocks, and their first tokens, that structures are measured on
+PROOF_CONDITIONS = 64  # structures that run beside each other in one pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexCost(Cost):
-    """What one index takes. `hidden_bytes` are stored layer inputs and the blocks that run without a super
-    weight.
+    """What one index takes. `hidden_bytes` are stored layer inputs. The passes that prove super weights come
+    before it: see `proof_cost`.
 
     `cache_bytes` may be spent on activations that the backward pass would recompute, which is expected to be
     enough for `cached_layers` layers. `flops` are one forward pass, one backward pass to the activations, and
@@ -47,13 +51,16 @@ def index_cost(
     on_device = budget.on_device
     resident = size.resident_bytes(blocks, second_order, merging=not on_device)  # merging is the host's work
     smallest = resident + size.micro_batch_bytes(1)
+    if not on_device:  # the passes before, which prove super weights, share --memory
+        unlimited = replace(run, memory=1 << 62)
+        shape = min(blocks, PROOF_BLOCKS), min(block_size, PROOF_TOKENS)
+        smallest = max(smallest, proof_cost(meta_model, *shape, unlimited).smallest_bytes)
     budget.check(smallest)
     micro_batch = largest_micro_batch(block_size, run.device.type)
     while micro_batch > 1 and resident + size.micro_batch_bytes(micro_batch) > budget.limit:
         micro_batch //= 2
     used = resident + size.micro_batch_bytes(micro_batch)
-    stored_tokens = (size.layers + 1) * tokens + MAX_ABLATIONS * min(ABLATION_BLOCKS, blocks) * block_size
-    hidden = stored_tokens * size.hidden * run.dtype.itemsize
+    hidden = (size.layers + 1) * tokens * size.hidden * run.dtype.itemsize
     place = budget.place(hidden * (2 if on_device else 1), used)  # a GPU's other half is for activations
     if on_device and place != "device":
         place = "memory" if hidden <= budget.host else "disk"
@@ -76,3 +83,11 @@ def index_cost(
         write_bytes=hidden if place == "disk" else 0,
         flops=3 * forward - spared + 4.0 * tokens * size.head,
     )
+
+
+def proof_cost(
+    meta_model: MetaModel, blocks: int, block_size: int, run: RunOptions, conditions: int = PROOF_CONDITIONS
+) -> PassCost:
+    """Cost of one pass that measures `conditions` structures, each removed. Raises MemoryBudgetError."""
+    job = PassJob((StreamShape(blocks, block_size, conditions + 1),), preserves_layer=True)
+    return pass_cost(meta_model, job, run)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from surgery.text import TokenBlocks
 
 STOP_WORD_TEXT = 1 << 20  # characters of the text that sentences are taken from
-GROUP_NAMES = ("super-weights", "channels", "hit-rate")
+GROUP_NAMES = ("super-weights", "structures", "channels", "hit-rate")
 
 
 def groups(_: click.Context, __: click.Parameter, value: str) -> list[str]:
@@ -163,6 +163,7 @@ def ablate(
         "source": index.source,
         "text": {**blocks.as_json()},
         "super_weights": [weight.as_json() for weight in index.super_weights],
+        "structures": [finding.as_json() for finding in index.structures],
         "conditions": [asdict(outcome) for outcome in outcomes],
     }
     if traced:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from surgery.cli.terminal import bare_table, short_number
 
 if TYPE_CHECKING:
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
 def show_outcomes(fields: dict[str, Any], console: Console) -> None:
     """Print the conditions and, if measured, the super activation's trace and next-token probabilities."""
     table = bare_table(
-        ("condition", "changed", "perplexity", "factor", "bits/byte", "KL"), left=("condition",)
+        ("condition", "changed", "perplexity", "factor", "nats/token [95%]", "bits/byte", "KL"),
+        left=("condition",),
     )
     for row in fields["conditions"]:
         table.add_row(
@@ -21,6 +24,7 @@ def show_outcomes(fields: dict[str, Any], console: Console) -> None:
             f"{row['changed']:,}",
             short_number(row["perplexity"]),
             f"x{row['factor']:.3g}",
+            escape(_effect(row)),
             f"{row['bits_per_byte']:.3f}",
             f"{row['kl']:.4f}",
         )
@@ -30,6 +34,13 @@ def show_outcomes(fields: dict[str, Any], console: Console) -> None:
         _show_trace(fields["trace"], console)
     if "stop_words" in fields:
         _show_stop_words(fields["stop_words"], console)
+
+
+def _effect(row: dict[str, Any]) -> str:
+    """What a condition adds to the loss, with its interval over blocks."""
+    low, high = row["interval"]
+    bounds = "" if low is None or high is None else f" [{low:+.3f}, {high:+.3f}]"
+    return f"{row['effect']:+.3f}{bounds}"
 
 
 def _show_trace(trace: dict[str, Any], console: Console) -> None:

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from surgery.cli.terminal import BAR_WIDTH, ROOMY, WIDE, bar, bare_table, short_number, show_weights
+from surgery.cli.structure_table import show_structures
+from surgery.cli.terminal import BAR_WIDTH, ROOMY, WIDE, bar, bare_table, short_number
 from surgery.errors import IndexMismatchError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.meta_model import MetaModel
@@ -39,8 +40,7 @@ def show_index(index: ChannelIndex, console: Console) -> None:
         f"{100 * statistics.median(shares):.1f}%, min {100 * min(shares):.1f}%, max {100 * max(shares):.1f}%"
     )
     console.print(_layers(fields["layers"], console.width))
-    show_weights("Super weights", fields["super_weights"], console)
-    show_weights("Echoes (spikes that are not super weights)", fields["echoes"], console)
+    show_structures(fields, console)
 
 
 def _layers(layers: list[dict[str, Any]], width: int) -> Table:

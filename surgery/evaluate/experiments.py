@@ -10,13 +10,14 @@ import torch
 from surgery.errors import UsageError
 from surgery.evaluate.ablation import Condition, Drop, DropLargest, Edit, Restore, Scale
 from surgery.index.channel_index import ChannelIndex, FfnIndex
+from surgery.index.controls import control_edits
 from surgery.index.super_weights import SuperWeight
 
 CONTROL_FRACTION = 1e-6  # of every matrix, largest first (The Super Weight, table 1)
 TRIALS = 3
 HIT_RATES = (0.0, 0.05, 0.1, 0.2, 0.3)  # shares of the supernodes that random masks delete
 LP_BINS = 10
-GROUPS = ("super-weights", "channels", "hit-rate")
+GROUPS = ("super-weights", "structures", "channels", "hit-rate")
 
 
 def conditions_for(index: ChannelIndex, groups: list[str], scales: list[float], seed: int) -> list[Condition]:
@@ -29,7 +30,7 @@ def conditions_for(index: ChannelIndex, groups: list[str], scales: list[float], 
         raise UsageError(
             "the index lists no super weight",
             where="--conditions",
-            next_step="ask for channels or hit-rate, or index with another --spike-prompt",
+            next_step="ask for structures, channels or hit-rate, or index with another --spike-prompt",
         )
     if "super-weights" in groups:
         found += super_weight_conditions(index, seed)
@@ -37,6 +38,8 @@ def conditions_for(index: ChannelIndex, groups: list[str], scales: list[float], 
         Condition(f"super weights x {scale:g}", "scale", scaled(index.super_weights, scale), scale)
         for scale in scales
     ]
+    if "structures" in groups:
+        found += structure_conditions(index)
     if "channels" in groups:
         found += channel_conditions(index, seed)
     if "hit-rate" in groups:
@@ -98,6 +101,31 @@ def super_weight_conditions(index: ChannelIndex, seed: int) -> list[Condition]:
             edit = Scale(weight.ffn, torch.tensor([weight.row]), random_column)
             edits.setdefault(weight.layer, []).append(edit)
         found.append(Condition(f"prune random scalars of the same rows, trial {trial + 1}", "chance", edits))
+    return found
+
+
+def structure_conditions(index: ChannelIndex) -> list[Condition]:
+    """Every structure that the index measured: removed, at its mean, and controls of those that cost.
+
+    Raises UsageError when the index has no structures.
+    """
+    if not index.structures:
+        raise UsageError(
+            "the index lists no measured structure",
+            where="--conditions",
+            next_step="run surgeon index again: indexes of earlier versions have none",
+        )
+    found = []
+    for finding in index.structures:
+        one = finding.structure
+        found.append(Condition(f"remove {one.name}", f"{one.kind}s", dict(one.edits())))
+        if finding.mean is not None:
+            found.append(Condition(f"{one.name} at its mean", f"{one.kind}s", dict(one.edits(mean=True))))
+        if finding.effect.low > 0:
+            found += [
+                Condition(f"{like} as {one.name}", "controls", dict(edits))
+                for like, edits in control_edits(one).items()
+            ]
     return found
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from surgery import defaults
-from surgery.budget.index_cost import ABLATION_BLOCKS, MAX_ABLATIONS, index_cost
+from surgery.budget.index_cost import index_cost
 from surgery.checkpoint.manifest import source_json
 from surgery.engine import distributed
 from surgery.engine.disk_errors import in_layer
@@ -31,11 +30,10 @@ from surgery.index.channel_index import (
     layer_tensors,
     sample_tensors,
 )
+from surgery.index.found_structures import find_structures
 from surgery.index.second_order import SecondOrder
-from surgery.index.spike_detector import SuperWeightDetector
 from surgery.index.statistics import FfnStatistics, LayerStatistics, weight_norms, weight_range
-from surgery.index.super_weights import SuperWeight
-from surgery.model.ffn import Ffn, ffn_named
+from surgery.model.ffn import Ffn
 from surgery.progress import Progress, no_progress
 
 
@@ -84,7 +82,11 @@ def build_index(
         streamed.read = distributed.BroadcastReader(streamed.checkpoint).read
     cost = index_cost(streamed.meta_model, len(local_ids), local_ids.shape[1], run, second_order)
     done = _done_everywhere(journal, run.device)
-    stream = detector = None
+    found = find_structures(model, streamed, calibration, journal if done["structures"] else None, progress)
+    if journal is not None and not done["structures"]:
+        journal.save("structures", found.as_json())
+        journal.mark("structures")
+    stream = None
     if not done["index"]:
         with streamed.other_weights():
             stream = TokenStream(
@@ -96,11 +98,9 @@ def build_index(
                 cache_bytes=cost.cache_bytes,
                 journal=journal.folder if journal is not None else None,
             )
-            if not done["forward"]:
-                detector = SuperWeightDetector(streamed, calibration.prompts)
-    forward = _forward(streamed, stream, detector, cost.hidden_on, journal, progress)
+    nats = _forward(streamed, None if done["forward"] else stream, journal, progress)
     layers = _backward(
-        streamed, stream, forward.maxima, len(drawn.ids), (second_order, save_samples), journal, progress
+        streamed, stream, found.maxima, len(drawn.ids), (second_order, save_samples), journal, progress
     )
     if journal is not None:
         journal.mark("index")
@@ -110,10 +110,11 @@ def build_index(
         source=source_json(streamed.checkpoint),
         calibration=drawn.as_json(),
         run=run.as_json(),
-        loss={"nats": forward.nats, "tokens": tokens, "perplexity": math.exp(forward.nats / tokens)},
+        loss={"nats": nats, "tokens": tokens, "perplexity": math.exp(nats / tokens)},
         layers=layers,
-        super_weights=forward.super_weights,
-        echoes=forward.echoes,
+        super_weights=found.super_weights,
+        echoes=found.echoes,
+        structures=found.structures,
         input_ids=drawn.ids,
         widths=streamed.meta_model.widths(),
         keys={ffn.kind: ffn.site.width_key for ffns in streamed.meta_model.ffns for ffn in ffns},
@@ -121,11 +122,11 @@ def build_index(
 
 
 def _done_everywhere(journal: Journal | None, device: torch.device) -> dict[str, bool]:
-    """Whether the journals of all processes hold the whole index, and its forward pass.
+    """Whether the journals of all processes hold the whole index, its structures, and its forward pass.
 
     A process whose journal holds a step that another process lacks clears its journal and starts over.
     """
-    steps = ("index", "forward")
+    steps = ("index", "structures", "forward")
     known = [journal is not None and step in journal for step in steps]
     done = dict(zip(steps, distributed.all_true(known, device), strict=True))
     if journal is not None and known != list(done.values()):
@@ -134,67 +135,30 @@ def _done_everywhere(journal: Journal | None, device: torch.device) -> dict[str,
     return done
 
 
-@dataclass(frozen=True)
-class _ForwardResult:
-    """Results of the forward pass.
-
-    `nats` is the summed loss; `maxima` the largest activations of the first prompt, per layer.
-    """
-
-    nats: float
-    super_weights: list[SuperWeight]
-    echoes: list[SuperWeight]
-    maxima: list[dict[str, float]]
-
-
 def _forward(
-    model: StreamedModel,
-    stream: TokenStream | None,
-    detector: SuperWeightDetector | None,
-    place: str,
-    journal: Journal | None,
-    progress: Progress[Any],
-) -> _ForwardResult:
-    """Run all blocks through the layers, and compute the loss and its gradient.
+    model: StreamedModel, stream: TokenStream | None, journal: Journal | None, progress: Progress[Any]
+) -> float:
+    """Run all blocks through the layers, and compute the loss and its gradient; returns the summed loss.
 
-    For layers that the journal lists as done, only the prompts and the ablation branches run. Without a
-    detector the whole result is loaded from the journal.
+    Layers that the journal lists as done do not run. Without a stream the loss is loaded from the journal.
     """
-    if detector is None:
+    if stream is None:
         assert journal is not None
         fields, _ = journal.load("forward")
-        weights, echoes = (
-            [SuperWeight.from_json(w) for w in fields[key]] for key in ("super_weights", "echoes")
-        )
-        return _ForwardResult(fields["nats"], weights, echoes, fields["maxima"])
-    assert stream is not None
-    ablations = _Ablations(model, stream, place)
+        return float(fields["nats"])
     count = len(model.layers)
-    for number, layer in progress(model.stream_layers(range(count)), "forward", count):
-        for candidate in detector.forward(number, layer):
-            ablations.start(candidate, number)
-        ablations.forward(number, layer)
-        if journal is None or f"forward {number}" not in journal:
-            with in_layer(number):
-                stream.forward(number, layer)
-                if journal is not None:
-                    journal.mark(f"forward {number}")
-    with model.other_weights():
-        nats = next_token_loss(stream, with_gradient=True)
-        effects = ablations.finish(nats)
-    weights, echoes = detector.finish(model.checkpoint.config)
-    found = _ForwardResult(
-        float(distributed.all_reduce_sum(nats.sum().to(model.device))),
-        [replace(w, ablation=effects.get(w.place, {})) for w in weights],
-        [replace(w, ablation=effects.get(w.place, {})) for w in echoes],
-        detector.maxima,
-    )
+    remaining = [n for n in range(count) if journal is None or f"forward {n}" not in journal]
+    for number, layer in progress(model.stream_layers(remaining), "forward", len(remaining)):
+        with in_layer(number):
+            stream.forward(number, layer)
+            if journal is not None:
+                journal.mark(f"forward {number}")
+    nats = next_token_loss(stream, with_gradient=True)
+    total = float(distributed.all_reduce_sum(nats.sum().to(model.device)))
     if journal is not None:
-        kinds = {"super_weights": found.super_weights, "echoes": found.echoes}
-        listed = {key: [weight.as_json() for weight in entries] for key, entries in kinds.items()}
-        journal.save("forward", {"nats": found.nats, "maxima": found.maxima, **listed})
+        journal.save("forward", {"nats": total})
         journal.mark("forward")
-    return found
+    return total
 
 
 def _backward(
@@ -321,53 +285,3 @@ def index_ffn(ffn: Ffn, statistics: FfnStatistics, block_size: int) -> FfnIndex:
     published = supernodes.redundancy(q / (block_size - 1), device_core, supernodes.PUBLISHED_EPSILON)
     values["halo_redundancy_published"] = published.cpu()
     return FfnIndex(values, core, statistics.tokens, kind=ffn.kind, expert=ffn.expert)
-
-
-class _Ablations:
-    """Ablates candidate super weights.
-
-    For each candidate, a copy of the first blocks runs through the remaining layers with the weight set to
-    zero. The loss of these blocks is compared with the loss of the unchanged model.
-    """
-
-    def __init__(self, model: StreamedModel, stream: TokenStream, place: str) -> None:
-        self.model = model
-        self.stream = stream
-        self.place = place
-        self.branches: list[tuple[SuperWeight, TokenStream]] = []
-
-    def start(self, weight: SuperWeight, number: int) -> None:
-        """Copy the hidden states before layer `number`; at most MAX_ABLATIONS candidates are measured."""
-        if len(self.branches) < MAX_ABLATIONS:
-            self.branches.append((weight, self.stream.fork(ABLATION_BLOCKS, number, self.place)))
-
-    def forward(self, number: int, layer: nn.Module) -> None:
-        """Run every branch through the resident layer, with its weight set to zero if it is in this layer."""
-        for weight, branch in self.branches:
-            if weight.layer != number:
-                branch.forward(number, layer)
-                continue
-            parameter = ffn_named(self.model.ffns(number), weight.ffn).down_weight()
-            value = parameter[weight.row, weight.column].clone()
-            parameter[weight.row, weight.column] = 0
-            branch.forward(number, layer)
-            parameter[weight.row, weight.column] = value
-
-    def finish(self, nats: torch.Tensor) -> dict[tuple[int, str, int, int], dict[str, float]]:
-        """Perplexity with and without each weight, on the same tokens, by the weight's place.
-
-        `nats` [N] is the loss of each block in the unchanged model.
-        """
-        effects = {}
-        for weight, branch in self.branches:
-            tokens = branch.ids.shape[0] * (branch.ids.shape[1] - 1)
-            intact = math.exp(float(nats[: len(branch.ids)].sum()) / tokens)
-            # The loss per token of a destroyed model can overflow exp.
-            ablated = math.exp(min(700.0, float(next_token_loss(branch).sum()) / tokens))
-            effects[weight.place] = {
-                "perplexity": intact,
-                "perplexity_without": ablated,
-                "factor": ablated / intact,
-                "tokens": tokens,
-            }
-        return effects

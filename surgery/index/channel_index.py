@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import IndexMismatchError
 from surgery.index import supernodes as supernode_module
+from surgery.index.findings import Finding
 from surgery.index.super_weights import SuperWeight
 from surgery.model.families import DENSE, EXPERT
 
@@ -183,7 +184,8 @@ class ChannelIndex:
     """Statistics of all layers, the super weights, and how they were computed.
 
     `widths` maps config keys to FFN widths, the key with the most channels first. `keys` maps a kind of FFN
-    (dense, shared, experts) to its config key. `input_ids` [N, T] are the calibration blocks.
+    (dense, shared, experts) to its config key. `input_ids` [N, T] are the calibration blocks. `structures`
+    are what was measured of super weights, by effect; indexes of earlier versions have none.
     """
 
     source: dict[str, Any]
@@ -196,6 +198,7 @@ class ChannelIndex:
     input_ids: torch.Tensor
     widths: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    structures: list[Finding] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.widths:  # built by hand, or by a version that supported one width only
@@ -218,6 +221,7 @@ class ChannelIndex:
             "layers": [layer.summary() for layer in self.layers],
             "super_weights": [weight.as_json() for weight in self.super_weights],
             "echoes": [weight.as_json() for weight in self.echoes],
+            "structures": [finding.as_json() for finding in self.structures],
         }
 
     def save(self, folder: Path) -> None:
@@ -267,6 +271,7 @@ class ChannelIndex:
                 input_ids=tensors["calibration.input_ids"],
                 widths=fields.get("widths", {}),
                 keys=fields.get("width_keys", {}),
+                structures=[Finding.from_json(entry) for entry in fields.get("structures", [])],
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise IndexMismatchError(

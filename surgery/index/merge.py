@@ -68,6 +68,7 @@ def merge_indexes(folders: list[Path], opened: Model, progress: Progress[Any] = 
         layers=layers,
         super_weights=first.super_weights,
         echoes=first.echoes,
+        structures=first.structures,
         input_ids=ids,
         widths=first.widths,
         keys=first.keys,

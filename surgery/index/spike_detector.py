@@ -15,14 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.engine.hooks import FfnCall, observed
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
+from surgery.index.masked_spikes import MaskedSearch
+from surgery.index.spikes import (
+    MAX_PER_LAYER,
+    SPIKE_RATIO,
+    Activations,
+    RowSpike,
+    creates_spike,
+    ffn_activations,
+    largest_spike,
+)
 from surgery.index.super_weights import SuperWeight, published_coordinates
 from surgery.model.ffn import ffn_named
 
-Activations = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [T, F], y [T, D], positions [T]
 PROMPT = "Apple Inc. is a worldwide tech company."
 PROMPTS = (
     PROMPT,
@@ -31,14 +39,11 @@ PROMPTS = (
     "def add(a, b):\n    return a + b",
     "Summer is hot. Winter is cold.",
 )
-SPIKE_RATIO = 100.0  # |output| over the median |output| of the layer
-MIN_EXPLAINED = 0.5  # share of the output spike that a single product input * weight explains
 MIN_PERSISTENCE = 0.5  # share of the layers above in which the spike keeps its size within a factor of two
 MIN_DEPTH = 0.25  # the same as a share of all layers, because late layers have few layers above them
 MIN_OF_LARGEST = 0.25  # output of a further weight in the same FFN, relative to the first and largest
 MIN_SHARE = 0.3  # share of a spike made by a further weight in the same row (weights can share a spike)
 MIN_PROMPTS = 0.5  # share of the prompts in which a weight must be found
-MAX_PER_LAYER = 6  # the largest number in any published model
 
 
 class SuperWeightDetector:
@@ -49,7 +54,7 @@ class SuperWeightDetector:
     """
 
     def __init__(self, model: StreamedModel, prompts: list[torch.Tensor]) -> None:
-        self.each = [PromptDetector(model, ids) for ids in prompts]
+        self.each = [PromptDetector(model, ids, number) for number, ids in enumerate(prompts)]
 
     @property
     def maxima(self) -> list[dict[str, float]]:
@@ -65,7 +70,7 @@ class SuperWeightDetector:
         return list(found.values())
 
     def finish(self, config: dict[str, Any]) -> tuple[list[SuperWeight], list[SuperWeight]]:
-        """(super weights, echoes): candidates that persist in enough prompts, and all other candidates."""
+        """(lasting, passing): candidates that persist in enough prompts, and all other candidates."""
         lasting: dict[Any, list[SuperWeight]] = {}
         passing: dict[Any, list[SuperWeight]] = {}
         for detector in self.each:
@@ -85,6 +90,19 @@ class SuperWeightDetector:
             )
         published = published_coordinates(config)
         return [_named(w, chosen, published) for w in chosen], [_named(w, chosen, published) for w in others]
+
+    def rows(self) -> list[RowSpike]:
+        """Rows whose spike no single weight explains, in enough of the prompts, sorted by place."""
+        seen: dict[Any, list[RowSpike]] = {}
+        for detector in self.each:
+            for place, spike in {spike.place: spike for spike in reversed(detector.rows)}.items():
+                seen.setdefault(place, []).append(spike)
+        tried = len(self.each)
+        return [
+            replace(max(found, key=lambda one: abs(one.output)), prompts=len(found), prompts_tried=tried)
+            for _, found in sorted(seen.items())
+            if len(found) >= MIN_PROMPTS * tried
+        ]
 
 
 def _named(
@@ -112,10 +130,14 @@ class PromptDetector:
     Call `forward` with each resident layer, and `finish` after the last one.
     """
 
-    def __init__(self, model: StreamedModel, ids: torch.Tensor) -> None:
+    def __init__(self, model: StreamedModel, ids: torch.Tensor, prompt: int = 0) -> None:
         self.model = model
+        self.prompt = prompt
         self.stream = TokenStream(model, ids[None], micro_batch=1)
         self.candidates: list[SuperWeight] = []
+        self.masked: list[SuperWeight] = []
+        self.rows: list[RowSpike] = []
+        self.second = MaskedSearch(model)
         self.traces: list[list[float]] = []
         self.maxima: list[dict[str, float]] = []
 
@@ -126,7 +148,7 @@ class PromptDetector:
         weight is recorded and set to zero. All weights are restored at the end.
         """
         before = self.stream.fork(1, number)
-        activations = self._activations(number, layer, self.stream)
+        activations = ffn_activations(self.model, number, layer, self.stream)
         self.maxima.append(
             {
                 "input": max((float(x.abs().max()) for x, _, _ in activations.values()), default=0.0),
@@ -141,6 +163,29 @@ class PromptDetector:
             found += self._search(number, layer, name, activations[name], before, residual)
         self.candidates += found
         self.traces += [[abs(candidate.residual)] for candidate in found]
+        creators: list[SuperWeight | RowSpike] = [w for w in found if w.residual * w.output > 0]
+        creators += self._row_spikes(number, activations, residual)
+        for one in (*creators, *self.second.forward(number, layer, before, creators)):
+            if isinstance(one, RowSpike):
+                self.rows.append(replace(one, prompt=self.prompt))
+            elif one.round > 1:
+                self.masked.append(replace(one, prompt=self.prompt))
+        return found
+
+    def _row_spikes(
+        self, number: int, activations: dict[str, Activations], residual: torch.Tensor
+    ) -> list[RowSpike]:
+        """Rows of the layer whose output spikes without a single weight that explains it."""
+        found: list[RowSpike] = []
+        for name, (x, y, positions) in activations.items():
+            weight, left = ffn_named(self.model.ffns(number), name).down_weight(), y.clone()
+            for _ in range(MAX_PER_LAYER):
+                spike = largest_spike(number, name, (x, left, positions), weight, weight)
+                if spike is None:
+                    break
+                if isinstance(spike, RowSpike) and creates_spike(spike, residual):
+                    found.append(spike)
+                left[:, spike.row] = 0
         return found
 
     def _search(
@@ -157,8 +202,8 @@ class PromptDetector:
         original = weight.clone()
         found: list[SuperWeight] = []
         while len(found) < MAX_PER_LAYER:
-            candidate = _spike(number, name, activations, weight, original)
-            if candidate is None:
+            candidate = largest_spike(number, name, activations, weight, original)
+            if not isinstance(candidate, SuperWeight):
                 break
             if found and abs(candidate.output) < MIN_OF_LARGEST * abs(found[0].output):
                 break
@@ -172,27 +217,17 @@ class PromptDetector:
                 break
             weight[candidate.row, candidate.column] = 0
             without = before.fork(1, number)
-            activations = self._activations(number, layer, without)[name]
+            activations = ffn_activations(self.model, number, layer, without)[name]
             left = without.store.get(0, slice(0, 1), self.model.device)[0][candidate.token, candidate.row]
             found.append(replace(candidate, residual=peak, residual_without=float(left)))
         weight.copy_(original)
         return found
 
-    def _activations(self, number: int, layer: nn.Module, stream: TokenStream) -> dict[str, Activations]:
-        """Run the prompt through the layer; returns the `Activations` of the down projections by FFN."""
-        found: dict[str, Activations] = {}
-
-        def record(call: FfnCall) -> None:
-            positions = torch.arange(len(self.stream.ids[0])) if call.tokens is None else call.tokens
-            u, y = call.u.reshape(-1, call.u.shape[-1]).float(), call.y.reshape(-1, call.y.shape[-1]).float()
-            found[call.ffn] = (u, y, positions)
-
-        with observed(self.model.ffns(number), record):
-            stream.forward(number, layer)
-        return found
-
     def finish(self) -> tuple[list[SuperWeight], list[SuperWeight]]:
-        """(super weights, echoes): candidates whose spike persists, and all other candidates."""
+        """(lasting, passing): candidates whose spike persists, and all others.
+
+        A masked spike is among the others: it is seen only while those that mask it are out.
+        """
         weights: list[SuperWeight] = []
         echoes: list[SuperWeight] = []
         for candidate, trace in zip(self.candidates, self.traces, strict=True):
@@ -202,12 +237,13 @@ class PromptDetector:
                 held += 1
             persistence = held / len(above) if above else 0.0
             lasting = persistence >= MIN_PERSISTENCE and held >= MIN_DEPTH * len(self.model.layers)
-            entry = replace(candidate, persistence=persistence)
+            entry = replace(candidate, persistence=persistence, prompt=self.prompt)
             # The output has the sign of the residual where it creates the spike, the opposite sign where it
             # cancels the spike.
             creates = candidate.residual * candidate.output > 0
             (weights if lasting and creates else echoes).append(entry)
-        return weights, echoes
+        seen = {candidate.place for candidate in self.candidates}
+        return weights, [*echoes, *(w for w in self.masked if w.place not in seen)]
 
 
 def prompt_ids(tokenizer: Any, prompts: tuple[str, ...], calibration: torch.Tensor) -> list[torch.Tensor]:
@@ -234,38 +270,3 @@ def find_super_weights(opened: Model, prompts: list[torch.Tensor]) -> list[Super
     for number, layer in model.stream_layers(range(len(model.layers))):
         detector.forward(number, layer)
     return detector.finish(model.checkpoint.config)[0]
-
-
-def _spike(
-    number: int, ffn: str, activations: Activations, weight: torch.Tensor, original: torch.Tensor
-) -> SuperWeight | None:
-    """The weight that makes an FFN's largest output, or None.
-
-    None where the largest output is not a spike, or where no single product explains it.
-    """
-    x_TF, y_TD, positions = activations
-    magnitude = y_TD.abs()
-    token, row = divmod(int(magnitude.argmax()), y_TD.shape[1])
-    output = float(y_TD[token, row])
-    median = float(magnitude.median())
-    if median == 0 or abs(output) < SPIKE_RATIO * median:
-        return None
-    products = x_TF[token] * weight[row].float()
-    column = int((products * (1 if output > 0 else -1)).argmax())
-    explained = float(products[column]) / output
-    if explained < MIN_EXPLAINED:
-        return None
-    value = original[row, column]
-    return SuperWeight(
-        layer=number,
-        row=row,
-        column=column,
-        value=float(value),
-        input=float(x_TF[token, column]),
-        output=output,
-        explained=explained,
-        ratio=abs(output) / median,
-        rank=1 + int((original.abs() > value.abs()).sum()),
-        token=int(positions[token]),
-        ffn=ffn,
-    )

@@ -27,6 +27,15 @@ class SuperWeight:
     prompts: number of prompts, of `prompts_tried`, in which it was found.
     catalogue: "match", "near" or "new", compared with the coordinates published for this model.
     structure: the column or row that it shares with another super weight.
+    round: 1 where the model as it is shows the spike, 2 where it shows only without those of round 1.
+    prompt: number of the prompt, from 0, in which the spike is largest.
+    kind: the structure by whose measured effect it is called super ("scalar", "column", "row", "pair",
+      "joint"), or "spike".
+    effect: what removing it alone adds to the loss, in nats per token; `interval` [low, high] of it, at 95%,
+      with null for an end that is not known.
+    mean_effect: the same with its contribution set to its mean over tokens; None where not measured.
+    controls: the effects of matched controls, by what is matched.
+    parts: the parts of the structure it belongs to.
     """
 
     layer: int
@@ -49,6 +58,14 @@ class SuperWeight:
     prompts_tried: int = 1
     catalogue: str = "new"
     structure: str = ""
+    round: int = 1
+    prompt: int = 0
+    kind: str = "spike"
+    effect: float | None = None
+    interval: list[float | None] = field(default_factory=list)
+    mean_effect: float | None = None
+    controls: dict[str, float] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def place(self) -> tuple[int, str, int, int]:

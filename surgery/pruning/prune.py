@@ -121,6 +121,7 @@ def _write(
             measurements["pruned"] = measure(written)
         manifest = make_manifest(model.checkpoint, index, plan, specs, measurements) | {
             "super_weights": weights,
+            "structures": [found.as_json() for found in index.structures if found.is_super],
             "command": provenance.command,
             "auto_class": auto_class(meta_model.config).__name__,
             "repo": provenance.repo,

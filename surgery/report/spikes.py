@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from surgery.chart import LAYER_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.spike_detector import MIN_PERSISTENCE, PROMPT
+from surgery.index.findings import Finding
+from surgery.index.prove import MIN_EFFECT
+from surgery.index.spike_detector import PROMPT
 from surgery.index.super_weights import SuperWeight
 from surgery.report.document import Section, Table, Unit
 
@@ -15,20 +18,31 @@ NOTE = (
     "the layers above in which the spike keeps its size in the residual stream. Without it: perplexity on "
     "the same tokens with this weight set to zero. Prompts: in how many of them the weight was found."
 )
+EFFECT_NOTE = (
+    "Effect: nats per token that removal adds to the loss, with its 95% interval over blocks. At its mean: "
+    "the same with what it adds set to its mean over tokens. Controls: the smallest and the largest effect "
+    "of removing other weights of the same row, magnitude and layer. A dash: not compared, because the "
+    "interval includes no effect."
+)
 CATALOGUE = {"match": "matches {}", "near": "near one of {}", "new": "not published"}
 
 
 def spike_sections(index: ChannelIndex) -> list[Section]:
-    """Spikes of down_proj, their persistence, and tables of super weights and echoes."""
+    """Spikes of down_proj, their persistence, and tables of super weights and other spikes."""
     figures = [figure for figure in (_maxima(index), _persistence(index)) if figure is not None]
+    proved = [found for found in index.structures if found.is_super]
+    spikes = [f for f in index.structures if not f.is_super and len(f.structure.parts) == 1]
     text = (
-        f"Found: {len(index.super_weights)}. A super weight is a single weight of down_proj whose product "
-        "with its input makes an activation spike that persists in the residual stream. A spike that does "
-        "not persist is an echo."
+        f"Proved: {len(proved)}. A super weight is a structure of down_proj (a scalar, a column, a row, or "
+        f"several together) whose removal multiplies perplexity by more than {math.exp(MIN_EFFECT):.3g}, "
+        "with its whole interval, and by more than that beyond any measured part of it. All other spikes of "
+        "activation are only spikes, however large."
     )
     tables = [
-        _table("super-weights", "Super weights", index.super_weights, NOTE),
-        _table("echoes", "Echoes: spikes that are not super weights", index.echoes),
+        _effects("structures", "Super weights, by measured effect", proved, EFFECT_NOTE),
+        _effects("spikes-measured", "Spikes, by measured effect", spikes),
+        _table("super-weights", "Scalars of super weights", index.super_weights, NOTE),
+        _table("echoes", "Scalars of other spikes", index.echoes),
     ]
     return [
         Section(
@@ -77,7 +91,7 @@ def positive(value: float | None) -> float | None:
 
 def _persistence(index: ChannelIndex) -> Figure | None:
     """The layers in which each spike keeps its size: the last is layer + persistence * (layers above it)."""
-    entries = [("super weight", w) for w in index.super_weights] + [("echo", w) for w in index.echoes]
+    entries = [("super weight", w) for w in index.super_weights] + [("spike", w) for w in index.echoes]
     if not entries:
         return None
     last = len(index.layers) - 1
@@ -95,13 +109,12 @@ def _persistence(index: ChannelIndex) -> Figure | None:
                 values=[s if kind == name else None for s, kind in zip(spans, kinds, strict=True)],
                 style=style,
             )
-            for name, style in (("super weight", "core"), ("echo", "control"))
+            for name, style in (("super weight", "core"), ("spike", "control"))
             if name in kinds
         ],
         categories=[place(w) for _, w in entries],
         text="A bar runs from the layer that makes the spike to the last layer that keeps its size within a "
-        f"factor of two. The spike of a super weight persists in at least {MIN_PERSISTENCE:.0%} of the "
-        "layers above it.",
+        "factor of two.",
     )
 
 
@@ -132,4 +145,30 @@ def _table(id: str, title: str, weights: list[SuperWeight], note: str = "") -> T
         ]
         for w in weights
     ]
+    return Table(id, title, columns, rows, note)
+
+
+def _effects(id: str, title: str, findings: list[Finding], note: str = "") -> Table:
+    """A table of measured structures."""
+    columns: list[tuple[str, Unit]] = [("structure", "text"), ("kind", "text"), ("effect", "number")]
+    columns += [("95% interval", "text"), ("perplexity", "number"), ("without it", "number")]
+    columns += [("at its mean", "text"), ("controls", "text"), ("seen", "text")]
+    rows: list[list[Any]] = []
+    for found in findings:
+        low, high = found.effect.as_json()
+        interval = "one block" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+        controls = found.controls.values()
+        rows.append(
+            [
+                *(found.structure.name, found.structure.kind, found.effect.mean, interval),
+                *(found.perplexity, found.perplexity_without),
+                "–" if found.mean is None else f"{found.mean.mean:+.4f}",
+                f"{min(controls):+.4f} to {max(controls):+.4f}" if controls else "–",
+                "; ".join(
+                    f"prompt {one['prompt']}, position {one['position']}: {one['criterion']}"
+                    + (" (masked: seen without the others)" if one["round"] > 1 else "")
+                    for one in found.seen[:3]
+                ),
+            ]
+        )
     return Table(id, title, columns, rows, note)

@@ -27,6 +27,10 @@ def planted(folder: Path) -> Path:
     mlp = model.model.layers[PLACE[0]].mlp
     mlp.down_proj.weight.data[PLACE[1:]] = 4000.0
     mlp.up_proj.weight.data[PLACE[2]] *= 4
+    # The spike makes predictions cautious, and wrong ones come without it, so that it costs on any text.
+    head = model.get_output_embeddings().weight.data
+    head *= 2
+    head[:, PLACE[1]] = 0.05 * torch.randn(len(head), generator=torch.Generator().manual_seed(0))
     model.save_pretrained(folder)
     return folder
 

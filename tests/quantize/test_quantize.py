@@ -105,6 +105,9 @@ def planted(folder: Path) -> Path:
     mlp = model.model.layers[PLACE[0]].mlp
     mlp.down_proj.weight.data[PLACE[1:]] = 4000.0
     mlp.up_proj.weight.data[PLACE[2]] *= 4
+    # The spike makes predictions uniform, and wrong ones come without it, so that it costs on any text.
+    model.get_output_embeddings().weight.data *= 2
+    model.get_output_embeddings().weight.data[:, PLACE[1]] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
