@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "revision", "range_reads", "index_folder"),
+    "Model": ("model", "onto", "revision", "range_reads", "index_folder"),
     "Pruning": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
@@ -35,7 +35,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
-    "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
+    "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
     "Measure": ("eval", "ablate"),
     "Files": ("card", "push", "shard-index"),
 }
