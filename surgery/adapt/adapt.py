@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from surgery.adapt.card import adapter_card
 from surgery.adapt.carry import PART, Target, kept_channels, targets
 from surgery.adapt.peft_folder import PeftAdapter
-from surgery.checkpoint.manifest import MANIFEST
+from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, source_json, versions
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.engine.open_model import Model
 from surgery.errors import CheckpointError, UnsupportedModelError
@@ -70,6 +70,25 @@ class Carrier:
     def down(self) -> dict[str, Target]:
         """Module -> Target of the adapted down projections whose inputs were cut."""
         return {module: target for module, target in self.targets.items() if target.ffn is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapter's tensors before the cut, which are more than those after it."""
+        return sum(tensor.nbytes for tensor in self.adapter.tensors.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What to say before the work: that the adapter names another model than the folder was cut from."""
+        source = self.model.checkpoint.read_json(MANIFEST)["source"]["name"].rpartition("/")[2]
+        if self.adapter.base in (None, source):
+            return []
+        return [f"The adapter was trained on {self.adapter.base}, {self.model.name} was cut from {source}"]
+
+    @property
+    def repaired(self) -> bool:
+        """Whether a repair changed the weights of the folder's down projections."""
+        plan: dict[str, Any] = self.model.checkpoint.read_json(MANIFEST)["plan"]
+        return bool(plan.get("repair", "none") != "none")
 
     def carry(self, refits: dict[str, torch.Tensor] | None = None) -> Carried:
         """The adapter with the kept rows and columns, and with `refits` (module -> A' [r, K]) where given."""
@@ -163,18 +182,36 @@ def _check_saved(model: Model, name: str, tensor: torch.Tensor) -> None:
 
 
 def write_carried(
-    carried: Carried, out: Path, *, overwrite: bool = False, beside: Callable[[Path], None] | None = None
+    carrier: Carrier,
+    carried: Carried,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    refit: dict[str, Any] | None = None,
+    command: str | None = None,
 ) -> None:
-    """Write an adapter as a folder of peft, which appears when it is complete.
+    """Write an adapter as a folder of peft, with a card and a surgeon.json; it appears when it is complete.
 
-    `beside` writes more files into it. Raises DestinationError.
+    `refit` says on what text down projections were refitted and how well, `command` what makes the folder
+    again. Raises DestinationError.
     """
-    size = sum(tensor.nbytes for tensor in carried.adapter.tensors.values())
-    check_destination(out, overwrite=overwrite, needs_bytes=size)
+    check_destination(out, overwrite=overwrite, needs_bytes=carrier.nbytes)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "adapter": {
+            "source": {"name": carrier.adapter.name, "base": carrier.adapter.base},
+            "onto": source_json(carrier.model.checkpoint),
+            **carried.as_json(),
+            "refit": refit,
+        },
+        "repo": None,
+        "command": command,
+        "versions": versions(),
+    }
     with complete_folder(out) as folder:
         tensors = {PREFIX + name: tensor.contiguous() for name, tensor in carried.adapter.tensors.items()}
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         text = json.dumps(carried.adapter.config, indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        if beside is not None:
-            beside(folder)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(manifest, carried.adapter.config), encoding="utf-8")

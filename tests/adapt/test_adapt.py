@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import pytest
 import torch
 from helpers.masking import IDS, kept_channels
 from helpers.tiny_models import CALIBRATION
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import surgery.loading  # noqa: F401
-from surgery.heal.adapter import CONFIG
+from surgery.engine.open_model import open_model
+from surgery.heal.adapter import CONFIG, TENSORS
+from surgery.index.calibration import draw_calibration
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 # peft asks transformers by an old name; its warnings of keys that are missing or not used stay errors
@@ -103,3 +107,156 @@ def test_without_adapt_peft_fails_on_the_shapes(
     lora = save_lora(dense, PATHS["llama"][1])
     with pytest.raises(RuntimeError, match="size mismatch"):
         logits(dense.parent / "cut", lora)
+
+
+def test_only_what_the_cut_concerns_is_changed(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("llama", name="dense")
+    surgeon("prune", "dense", *CUT)
+    save_lora(dense, ["q_proj", "up_proj"])
+    said = json.loads(surgeon("adapt", "lora", "--onto", "cut", "--out", "carried", "--json").stdout)
+    layers = range(len(said["cut"]))
+    assert said["cut"] == [f"model.layers.{i}.mlp.up_proj" for i in layers]
+    assert said["copied"] == [f"model.layers.{i}.self_attn.q_proj" for i in layers]
+    assert said["refitted"] == [] and said["refit"] is None  # no adapter of down_proj: nothing to refit
+    before, after = (load_file(dense.parent / name / TENSORS) for name in ("lora", "carried"))
+    same = {key for key in before if before[key].shape == after[key].shape}
+    assert same == {key for key in before if "up_proj.lora_B" not in key}
+    assert all(torch.equal(before[key], after[key]) for key in same)
+
+
+def down_inputs(folder: Path, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs of every down projection [tokens, F] and outputs of every layer [tokens, D], by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, 1)))
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out.flatten(0, 1)))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    return inputs, outputs
+
+
+def test_a_refit_reads_from_the_kept_channels_what_the_adapter_read_from_all(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("llama", name="dense")
+    folder, options = dense.parent, ("--calibration", "text.txt", "--blocks", "16", "--block-size", "32")
+    surgeon("prune", "dense", *CUT)
+    save_lora(dense, ["down_proj"])
+    said = json.loads(
+        surgeon("adapt", "lora", "--onto", "cut", "--out", "carried", "--json", *options).stdout
+    )
+    refit = said["refit"]["modules"]
+    assert all(one["held_out_after"] < one["held_out_before"] for one in refit.values())
+    ids = draw_calibration(open_model(dense), "text.txt", blocks=16, block_size=32, seed=42).ids.long()
+    wide, streams = down_inputs(dense, ids)
+    narrow, _ = down_inputs(folder / "cut", ids)
+    kept = kept_channels(json.loads((folder / "cut" / "surgeon.json").read_text()))
+    before, after = (load_file(folder / name / TENSORS) for name in ("lora", "carried"))
+    for number, (u, v, stream) in enumerate(zip(wide, narrow, streams, strict=True)):
+        module = f"model.layers.{number}.mlp.down_proj"
+        a, found = (t[f"base_model.model.{module}.lora_A.weight"].double() for t in (before, after))
+        start = a[:, kept[number]["dense"]]
+        root = stream.double().square().sum(-1).rsqrt()[:, None]
+        u, v = u.double() * root, v.double() * root
+        penalty = (refit[module]["ridge"] * v.square().sum(0)).sqrt().diag()
+        rows = torch.cat([v, penalty]), torch.cat([u @ a.T - v @ start.T, torch.zeros(len(penalty), len(a))])
+        change = torch.linalg.lstsq(*rows).solution.T
+        assert change.norm() > 0.05 * start.norm()
+        torch.testing.assert_close(found, start + change, atol=1e-3, rtol=1e-3)
+    surgeon("adapt", "lora", "--onto", "cut", "--out", "plain", "--no-refit")
+    plain = load_file(folder / "plain" / TENSORS)
+    assert torch.equal(plain[f"base_model.model.{module}.lora_A.weight"].double(), start)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias lora_only"),
+        ({"modules_to_save": ["down_proj"], "target_modules": ["q_proj"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}, "target_parameters"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused_by_name(
+    options: dict[str, Any], message: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("llama", name="dense")
+    surgeon("prune", "dense", *CUT, "--repair", "none")
+    modules = options.pop("target_modules", ["down_proj"])
+    save_lora(dense, modules, **options)
+    assert message in surgeon("adapt", "lora", "--onto", "cut", code=1).stderr
+    assert not (dense.parent / "lora-cut").exists()
+
+
+def test_bad_inputs_are_refused_before_anything_is_written(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("llama", name="dense")
+    folder = dense.parent
+    surgeon("prune", "dense", *CUT)
+    save_lora(dense, ["down_proj"])
+    save_lora(save_tiny("llama", name="wider", intermediate_size=64), ["down_proj"], name="lora-wider")
+    save_lora(save_tiny("gpt2", name="other"), ["c_fc"], name="lora-other", fan_in_fan_out=True)
+    for name, kind in (("pickled", None), ("prefix", "PREFIX_TUNING"), ("pissa", "LORA"), ("broken", "LORA")):
+        shutil.copytree(folder / "lora", folder / name)
+        config = json.loads((folder / "lora" / CONFIG).read_text())
+        config |= {"init_lora_weights": "pissa"} if name == "pissa" else {"peft_type": kind or "LORA"}
+        (folder / name / CONFIG).write_text(json.dumps(config))
+    (folder / "pickled" / TENSORS).rename(folder / "pickled" / "adapter_model.bin")
+    (folder / "broken" / TENSORS).write_bytes((folder / "lora" / TENSORS).read_bytes()[:200])
+    surgeon("quantize", "dense", "--out", "rounded", "--bits", "8")
+    before = sorted(folder.iterdir())
+    cases = [
+        ("lora-wider", "cut", 1, "does not fit the model that this folder was cut from"),
+        ("lora-other", "cut", 1, "adapts a module that this one lacks"),
+        ("cut", "cut", 1, "no adapter of peft"),
+        ("nowhere", "cut", 1, "no adapter of peft"),
+        ("pickled", "cut", 1, "safetensors only"),
+        ("prefix", "cut", 1, "PREFIX_TUNING"),
+        ("pissa", "cut", 1, "path_initial_model_for_weight_conversion"),
+        ("broken", "cut", 1, "damaged"),
+        ("lora", "dense", 2, "did not cut this folder"),
+        ("lora", "rounded", 2, "did not cut this folder"),
+    ]
+    for adapter, onto, code, message in cases:
+        found = surgeon("adapt", adapter, "--onto", onto, "--out", "carried", "--no-refit", code=code)
+        assert message in found.stderr, (adapter, found.stderr)
+    other = surgeon("adapt", "lora", "--onto", "cut", "--dense", "wider", "--out", "carried", code=2)
+    assert "not the model that the folder was cut from" in other.stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def test_adapters_of_experts_are_refused_and_of_shared_ones_carried(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("deepseek_v3", name="dense")
+    surgeon("prune", "dense", *CUT, "--repair", "none")
+    save_lora(dense, ["o_proj", "up_proj", "down_proj"])
+    surgeon("adapt", "lora", "--onto", "cut", "--out", "carried")
+    logits(dense.parent / "cut", dense.parent / "carried")  # peft warns of what does not fit
+    names = load_file(dense.parent / "carried" / TENSORS)
+    key = "base_model.model.model.layers.1.mlp.experts.0.up_proj.lora_A.weight"
+    save_file({**names, key: torch.zeros(3, 32)}, dense.parent / "lora" / TENSORS)
+    assert "routed experts" in surgeon("adapt", "lora", "--onto", "cut", "--out", "again", code=1).stderr
+
+
+def test_saved_modules_and_embeddings_come_along(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    dense = save_tiny("llama", name="dense")
+    surgeon("prune", "dense", *CUT, "--repair", "none")
+    modules = ["embed_tokens", "down_proj"]
+    lora = save_lora(dense, modules, modules_to_save=["norm", "lm_head"], use_rslora=True)
+    said = json.loads(surgeon("adapt", "lora", "--onto", "cut", "--out", "carried", "--json").stdout)
+    assert said["saved"] == ["lm_head", "model.norm"] and "model.embed_tokens" in said["copied"]
+    cut = dense.parent / "cut"
+    torch.testing.assert_close(
+        logits(cut, dense.parent / "carried"),
+        logits(dense, lora, masking(cut, "llama")),
+        atol=1e-4,
+        rtol=1e-4,
+    )
