@@ -25,11 +25,22 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("tasks", "fewshot", "limit", "include_path", "record"),
     ),
     "Calibration": (
+        *("refit", "dense"),
         *("calibration", "calibration_weights", "text_column", "blocks", "block_size", "seed"),
         *("spike_prompt", "second_order", "save_samples"),
     ),
     "Page": ("comparison", "generate", "prompts", "tokens", "figures"),
-    "Card and publishing": ("card_template", "stdout", "push_to", "private", "push_revision", "create_pr"),
+    "Card and publishing": (
+        "card_template",
+        "stdout",
+        "push_to",
+        "private",
+        "push_revision",
+        "create_pr",
+        "collection",
+        "base_model",
+    ),
+    "Rented machine": ("jobs", "bucket"),
     "Run": ("device", "dtype", "memory", "trust_remote_code", "resume", "broadcast_reads"),
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
