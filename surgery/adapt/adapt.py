@@ -106,7 +106,7 @@ class Carrier:
             adapter=replace(self.adapter, config=self._config(), tensors=tensors),
             cut=cut,
             copied=[module for module in self.targets if module not in cut],
-            saved=sorted({n.rpartition(".")[0] for n in self.adapter.tensors if not PART.fullmatch(n)}),
+            saved=sorted({plain(n)[0] for n in self.adapter.tensors if not PART.fullmatch(n)}),
             refitted=sorted(refits),
         )
 
@@ -119,6 +119,12 @@ class Carrier:
             "revision": None,
             "inference_mode": True,
         }
+
+
+def plain(name: str) -> tuple[str, str]:
+    """(Module, parameter) of a tensor that peft saved whole; it names adapted modules by their base layer."""
+    module, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+    return module, leaf
 
 
 def check_adapter(model: Model, adapter: PeftAdapter) -> Carrier:
@@ -156,19 +162,12 @@ def _check_saved(model: Model, name: str, tensor: torch.Tensor) -> None:
     repair changed, and in a healed model everything inside the layers.
     """
     meta_model = model.meta_model
-    module, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+    module, leaf = plain(name)
     try:
         owner = meta_model.model.get_submodule(module)
         shape: list[int] | None = list(getattr(owner, leaf).shape)
     except AttributeError:
         owner, shape = nn.Identity(), None
-    if shape != list(tensor.shape):
-        raise CheckpointError(
-            "the adapter has a tensor that the cut model does not have so",
-            where=f"adapter tensor {name}",
-            expected="a LoRA tensor, or a parameter of the model" if shape is None else str(shape),
-            found=str(list(tensor.shape)),
-        )
     inside = module.startswith(meta_model.layers_path + ".")
     healed = "heals" in model.checkpoint.read_json(MANIFEST)
     if inside and (healed or isinstance(owner, nn.Linear) or is_conv1d(owner)):
@@ -178,6 +177,13 @@ def _check_saved(model: Model, name: str, tensor: torch.Tensor) -> None:
             where="modules_to_save",
             found=module,
             next_step="train the adapter with target_modules in place of modules_to_save",
+        )
+    if shape != list(tensor.shape):
+        raise CheckpointError(
+            "the adapter has a tensor that the cut model does not have so",
+            where=f"adapter tensor {name}",
+            expected="a LoRA tensor, or a parameter of the model" if shape is None else str(shape),
+            found=str(list(tensor.shape)),
         )
 
 

@@ -63,7 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             where=str(folder) if not folder.is_dir() else folder.name,
             expected=f"a folder with {CONFIG} and {TENSORS}",
             found="a whole model" if (folder / "config.json").exists() else "",
-            next_step="name the folder that peft's save_pretrained wrote",
+            next_step="name the folder that peft's save_pretrained wrote, or that `hf download` fetched",
         )
     config = parse_json(CONFIG, file.read_bytes())
     if not isinstance(config, dict):
