@@ -53,12 +53,23 @@ def _rendered(manifest: dict[str, Any], source_card: str | None, template: str |
         return render_card(manifest, source_card)
 
 
-def name_repo(folder: Path, repo: str) -> None:
-    """Record in surgeon.json and the card of a finished folder the Hub id it is published under."""
+def name_repo(folder: Path, repo: str, base_model: str | None = None) -> None:
+    """Record in surgeon.json and the card of a finished folder the Hub id it is published under, and that of
+    its base model where it was made from a local folder.
+    """
     manifest = read_manifest(folder)
-    if manifest.get("repo") != repo:
-        manifest["repo"] = repo
-        _rewrite(folder, manifest)
+    named = {"repo": repo, **({"base_model": base_model} if base_model else {})}
+    if any(manifest.get(key) != value for key, value in named.items()):
+        _rewrite(folder, manifest | named)
+
+
+def published_base(folder: Path) -> str | None:
+    """The Hub id of the folder that a folder was made from, where it lies beside it and was published."""
+    beside = folder.absolute().parent / read_manifest(folder)["source"]["name"]
+    if not (beside / MANIFEST).is_file():
+        return None
+    found = read_manifest(beside).get("repo")
+    return str(found) if found else None
 
 
 def record_tasks(folder: Path, found: dict[str, Any]) -> None:

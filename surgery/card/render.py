@@ -6,11 +6,9 @@ import re
 from importlib import resources
 from typing import Any
 
+from surgery.card.hub_metadata import base_model, is_gguf, own_tags, trials
 from surgery.card.source_card import inherited_metadata
 
-HEALED_TAGS = ["distilled", "surgeon"]
-PRUNED_TAGS = ["pruned", "structured-pruning", "surgeon"]
-QUANTIZED_TAGS = ["quantized", "surgeon"]
 OBLIGATIONS = {
     "llama": (
         "The source is under a Llama community license: display “Built with Llama” where you use this model, "
@@ -29,9 +27,9 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class` and `load_from`; for a pruned model also `method`,
-    `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`
-    and `repaired`.
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals` and `trials`; for a pruned
+    model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`,
+    `repair`, `repair_label` and `repaired`.
     """
     import jinja2
 
@@ -49,9 +47,11 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "auto_class": manifest.get("auto_class", "AutoModelForCausalLM"),
         "load_from": manifest.get("repo") or "path/to/this/folder",
         "heals": manifest.get("heals") or [],
+        "trials": trials(manifest),
         **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
+    name = "gguf_card.md" if is_gguf(manifest) else name
     text = _shipped_template(name) if template is None else template
     rendered = environment.from_string(text).render(variables)
     return re.sub(r"\n{3,}", "\n\n", rendered)
@@ -94,29 +94,23 @@ def describe_repair(manifest: dict[str, Any]) -> str:
 
 
 def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> str:
-    """The card's YAML, by the conventions of the Hub.
+    """The card's YAML, by the conventions of the Hub (`hub_metadata`).
 
-    The Hub has no relation "pruned": pruned models get `finetune` and the tag `pruned`. The results in the
-    source's card are left out, because they are not results of this model.
+    The results in the source's card are left out, because they are not results of this model.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    quantized = "quantization" in manifest
-    own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS if "plan" in manifest else HEALED_TAGS
-    heals = manifest.get("heals") or []
-    if heals and "plan" in manifest:
-        own_tags = [*PRUNED_TAGS, "distilled"]
+    heals, own = manifest.get("heals") or [], own_tags(manifest)
     inherited = inherited_metadata(source_card)
     name = manifest["source"]["name"]
-    tags = [tag for tag in inherited.pop("tags", []) if tag not in own_tags]
+    tags = [tag for tag in inherited.pop("tags", []) if tag not in own]
     fields: dict[str, Any] = {
         **inherited,
-        "library_name": "transformers",
+        "library_name": "gguf" if is_gguf(manifest) else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [*tags, *own_tags],
+        "tags": [*tags, *own],
+        **base_model(manifest),
     }
-    if "/" in name:  # a Hub id; the name of a folder would be a broken link
-        fields |= {"base_model": name, "base_model_relation": "quantized" if quantized else "finetune"}
     measured = manifest["measurements"].get("pruned")
     if heals:
         measured = heals[-1].get("evaluation", {}).get("after")

@@ -42,6 +42,26 @@ def versions() -> dict[str, str]:
     }
 
 
+def reproduce_json(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The `reproduce` entry of surgeon.json: all that a program needs to make the folder again, and to check.
+
+    `command` with the commit of its `source`, the `packages` it ran with, the `seeds` it drew with, and the
+    `calibration` tokens by their sha256, which an index made again must have.
+    """
+    calibration, plan = manifest.get("calibration") or {}, manifest.get("plan") or {}
+    source, ran = manifest["source"], manifest["versions"]
+    seeds = {"calibration": calibration.get("seed"), "plan": plan.get("seed")}
+    return {
+        "command": manifest.get("command"),
+        "source": {key: source.get(key) for key in ("name", "revision", "config_digest", "shape_digest")},
+        "packages": {"ffn-surgeon": ran["surgeon"], **{k: v for k, v in ran.items() if k != "surgeon"}},
+        "seeds": {key: seed for key, seed in seeds.items() if seed is not None},
+        "calibration": {
+            key: calibration[key] for key in ("name", "blocks", "block_size", "sha256") if key in calibration
+        },
+    }
+
+
 MANIFEST = "surgeon.json"
 SCHEMA_VERSION = 1
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from surgery.checkpoint.file_roles import INDEX_FILE, SINGLE_FILE, left_behind
 from surgery.checkpoint.hub import hub_errors, patiently
-from surgery.checkpoint.manifest import MANIFEST
+from surgery.checkpoint.manifest import MANIFEST, read_manifest
 from surgery.checkpoint.refusals import parse_json
 from surgery.checkpoint.source import LocalFolder
 from surgery.errors import HubError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+OTHERS = (".gitattributes", ".eval_results/")  # what others may have put into a repo stays
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class PushTarget:
     """Where and how to publish.
 
     `revision` is a branch to create or extend; `create_pr` opens a pull request; `overwrite` permits a repo
-    that surgeon did not write.
+    that surgeon did not write. `collection` is the title or the slug of a Collection to put the repo into.
     """
 
     repo: str
@@ -28,13 +31,17 @@ class PushTarget:
     revision: str | None = None
     create_pr: bool = False
     overwrite: bool = False
+    collection: str | None = None
 
 
 @dataclass
 class PushReport:
-    """Result of a push: the URL of its commit or pull request, and file name -> size in bytes."""
+    """Result of a push: the URL of its commit or pull request, that of the collection where one was named,
+    and file name -> size in bytes.
+    """
 
     url: str
+    collection: str | None = None
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -95,21 +102,37 @@ def _existing_files(api: Any, target: PushTarget) -> set[str]:
 def pushed_files(folder: Path) -> dict[str, int]:
     """File -> bytes of the files of an output folder that belong to its model.
 
-    Other weights put beside them (a GGUF file, an optimizer's state) are not pushed.
+    Other weights put beside them (an optimizer's state, a GGUF file beside a checkpoint) are not pushed.
     """
     sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
-    own = {SINGLE_FILE}
-    if SINGLE_FILE not in sizes and INDEX_FILE in sizes:
-        content = parse_json(INDEX_FILE, (folder / INDEX_FILE).read_bytes())
-        own = {INDEX_FILE, *content.get("weight_map", {}).values()}
+    own = _own_weights(folder, set(sizes))
     behind = set(left_behind(sizes, own))
     return {name: size for name, size in sizes.items() if name not in behind}
 
 
+def _own_weights(folder: Path, files: set[str]) -> set[str]:
+    """The weight files of a folder: those of its checkpoint, its adapter, or its GGUF file."""
+    manifest = read_manifest(folder) if MANIFEST in files else {}
+    if "gguf" in manifest:
+        return {manifest["gguf"]["file"]}
+    if "adapter" in manifest:
+        return {ADAPTER_FILE}
+    if SINGLE_FILE not in files and INDEX_FILE in files:
+        content = parse_json(INDEX_FILE, (folder / INDEX_FILE).read_bytes())
+        return {INDEX_FILE, *content.get("weight_map", {}).values()}
+    return {SINGLE_FILE}
+
+
 def push_folder(
-    folder: Path, target: PushTarget, message: str, say: Callable[[str], None] = lambda _: None
+    folder: Path,
+    target: PushTarget,
+    message: str,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    beside: dict[str, bytes] | None = None,
 ) -> PushReport:
-    """Publish an output folder in one commit; `say` gets progress messages.
+    """Publish an output folder in one commit; `say` gets progress messages, `beside` are files of the repo
+    that the folder does not hold.
 
     Large files are uploaded first and are not visible. The commit then publishes all files at once and
     deletes files that the folder no longer has. Files that do not
@@ -120,16 +143,20 @@ def push_folder(
 
     check_push(target)
     api = HfApi()
-    report = PushReport("", pushed_files(folder))
+    report = PushReport("", files=pushed_files(folder))
     names = list(report.files)
+    report.files |= {name: len(content) for name, content in (beside or {}).items()}
     with hub_errors("pushing", target.repo):
         patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
         if target.revision is not None and not target.create_pr:
             branch = target.revision
             patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True))
-        stale = patiently(lambda: _existing_files(api, target)) - set(names) - {".gitattributes"}
+        existing = patiently(lambda: _existing_files(api, target))
+        stale = {name for name in existing - set(report.files) if not name.startswith(OTHERS)}
         additions = [CommitOperationAdd(name, folder / name) for name in names]
-        say(f"Uploading {len(names)} files, {sum(report.files.values()) / 2**20:,.0f} MiB, to {target.repo}")
+        additions += [CommitOperationAdd(name, content) for name, content in (beside or {}).items()]
+        size = sum(report.files.values()) / 2**20
+        say(f"Uploading {len(additions)} files, {size:,.0f} MiB, to {target.repo}")
         # Uploads the large files; the commit then refers to them by hash.
         patiently(
             lambda: api.preupload_lfs_files(
@@ -148,4 +175,30 @@ def push_folder(
             create_pr=target.create_pr or None,
         )
     report.url = str(commit.pr_url or commit.commit_url)
+    if target.collection is not None:
+        report.collection = add_to_collection(target.repo, target.collection, private=target.private)
     return report
+
+
+def add_to_collection(repo: str, collection: str, *, private: bool = False) -> str:
+    """Put a published model into a collection of its account, made when missing; returns the URL.
+
+    `collection` is its title, or its slug as ACCOUNT/TITLE-ID, which the Hub's pages show. Raises HubError.
+    """
+    from huggingface_hub import HfApi
+
+    api, owner = HfApi(), repo.partition("/")[0]
+    with hub_errors("adding to the collection", collection):
+        if "/" in collection:
+            slug = collection
+        else:
+            titled = [one for one in api.list_collections(owner=owner) if one.title == collection]
+            slug = titled[0].slug if titled else _new_collection(api, collection, owner, private)
+        patiently(lambda: api.add_collection_item(slug, item_id=repo, item_type="model", exists_ok=True))
+        return str(api.get_collection(slug).url)
+
+
+def _new_collection(api: Any, title: str, owner: str, private: bool) -> str:
+    """The slug of a new collection; not tried again, which could make a second one."""
+    made = api.create_collection(title=title, namespace=owner, private=private, exists_ok=True)
+    return str(made.slug)

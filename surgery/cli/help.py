@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "revision", "range_reads", "index_folder"),
+    "Model": ("model", "onto", "revision", "range_reads", "index_folder"),
     "Pruning": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
@@ -25,17 +25,28 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("tasks", "fewshot", "limit", "include_path", "record"),
     ),
     "Calibration": (
+        *("refit", "dense"),
         *("calibration", "calibration_weights", "text_column", "blocks", "block_size", "seed"),
         *("spike_prompt", "second_order", "save_samples"),
     ),
     "Page": ("comparison", "generate", "prompts", "tokens", "figures"),
-    "Card and publishing": ("card_template", "stdout", "push_to", "private", "push_revision", "create_pr"),
+    "Card and publishing": (
+        "card_template",
+        "stdout",
+        "push_to",
+        "private",
+        "push_revision",
+        "create_pr",
+        "collection",
+        "base_model",
+    ),
+    "Rented machine": ("jobs", "bucket"),
     "Run": ("device", "dtype", "memory", "trust_remote_code", "resume", "broadcast_reads"),
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
-    "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
+    "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
     "Measure": ("eval", "ablate"),
     "Files": ("card", "push", "shard-index"),
 }

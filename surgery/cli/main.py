@@ -17,6 +17,7 @@ import click
 
 from surgery import __version__
 from surgery.cli.ablate import ablate
+from surgery.cli.adapt import adapt
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
 from surgery.cli.heal import heal
@@ -103,6 +104,7 @@ for command in (
     prune,
     compare,
     heal,
+    adapt,
     eval_command,
     ablate,
     quantize,

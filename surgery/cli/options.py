@@ -131,12 +131,15 @@ class PushOptions:
     private: bool
     push_revision: str | None
     create_pr: bool
+    collection: str | None
 
     def target(self, repo: str, overwrite: bool) -> PushTarget:
         """Where to publish, checked to be writable by the account the token belongs to. Raises HubError."""
         from surgery.checkpoint.push import PushTarget, check_push
 
-        target = PushTarget(repo, self.private, self.push_revision, self.create_pr, overwrite)
+        target = PushTarget(
+            repo, self.private, self.push_revision, self.create_pr, overwrite, self.collection
+        )
         check_push(target)
         return target
 
@@ -287,5 +290,10 @@ push_options = collected(
         click.option("--private", is_flag=True, help="Make the repo private."),
         click.option("--push-revision", metavar="BRANCH", help="Branch to push to. [default: main]"),
         click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+        click.option(
+            "--collection",
+            metavar="NAME",
+            help="Put the repo into this collection of the account: a title, or ACCOUNT/TITLE-ID.",
+        ),
     ],
 )

@@ -38,6 +38,7 @@ from surgery.cli.options import (
     text_words,
 )
 from surgery.cli.prune_heal import Healing, HealingOptions, healing_options, show_heal_dry_run
+from surgery.cli.prune_jobs import JobOptions, job_options, show_job
 from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     help="Publish to this Hub repo. [default name: from the source and the cut]",
 )
 @push_options
+@job_options
 @calibration_options
 @output_options
 @resume_option
@@ -82,6 +84,7 @@ def prune(
     card_template: Path | None,
     push_to: str | None,
     push_options: PushOptions,
+    job: JobOptions,
     text_options: CalibrationOptions,
     out: Path | None,
     overwrite: bool,
@@ -103,11 +106,15 @@ def prune(
     from surgery.pruning.prune import Provenance
 
     cut = cut.check()
+    job.check(dry_run)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder)
-    check_feasible(opened, cut, calibration_shape(found, text_options))
+    cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
     heal = Healing.prepare(opened, healing, cut, text_options)
+    if job.jobs:
+        show_job(opened, cost_at_most, heal, text_options, job, as_json)
+        return
     chosen = evaluation.chosen(published=push_to is not None)
     destination = out or Path(cut.name_for(opened))
     target = blocks = None
@@ -161,12 +168,12 @@ def check_prunable(model: Model) -> None:
     check(model.checkpoint.config, model.name)
 
 
-def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> None:
-    """Refuse a model, a width or a budget that won't do before anything is computed."""
+def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> PruneCost:
+    """The cost of the cut; refuses a model, a width or a budget that won't do before anything is computed."""
     from surgery.pruning.jobs import estimate_prune
 
     check_prunable(model)
-    estimate_prune(
+    return estimate_prune(
         model,
         sparsity=cut.sparsity,
         intermediate_size=cut.intermediate_size,
@@ -304,6 +311,8 @@ def publish(destination: Path, target: PushTarget | None, plan: PrunePlan, quiet
 
         report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
         say(f"Published: {report.url}", quiet)
+        if report.collection is not None:
+            say(f"In the collection {report.collection}", quiet)
 
 
 def show_result(manifest: dict[str, Any], destination: Path, as_json: bool, quiet: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +18,12 @@ from surgery.cli.options import PATH, PushOptions, push_options
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.argument("repo")
 @push_options
+@click.option(
+    "--base-model",
+    metavar="REPO",
+    help="Repo of what DIR was made from, for the card. [default: the source on the Hub, or where the folder "
+    "it was made from was pushed to]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a repo that surgeon did not write.")
 @click.option("--dry-run", is_flag=True, help="Print files, sizes and the card; publish nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -29,20 +36,24 @@ def push(
     as_json: bool,
     quiet: bool,
     push_options: PushOptions,
+    base_model: str | None,
 ) -> None:
     """Publish the finished folder DIR to the Hub repo REPO, in one commit, after verification.
 
+    A packed or GGUF form of a model belongs into a repo of its own; a collection ties them.
+
     \b
-    surgeon push smaller me/smaller
+    surgeon push smaller me/smaller --collection Smaller
+    surgeon push smaller-int4 me/smaller-int4 --collection Smaller
     """
-    from surgery.card.publish import name_repo
+    from surgery.card.eval_results import eval_results
+    from surgery.card.publish import name_repo, published_base
     from surgery.checkpoint.push import push_folder, pushed_files
-    from surgery.pruning.verify import verify_folder
-    from surgery.quantize.compressed_tensors import check_packed_loads
 
     manifest = read_manifest(folder)
+    beside = eval_results(manifest)
     if dry_run:
-        sizes = pushed_files(folder)
+        sizes = pushed_files(folder) | {name: len(content) for name, content in beside.items()}
         if as_json:
             click.echo(json.dumps({"repo": repo, "files": sizes}))
             return
@@ -52,16 +63,45 @@ def push(
         click.echo((folder / "README.md").read_text(encoding="utf-8"), nl=False)
         return
     target = push_options.target(repo, overwrite)
-    if manifest.get("quantization", {}).get("packed"):
+    verify(folder, manifest)
+    if "adapter" not in manifest:
+        base = base_model or published_base(folder)
+        name_repo(folder, repo, base)
+        if base is None and "/" not in manifest["source"]["name"]:
+            say("The card names no base model: give it with --base-model", quiet)
+    report = push_folder(
+        folder,
+        target,
+        f"Upload {folder.name} with surgeon",
+        lambda text: say(text, quiet),
+        beside=beside,
+    )
+    if as_json:
+        fields = {"url": report.url, "collection": report.collection, "files": report.files}
+        click.echo(json.dumps(fields))
+        return
+    click.echo(report.url)
+    if report.collection is not None:
+        say(f"In the collection {report.collection}", quiet)
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check a folder by what it holds before it is published: a checkpoint loads, a GGUF file or an adapter
+    is whole. Raises CheckpointError.
+    """
+    from surgery.adapt.peft_folder import read_adapter
+    from surgery.checkpoint.gguf_file import GgufFile
+    from surgery.pruning.verify import verify_folder
+    from surgery.quantize.compressed_tensors import check_packed_loads
+
+    if "gguf" in manifest:
+        GgufFile(folder / Path(manifest["gguf"]["file"]).name)
+    elif "adapter" in manifest:
+        read_adapter(folder)
+    elif manifest.get("quantization", {}).get("packed"):
         check_packed_loads(folder)
     else:
         verify_folder(folder)
-    name_repo(folder, repo)
-    report = push_folder(folder, target, f"Upload {folder.name} with surgeon", lambda text: say(text, quiet))
-    if as_json:
-        click.echo(json.dumps({"url": report.url, "files": report.files}))
-    else:
-        click.echo(report.url)
 
 
 @click.command(cls=GroupedCommand)

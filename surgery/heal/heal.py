@@ -14,7 +14,14 @@ from surgery.budget.heal_cost import HealCost
 from surgery.budget.prune_cost import VERIFY_TOKENS
 from surgery.card.figures import HEAL, save_heal_figure
 from surgery.card.publish import write_card
-from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, dump_manifest, source_json, versions
+from surgery.checkpoint.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    dump_manifest,
+    reproduce_json,
+    source_json,
+    versions,
+)
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.transformers_model import auto_class
@@ -270,7 +277,7 @@ def healed_manifest(
     )
     measurements = {key: value for key, value in fields.get("measurements", {}).items() if key != "tasks"}
     heals = [*fields.get("heals", []), {**entry, "command": provenance.command}]
-    return {
+    healed = {
         **fields,
         "schema_version": SCHEMA_VERSION,
         "result": {"parameters": checkpoint.parameters, "bytes": checkpoint.nbytes},
@@ -280,3 +287,5 @@ def healed_manifest(
         "repo": provenance.repo,
         "versions": versions(),
     }
+    commands = [fields.get("command"), *(heal["command"] for heal in heals)]
+    return healed | {"reproduce": reproduce_json(healed) | {"commands": [one for one in commands if one]}}

@@ -35,16 +35,19 @@ def student_manifest(student: Model) -> dict[str, Any] | None:
     return manifest
 
 
-def teacher_name(student: Model, manifest: dict[str, Any] | None) -> tuple[str, str | None]:
+def teacher_name(
+    student: Model, manifest: dict[str, Any] | None, option: str = "--teacher"
+) -> tuple[str, str | None]:
     """(Folder or Hub id, revision) of the source of a folder surgeon wrote.
 
-    A source that was a local folder is looked for beside the student. Raises UsageError if it is not there.
+    A source that was a local folder is looked for beside the student. Raises UsageError if it is not there;
+    `option` is what names it then.
     """
     if manifest is None:
         raise UsageError(
             "surgeon did not write this folder, so its teacher is not known",
             where=student.name,
-            next_step="name the dense model with --teacher",
+            next_step=f"name the dense model with {option}",
         )
     source = manifest["source"]
     if "/" in source["name"]:
@@ -56,7 +59,7 @@ def teacher_name(student: Model, manifest: dict[str, Any] | None) -> tuple[str, 
             "the model this folder was made from is not beside it",
             where=student.name,
             expected=source["name"],
-            next_step="name it with --teacher",
+            next_step=f"name it with {option}",
         )
     return str(beside), None
 

@@ -270,11 +270,12 @@ class MetaModel:
         for ffns in self.ffns:
             for ffn in ffns:
                 key = ffn.site.width_key
-                widths[key] = max(widths.get(key, 0), ffn.width // self._width_multiplier(ffn))
+                widths[key] = max(widths.get(key, 0), ffn.width // self.width_multiplier(ffn))
                 channels[key] = channels.get(key, 0) + ffn.width
         return {key: widths[key] for key in sorted(widths, key=lambda k: -channels[k])}
 
-    def _width_multiplier(self, ffn: Ffn) -> int:
+    def width_multiplier(self, ffn: Ffn) -> int:
+        """How many times the width under its config key an FFN is wide: a shared FFN may be several."""
         key = ffn.site.width_multiplier_key
         if key is None:
             return 1

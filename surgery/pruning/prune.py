@@ -10,7 +10,14 @@ from typing import Any
 from surgery.budget.prune_cost import VERIFY_TOKENS, prune_cost
 from surgery.card.figures import CONCENTRATION, CUT, save_figures
 from surgery.card.publish import write_card
-from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, dump_manifest, source_json, versions
+from surgery.checkpoint.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    dump_manifest,
+    reproduce_json,
+    source_json,
+    versions,
+)
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.reader import Checkpoint
@@ -130,6 +137,7 @@ def _write(
             "outside_model": fates_json(meta_model, cut.edits),
             "left_behind": model.checkpoint.left_behind,
         }
+        manifest["reproduce"] = reproduce_json(manifest)
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")
         save_figures(folder, manifest)
         write_card(folder, manifest, model.checkpoint, provenance.card_template)

@@ -17,7 +17,7 @@ from torch import nn
 
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
 from surgery.card.publish import write_card
-from surgery.checkpoint.manifest import MANIFEST, source_json, versions
+from surgery.checkpoint.manifest import MANIFEST, reproduce_json, source_json, versions
 from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import complete_folder
 from surgery.checkpoint.safetensors_header import TensorEntry
@@ -156,6 +156,7 @@ def write_quantized(
             "outside_model": leftovers_json(opened.meta_model.leftovers),
             "left_behind": checkpoint.left_behind,
         }
+        manifest["reproduce"] = reproduce_json(manifest)
         config = checkpoint.config
         if packed:
             config = {**config, "quantization_config": quantization_config(plan)}

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from helpers.tiny_models import ROOT
 from huggingface_hub import ModelCard
 
+from surgery.card.eval_results import eval_results
 from surgery.card.render import render_card
 from surgery.repair.methods import REPAIRS
 
@@ -128,6 +130,26 @@ def test_a_quantised_card_carries_the_license_over() -> None:
     assert data.license == "llama3.1" and data.tags == ["facebook", "quantized", "surgeon"]
     assert data.base_model == "meta-llama/Llama-3.1-8B" and data.base_model_relation == "quantized"
     assert "Built with Llama" in text and render_card(quantised, text) == text
+
+
+def test_only_registered_benchmarks_run_whole_become_eval_results() -> None:
+    values = {"exact_match,strict-match": 0.2767, "exact_match,flexible-extract": 0.28, "samples": 1319}
+    tasks: dict[str, Any] = {
+        "harness": "lm-eval 0.4.9",
+        "settings": {"gsm8k": {"fewshot": 5, "limit": None}, "piqa": {"fewshot": 0, "limit": None}},
+        "results": {"gsm8k": values, "piqa": {"acc": 0.6}},
+    }
+    (file, content), *more = eval_results({"measurements": {"tasks": tasks}}).items()
+    assert file == ".eval_results/gsm8k.yaml" and not more
+    assert yaml.safe_load(content) == [
+        {
+            "dataset": {"id": "openai/gsm8k", "task_id": "gsm8k"},
+            "value": 27.67,
+            "notes": "lm-eval 0.4.9, 5-shot, exact_match,strict-match",
+        }
+    ]
+    tasks["settings"]["gsm8k"]["limit"] = 100
+    assert eval_results({"measurements": {"tasks": tasks}}) == {} == eval_results({"measurements": {}})
 
 
 def test_golden_manifests_are_plain_json() -> None:

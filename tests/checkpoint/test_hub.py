@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers.loopback_hub import TOKEN, Fault, LoopbackHub, serving
+from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import CALIBRATION
+
+from surgery import __version__
+from surgery.card.render import render_card
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [tiny]\n---\n# Tiny\n"
 PRUNE = [
@@ -276,3 +281,107 @@ def test_a_large_data_set_is_read_no_further_than_needed(world: World) -> None:
     calibration = json.loads((world.folder / "index" / "index.json").read_text())["calibration"]
     assert calibration["name"] == "org/rows"
     assert [part["revision"] for part in calibration["parts"]] == [sha]
+
+
+READ_BACK = """
+import json, sys
+from huggingface_hub import HfApi, ModelCard
+api = HfApi()
+cards = {repo: ModelCard.load(repo).data for repo in sys.argv[2:]}
+collection = api.get_collection(sys.argv[1])
+print(json.dumps({
+    "items": [item.item_id for item in collection.items],
+    "cards": {
+        repo: [card.base_model, card.get("base_model_relation"), card.tags] for repo, card in cards.items()
+    },
+    "files": {repo: api.list_repo_files(repo) for repo in sys.argv[2:]},
+}))
+"""
+
+
+def save_gguf(folder: Path) -> None:
+    """A folder as `surgeon export cut --gguf` writes it."""
+    folder.mkdir()
+    file = write_gguf(folder / "model.gguf", "llama")
+    entry = {"file": file.name, "type": "f32", "architecture": "llama", "types": {"F32": 1}, "notes": []}
+    manifest = {
+        "schema_version": 1,
+        "source": {"name": "cut", "revision": None, "bytes": 1},
+        "result": {"parameters": 1, "bytes": file.stat().st_size},
+        "gguf": {**entry, "quantiser": "surgeon"},
+        "super_weights": [],
+        "measurements": {},
+        "repo": None,
+        "versions": {"surgeon": "0"},
+        "command": None,
+    }
+    (folder / "surgeon.json").write_text(json.dumps(manifest))
+    (folder / "README.md").write_text(render_card(manifest))
+
+
+def test_forms_of_one_model_are_tied_by_relations_tags_and_a_collection(world: World) -> None:
+    hub, folder = world.hub, world.folder
+    tied = ("--collection", "Tiny cuts")
+    world.surgeon(*PRUNE, "--repair", "none", "--out", "cut", "--push", "me/cut", *tied)
+    world.surgeon("quantize", "cut", "--group-size", "8", "--no-clip", "--out", "packed", "--quiet")
+    save_gguf(folder / "cut-gguf")
+    world.surgeon("push", "packed", "me/packed", *tied)
+    assert "In the collection" in world.surgeon("push", "cut-gguf", "me/cut-gguf", *tied).stderr
+    (slug,) = hub.collections
+    back = json.loads(world.run("-c", READ_BACK, slug, "me/cut", "me/packed", "me/cut-gguf").stdout)
+    assert back["items"] == ["me/cut", "me/packed", "me/cut-gguf"]
+    assert back["cards"]["me/cut"][:2] == ["org/tiny", "finetune"]
+    assert back["cards"]["me/packed"][:2] == ["me/cut", "quantized"]
+    assert back["cards"]["me/cut-gguf"][:2] == ["me/cut", "quantized"]
+    assert all("surgeon" in tags for _, _, tags in back["cards"].values())
+    assert "lp-hybrid" in back["cards"]["me/cut"][2] and "gguf" in back["cards"]["me/cut-gguf"][2]
+    assert "model.gguf" in back["files"]["me/cut-gguf"]
+    assert "llama-cli -hf me/cut-gguf" in hub.files("me/cut-gguf")["README.md"].decode()
+    assert "vllm serve me/cut" in hub.files("me/cut")["README.md"].decode()
+    made = json.loads(hub.files("me/cut")["surgeon.json"])["reproduce"]
+    assert made["source"]["revision"] == hub.repos["org/tiny"].branches["main"]
+    assert made["command"].startswith("surgeon prune org/tiny --revision ")
+    assert made["seeds"] == {"calibration": 42, "plan": 42} and len(made["calibration"]["sha256"]) == 64
+
+
+def hf_jobs(world: World, printed: str) -> tuple[dict[str, str], list[str]]:
+    """What the `hf` command line makes of a printed command (key -> value), and the words of its job."""
+    words = shlex.split(printed)
+    assert words[:4] == ["hf", "jobs", "uv", "run"]
+    shown = world.run("-m", "huggingface_hub.cli.hf", *words[1:4], "--dry-run", *words[4:]).stdout
+    rows = [line.split(None, 1) for line in shown.splitlines()[1:] if line.startswith("  ")]
+    return {row[0]: row[1].strip() for row in rows}, words[words.index("--") + 1 :]
+
+
+def test_the_printed_job_is_one_that_hf_takes_and_that_runs(world: World) -> None:
+    cut = (
+        "org/tiny",
+        "--multiple-of",
+        "8",
+        "--calibration",
+        "org/prose",
+        "--blocks",
+        "4",
+        "--block-size",
+        "32",
+    )
+    world.hub.put("org/prose", {"train.txt": (world.folder / "text.txt").read_bytes()})
+    shown = world.surgeon("prune", *cut, "--eval", "none", "--dry-run", "--jobs", "--push", "me/from-a-job")
+    assert "cpu-basic" in shown.stderr and "$" in shown.stderr and "2026-11-26" in shown.stderr
+    job, words = hf_jobs(world, shown.stdout)
+    assert job["flavor"] == "cpu-basic" and job["timeout"] == "30m" and job["script"] == "surgeon"
+    assert job["secrets"] == "HF_TOKEN=***" and job["with"] == f"ffn-surgeon=={__version__}"
+    assert words[words.index("--revision") + 1] == world.hub.repos["org/tiny"].branches["main"]
+    assert not list(world.folder.glob("tiny-*")) and "me/from-a-job" not in world.hub.repos
+    world.surgeon(*words[1:], "--quiet")
+    assert "model.safetensors" in world.hub.files("me/from-a-job")
+
+
+def test_a_job_keeps_its_journal_in_a_bucket(world: World) -> None:
+    ask = ("--multiple-of", "8", "--eval", "none", "--dry-run", "--jobs", "--json")
+    shown = world.surgeon("prune", "org/tiny", "--bucket", "me/runs", "--out", "cut", *ask)
+    answer = json.loads(shown.stdout)
+    job, words = hf_jobs(world, shlex.join(answer["command"]))
+    assert "hf://buckets/me/runs:/surgeon/run" in job["volumes"]
+    assert words[-3:] == ["--out", "/surgeon/run/cut", "--push"]
+    assert answer["best"]["dollars"] <= min(one["dollars"] for one in answer["offers"] if not one["lacks"])

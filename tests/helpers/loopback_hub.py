@@ -1,7 +1,8 @@
 """A Hugging Face Hub on 127.0.0.1, small enough to read: what the real client asks of it, and faults on
 demand.
 
-Speaks whoami, repos, LFS uploads, commits, branches, pull requests, file listings and (ranged) downloads to
+Speaks whoami, repos, LFS uploads, commits, branches, pull requests, collections, file listings and (ranged)
+downloads to
 the unmodified `huggingface_hub` and `transformers`, pointed here by HF_ENDPOINT, with HF_HUB_DISABLE_XET=1.
 """
 
@@ -36,6 +37,26 @@ class Repo:
 
 
 @dataclass
+class Collection:
+    """A titled list of repos of one account; items are (kind, repo)."""
+
+    title: str
+    owner: str
+    private: bool = False
+    items: list[tuple[str, str]] = field(default_factory=list)
+
+    def as_json(self, slug: str) -> dict[str, Any]:
+        """What the Hub answers of it."""
+        items = [
+            {"_id": f"{place:024x}", "id": repo, "type": kind, "position": place}
+            for place, (kind, repo) in enumerate(self.items)
+        ]
+        fields = {"slug": slug, "title": self.title, "owner": {"name": self.owner}, "private": self.private}
+        fields |= {"lastUpdated": "2026-11-26T00:00:00.000Z", "theme": "blue", "upvotes": 0}
+        return {**fields, "items": items}
+
+
+@dataclass
 class Fault:
     """Answer the next `times` requests whose method and path match with a status, a cut body or a dropped
     line.
@@ -57,6 +78,7 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.collections: dict[str, Collection] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.bytes_out: dict[str, int] = {}
@@ -138,6 +160,10 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
         ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
         ("POST", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<rev>[^/]+)", "paths_info"),
+        ("GET", r"/api/collections", "list_collections"),
+        ("POST", r"/api/collections", "create_collection"),
+        ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "get_collection"),
+        ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "add_item"),
         ("GET", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
         ("HEAD", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)", "resolve"),
     )
@@ -363,6 +389,40 @@ class Handler(BaseHTTPRequestHandler):
             "author": repo.partition("/")[0],
         }
         self.send(200, {**fields, "tags": [], "downloads": 0, "likes": 0})
+
+    def list_collections(self) -> None:
+        owner = self.query.get("owner", [""])[0]
+        found = {slug: one for slug, one in self.state.collections.items() if one.owner == owner}
+        self.send(200, [one.as_json(slug) for slug, one in found.items()])
+
+    def create_collection(self) -> None:
+        fields = json.loads(self.body)
+        title, owner = fields["title"], fields["namespace"]
+        slug = f"{owner}/{re.sub(r'[^a-z0-9]+', '-', title.lower())}-{len(self.state.collections):024x}"
+        self.state.collections[slug] = Collection(title, owner, bool(fields.get("private")))
+        self.send(200, {**self.state.collections[slug].as_json(slug), "position": 0})
+
+    def get_collection(self, slug: str) -> None:
+        found = self.state.collections.get(slug)
+        if found is None:
+            self.send(404, {"error": "Collection not found"})
+        else:
+            self.send(200, {**found.as_json(slug), "position": 0})
+
+    def add_item(self, slug: str) -> None:
+        if slug not in self.state.collections:
+            self.send(404, {"error": "Collection not found"})
+            return
+        item = json.loads(self.body)["item"]
+        entry, found = (item["type"], item["id"]), self.state.collections[slug]
+        if item["id"] not in self.state.repos:
+            self.send(404, {"error": "no such repo"})
+            return
+        if entry in found.items:
+            self.send(409, {"error": "already in the collection"})
+            return
+        found.items.append(entry)
+        self.send(200, {**found.as_json(slug), "position": 0})
 
     def resolve(self, repo: str, rev: str, path: str) -> None:
         if (found := self.find(repo, rev)) is None:
