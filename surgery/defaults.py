@@ -12,3 +12,5 @@ EVALUATION_TEXT = "wikitext-test"
 BLOCKS = 64
 BLOCK_SIZE = 512
 SEED = 42
+TARGET_CUTS = ("ffn", "layers", "kv")  # kinds of cut that a target is met by: stock classes load the result
+SEARCH_SECONDS = 1800.0

@@ -1,9 +1,9 @@
-"""Import this module to load checkpoints whose layers have different feed-forward widths.
+"""Import this module to load checkpoints whose layers differ: in feed-forward width, or without attention.
 
     import surgery.loading
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-config.json holds the widths in transformers' own `per_layer_config`, which its model classes do not use yet
+config.json says how in transformers' own `per_layer_config`, which its model classes do not use yet
 (transformers 5.23). When such a config is read, this module registers a subclass of the family's decoder
 layer with transformers' public patch mapping; the subclass builds each layer from its own config. No code of
 the checkpoint is run. Configs without `per_layer_config` are unaffected. `save_pretrained` keeps the format.
@@ -15,12 +15,15 @@ import importlib
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
 
+ATTENTION_MODULES = ("self_attn", "attn", "attention", "self_attention")
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 LAYER_NUMBER = ("layer_idx", "layer_id", "layer_index", "idx")
 
 
@@ -29,11 +32,34 @@ def own_config(config: Any, layer: int) -> Any:
     return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
+class NoAttention(nn.Module):
+    """In place of an attention that was removed: adds nothing to the residual stream.
+
+    Tokens are counted in the cache, as other layers' are: by keys and values of width 1 (of width 0 they
+    would not be).
+    """
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = next((found for name in CACHE_ARGUMENTS if (found := kwargs.get(name)) is not None), None)
+        if cache is not None:
+            none = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(none, none, self.layer)
+        return torch.zeros_like(hidden_states), None
+
+
 def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a decoder layer class that is built from the config of its own layer."""
 
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        layer_class.__init__(self, own_config(config, layer_idx), layer_idx, *args, **kwargs)
+        own = own_config(config, layer_idx)
+        layer_class.__init__(self, own, layer_idx, *args, **kwargs)
+        if "attention" in (getattr(own, "skip", None) or ()):
+            name = next(one for one in ATTENTION_MODULES if one in self._modules)
+            setattr(self, name, NoAttention(layer_idx))
 
     fields = {"__init__": __init__, "__module__": layer_class.__module__, "__doc__": layer_class.__doc__}
     return type(layer_class.__name__, (layer_class,), fields)

@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.card.hub_metadata import base_model, is_gguf, own_tags, trials
 from surgery.card.source_card import inherited_metadata
+from surgery.plan.layer_rows import cut_lines, search_line
 
 OBLIGATIONS = {
     "llama": (
@@ -29,7 +30,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
     `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals` and `trials`; for a pruned
     model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`,
-    `repair`, `repair_label` and `repaired`.
+    `repair`, `repair_label`, `repaired`, `cuts` and `search`.
     """
     import jinja2
 
@@ -74,7 +75,9 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
         "saved": f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
         "widths": plan.get("widths") or one_width,
         "widths_differ": widths_differ,
-        "per_layer": widths_differ and not padded,
+        "per_layer": (widths_differ and not padded) or "attention" in plan.get("cuts", {}),
+        "cuts": cut_lines(plan),
+        "search": search_line(plan),
         "padded": padded,
         "repair": plan.get("repair", "none"),
         "repair_label": manifest.get("repair_label", ""),

@@ -9,6 +9,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Pruning": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
+        *("target_params", "target_size", "target_memory", "context", "packed_int4", "cuts", "search_time"),
+        *("drop_layers", "drop_attention", "kv_heads"),
     ),
     "Healing": (
         *("heal_tokens", "rounds", "tokens_seen", "heal_texts", "text_weights", "loss_on", "teacher"),

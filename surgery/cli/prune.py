@@ -40,6 +40,7 @@ from surgery.cli.options import (
 from surgery.cli.prune_heal import Healing, HealingOptions, healing_options, show_heal_dry_run
 from surgery.cli.prune_jobs import JobOptions, job_options, show_job
 from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
+from surgery.cli.target_options import TargetOptions, target_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint.push import PushTarget
     from surgery.cut.tensors import TensorEdit
     from surgery.engine.open_model import Model
+    from surgery.engine.resume import Journal
     from surgery.index.channel_index import ChannelIndex
     from surgery.plan.prune_plan import PrunePlan
     from surgery.pruning.prune import Provenance
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @cut_options
+@target_options
 @healing_options
 @eval_options
 @click.option("--card-template", type=PATH, help="jinja2 text for the card.")
@@ -79,6 +82,7 @@ def prune(
     model: str,
     index_folder: str | None,
     cut: CutOptions,
+    target: TargetOptions,
     healing: HealingOptions,
     evaluation: EvalOptions,
     card_template: Path | None,
@@ -94,35 +98,37 @@ def prune(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Prune MODEL: choose channels, remove them, write a smaller checkpoint; with --heal, train it too.
+    """Prune MODEL: choose what goes, remove it, write a smaller checkpoint; with --heal, train it too.
 
     \b
     surgeon prune org/name --sparsity 0.5 --push me/name-scar-50
     surgeon prune org/name --sparsity 0.5 --heal 1M --rounds 2
+    surgeon prune org/name --target-params 1B --cuts ffn,layers
     """
     from surgery.checkpoint.manifest import read_manifest
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import prune_cost_lines
     from surgery.pruning.prune import Provenance
 
-    cut = cut.check()
-    job.check(dry_run)
+    cut = target.check(cut, rounds=healing.rounds)
+    job.check(dry_run, searches=target.target is not None)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder)
     cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
+    target.check_model(opened)
     heal = Healing.prepare(opened, healing, cut, text_options)
     if job.jobs:
         show_job(opened, cost_at_most, heal, text_options, job, as_json)
         return
     chosen = evaluation.chosen(published=push_to is not None)
-    destination = out or Path(cut.name_for(opened))
-    target = blocks = None
+    destination = out or Path(target.name_for(opened, cut))
+    published = blocks = None
     if not dry_run:
         needs = opened.checkpoint.nbytes
         source = local_path(model)
         check_destination(destination, overwrite=overwrite, source=source, needs_bytes=needs)
-        target = push_target(push_to, destination, push_options, overwrite)
+        published = push_target(push_to, destination, push_options, overwrite)
         blocks = None if chosen is None else chosen.read(opened)
     index = index_for(
         opened,
@@ -133,7 +139,8 @@ def prune(
         resume=resume,
         quiet=quiet,
     )
-    plan = plan_for(opened, index, cut, text_options.seed, quiet)
+    search = None if dry_run else target.journal(opened, index, cut, destination, resume)
+    plan = plan_for(opened, index, cut, target, text_options.seed, search, quiet)
     edits = planned_edits(opened, plan)
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
     fates = show_prune_plan(opened, plan, sizes, edits, as_json)
@@ -146,7 +153,7 @@ def prune(
     words = canonical_command(opened, index, plan, cut, how, text_options)
     provenance = Provenance(
         command=shlex.join([*words, *healing.words]),
-        repo=target.repo if target else None,
+        repo=published.repo if published else None,
         dense=None if blocks is None else measure(opened, blocks, quiet),
         card_template=template,
     )
@@ -157,8 +164,10 @@ def prune(
         heal.run(opened, index, plan, destination, measured, provenance, cut, resume, quiet)
     manifest = read_manifest(destination)
     discard_journal(destination)
+    if search is not None:
+        search.finish()
     show_result(manifest, destination, as_json, quiet)
-    publish(destination, target, plan, quiet)
+    publish(destination, published, plan, quiet)
 
 
 def check_prunable(model: Model) -> None:
@@ -184,20 +193,31 @@ def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) 
     )
 
 
-def plan_for(model: Model, index: ChannelIndex, options: CutOptions, seed: int, quiet: bool) -> PrunePlan:
+def plan_for(
+    model: Model,
+    index: ChannelIndex,
+    options: CutOptions,
+    target: TargetOptions,
+    seed: int,
+    search: Journal | None,
+    quiet: bool,
+) -> PrunePlan:
     """The plan that the options ask for."""
     from surgery.pruning.plan_pruning import plan_pruning
 
+    if target.target is not None:
+        return target.plan(model, index, options, seed, search, quiet)
     if options.allocation == "global":
         say("Measuring the sensitivity of each layer at five widths", quiet)
-    return plan_pruning(model, index, seed=seed, progress=bars(quiet), **vars(options))
+    parts = target.parts(model, index, quiet)
+    return plan_pruning(model, index, seed=seed, cuts=parts, progress=bars(quiet), **vars(options))
 
 
 def planned_edits(model: Model, plan: PrunePlan) -> dict[str, TensorEdit]:
     """The edits of a plan with the right shapes, which is enough for sizes; no weight is read."""
-    from surgery.cut.ffn_channels import ffn_cut
+    from surgery.cut.model_cut import model_cut
 
-    return ffn_cut(model.meta_model, plan, widths_only=True).edits
+    return model_cut(model.meta_model, plan, widths_only=True).edits
 
 
 def sizes_and_cost(
@@ -339,16 +359,28 @@ def canonical_command(
     text: CalibrationOptions,
 ) -> list[str]:
     """The words of the command that makes the same checkpoint again, free of paths of this machine."""
+    from surgery.plan.kind_plan import removed_attention, removed_layers
+
     checkpoint, calibration = model.checkpoint, index.calibration
     words = ["surgeon", "prune", checkpoint.name]
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
-    if len(plan.widths) == 1 and plan.allocation == "uniform":
+    found = plan.search.size if plan.search is not None else {}
+    if len(plan.widths) == 1 and plan.allocation == "uniform" and plan.width_after < plan.width_before:
         words += ["--intermediate-size", str(plan.width_after)]
     else:
-        size = options.intermediate_size
-        words += ["--sparsity", str(options.sparsity)] if size is None else ["--intermediate-size", str(size)]
+        size = found.get("width", options.intermediate_size)
+        sparsity = found.get("sparsity", options.sparsity)
+        words += ["--sparsity", str(sparsity)] if size is None else ["--intermediate-size", str(size)]
         words += ["--multiple-of", str(options.multiple_of)] if options.multiple_of else []
+    for option, gone in (
+        ("--drop-layers", removed_layers(plan.cuts)),
+        ("--drop-attention", removed_attention(plan.cuts)),
+    ):
+        words += [option, ",".join(map(str, sorted(gone)))] if gone else []
+    words += [
+        word for part in plan.cuts if part.kind == "kv" for word in ("--kv-heads", str(part.facts["heads"]))
+    ]
     if plan.allocation != "uniform":
         words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
     seed = plan.seed if plan.method == "random" else calibration["seed"]

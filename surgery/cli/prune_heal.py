@@ -139,13 +139,14 @@ class Healing:
         from surgery.heal.rounds import Reports, prune_and_heal
         from surgery.index.calibration import calibration_of
 
+        else_gone = {"cuts": {part.kind: part.facts for part in plan.cuts}} if plan.cuts else {}
         result = prune_and_heal(
             model,
             calibration_of(index, model, self.spike_prompt),
             self.text,
             destination,
             self.training.options(),
-            cut={**vars(cut), "seed": self.training.seed},
+            cut={**vars(cut), "seed": self.training.seed, **else_gone},
             rounds=self.options.rounds,
             index=index,
             plan=plan,

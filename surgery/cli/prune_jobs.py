@@ -46,12 +46,18 @@ class JobOptions:
     jobs: bool
     bucket: str | None
 
-    def check(self, dry_run: bool) -> None:
+    def check(self, dry_run: bool, *, searches: bool) -> None:
         """Raise UsageError for a use that would run nothing, or something else than asked for."""
         if self.jobs and not dry_run:
             raise UsageError(
                 "--jobs only prints a command, which may cost money",
                 next_step="give --dry-run --jobs, then run what it prints",
+            )
+        if self.jobs and searches:
+            raise UsageError(
+                "a job's price does not count the search for a target",
+                where="--jobs",
+                next_step="search here first, then price the cut that it names",
             )
         if self.bucket and not self.jobs:
             raise UsageError("--bucket is for jobs", next_step="give --dry-run --jobs too")

@@ -14,6 +14,7 @@ from surgery.cli.terminal import BAR_WIDTH, ROOMY, WIDE, bar, bare_table, short_
 from surgery.errors import IndexMismatchError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.meta_model import MetaModel
+from surgery.plan.layer_rows import cut_lines, search_line
 from surgery.plan.prune_plan import PrunePlan
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def show_plan(plan: PrunePlan, sizes: dict[str, int], console: Console) -> None:
     )
     if len(plan.widths) > 1:
         console.print(", ".join(f"{c.key} {c.before} → {c.after}" for c in plan.widths))
+    for line in [*cut_lines(fields), *filter(None, [search_line(fields)])]:
+        console.print(line)
     console.print(
         f"Parameters {sizes['parameters_before'] / 1e6:,.1f} M → {sizes['parameters_after'] / 1e6:,.1f} M, "
         f"bytes {sizes['bytes_before'] / 2**20:,.0f} MiB → {sizes['bytes_after'] / 2**20:,.0f} MiB"
@@ -241,9 +244,10 @@ def show_plan(plan: PrunePlan, sizes: dict[str, int], console: Console) -> None:
         console.print(
             f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {result}"
         )
-    if plan.per_layer_widths:
+    if plan.needs_loader:
+        how = "in width" if plan.per_layer_widths else "in having an attention"
         console.print(
-            "Layers differ in width: loading needs `import surgery.loading` or trust_remote_code=True"
+            f"Layers differ {how}: loading needs `import surgery.loading` or trust_remote_code=True"
         )
         return
     fits = [

@@ -8,12 +8,12 @@ first one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
-from surgery.cut.tensors import TensorEdit
+from surgery.cut.tensors import TensorEdit, joined_edits
 from surgery.model.meta_model import MetaModel
 from surgery.model.slices import Slice
 
@@ -60,6 +60,8 @@ class CutKind(Protocol):
 class Cut:
     """One cut of one model: what stays, edits by stored tensor name, and the config.json and files that go
     with it.
+
+    `skipped` are the layers that the result does not have: hidden states pass them by.
     """
 
     groups: tuple[Group, ...]
@@ -67,6 +69,7 @@ class Cut:
     edits: dict[str, TensorEdit]
     config: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
 
 
 def make_cut(kind: CutKind, meta_model: MetaModel, kept: Kept, files: dict[str, str] | None = None) -> Cut:
@@ -78,4 +81,29 @@ def make_cut(kind: CutKind, meta_model: MetaModel, kept: Kept, files: dict[str, 
         kind.edits(meta_model, kept),
         kind.config(meta_model.checkpoint.config, kept),
         files or {},
+    )
+
+
+def add_kind(
+    cut: Cut,
+    kind: CutKind,
+    meta_model: MetaModel,
+    kept: Kept,
+    *,
+    files: dict[str, str] | None = None,
+    skipped: frozenset[int] = frozenset(),
+) -> Cut:
+    """A cut made so far with another kind added: what either removes is removed.
+
+    `files` and `skipped` are those of the added kind. Raises PlanError when `kept` names members that a group
+    does not have.
+    """
+    return replace(
+        cut,
+        groups=(*cut.groups, *kind.groups(meta_model)),
+        kept=cut.kept | kept,
+        edits=joined_edits(cut.edits, kind.edits(meta_model, kept)),
+        config=kind.config(cut.config, kept),
+        files=cut.files | (files or {}),
+        skipped=cut.skipped | skipped,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -94,14 +95,12 @@ def _parameter_edits(
         apart = "MergeModulelist" in steps  # each expert is a stored tensor of its own
         mine = [slices[expert]] if apart else slices
         takes = [
-            Slice(one.parameter, axis, one.block, parts, one.interleaved).indices(
-                members[group.key], group.size
-            )
+            replace(one, axis=axis, parts=parts, expert=None).indices(members[group.key], group.size)
             for group, one in mine
         ]
         stacked = part.expert is not None and not apart
         stored_axis = axis - 1 if apart else axis
-        _check_axis(meta_model, stored, stored_axis, parts * part.block * mine[0][0].size)
+        _check_axis(meta_model, stored, stored_axis, replace(part, parts=parts).length(mine[0][0].size))
         indices = torch.stack(takes) if stacked else takes[0]
         edits[stored] = TensorEdit(stored, (Take(stored_axis, indices),))
     return edits

@@ -55,6 +55,21 @@ def _take(tensor: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Tenso
     return taken.index_fill_(axis, missing.nonzero()[:, 0], 0) if missing.any() else taken
 
 
+def joined_edits(first: dict[str, TensorEdit], second: dict[str, TensorEdit]) -> dict[str, TensorEdit]:
+    """Both edits of every tensor: a tensor that either leaves out is not written.
+
+    A name that the second changes wins. The two take indices of different axes.
+    """
+    joined = dict(first)
+    for name, edit in second.items():
+        other = first.get(name, TensorEdit(name))
+        renamed = other.name if edit.name == name else edit.name
+        gone = other.name is None or edit.name is None
+        assert gone or not {one.axis for one in other.takes} & {one.axis for one in edit.takes}, name
+        joined[name] = TensorEdit(None) if gone else TensorEdit(renamed, other.takes + edit.takes)
+    return joined
+
+
 def edited_specs(checkpoint: Checkpoint, edits: dict[str, TensorEdit]) -> dict[str, TensorSpec]:
     """Dtype and shape of every tensor that will be written, by the name it is written under."""
     specs = {}

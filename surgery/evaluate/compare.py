@@ -16,7 +16,7 @@ from torch import nn
 from surgery.budget.budget import largest_micro_batch
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
 from surgery.card.figures import save_comparison
-from surgery.cut.ffn_channels import ffn_cut
+from surgery.cut.model_cut import model_cut
 from surgery.cut.slice_edits import mask_members
 from surgery.cut.tensors import edited_specs
 from surgery.engine.hooks import preserved
@@ -185,17 +185,20 @@ class _MeasuredCut:
         self.plan = plan
         self.streams = streams
         self.seconds = 0.0
-        cut, repair = ffn_cut(model.meta_model, plan), REPAIRS.find(plan.repair)
+        cut, repair = model_cut(model.meta_model, plan), REPAIRS.find(plan.repair)
         specs = edited_specs(model.checkpoint, cut.edits)
         self.parameters = sum(spec.numel for spec in specs.values())
         self.repairs = repair.changes_weights
+        self.skipped = cut.skipped
         self.edit: Callable[[int, nn.Module], object] = mask_members(cut.groups, cut.kept)
         if self.repairs:
             assert reference is not None
             self.edit = LayerRepair(reference, cut, repair, cost.matrix_bytes).layer
 
     def layer(self, number: int, layer: nn.Module) -> None:
-        """Prune the resident layer and run this plan's texts through it."""
+        """Prune the resident layer and run this plan's texts through it, where the plan has such a layer."""
+        if number in self.skipped:
+            return
         started = time.monotonic()
         self.edit(number, layer)
         self.seconds += time.monotonic() - started

@@ -54,7 +54,7 @@ def find_leftovers(
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()} | OLD_BUFFERS
     found = []
     for name, target in targets.items():
-        number = _layer_number(name, layers)
+        number = layer_number(name, layers)
         if _is_buffer(tensors[name], buffers):
             fate, reason = DROP, "mask or position buffers, which transformers computes"
         elif SCALE.search(name):
@@ -76,7 +76,7 @@ def extra_layers(config: dict[str, Any]) -> int:
     return max([count for count in counts if isinstance(count, int)], default=0)
 
 
-def _layer_number(name: str, layers: str) -> int | None:
+def layer_number(name: str, layers: str) -> int | None:
     """The number of the decoder layer that a stored name seems to belong to, None for other names."""
     last = layers.rpartition(".")[2]
     found = re.search(rf"(?:^|\.){re.escape(last)}\.(\d+)\.", name)

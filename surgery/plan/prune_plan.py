@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from surgery import defaults
 from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex, FfnIndex
 from surgery.plan.allocation import allocate, ranking, score_damage, standardised
+from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers
 from surgery.plan.methods import METHODS
+from surgery.plan.search_plan import SearchPlan
 from surgery.plan.widths import WidthChange, default_multiple, deployability, width_changes
 
 ALLOCATIONS = ("uniform", "global", "score")
@@ -96,6 +98,8 @@ class PrunePlan:
     padded: whether layers are zero-padded to the widest layer.
     repair: name of the repair method.
     protect: whether supernodes and super-weight columns are kept.
+    cuts: what goes besides FFN channels, one entry for each kind.
+    search: how the mixture of cuts was found, where it was searched for.
     """
 
     method: str
@@ -111,11 +115,18 @@ class PrunePlan:
     repair: str = "none"
     protect: bool = True
     paper: str = ""
+    cuts: tuple[KindPlan, ...] = ()
+    search: SearchPlan | None = None
 
     @property
     def per_layer_widths(self) -> bool:
         """Whether stored layers differ in width; stock transformers classes can't load such a checkpoint."""
         return not self.padded and any(len(set(c.per_layer) - {None}) > 1 for c in self.widths)
+
+    @property
+    def needs_loader(self) -> bool:
+        """Whether stock transformers classes can't load the result."""
+        return self.per_layer_widths or bool(removed_attention(self.cuts) - removed_layers(self.cuts))
 
     def stored_width(self, layer: int, ffn: str) -> int:
         """Channels of an FFN in the written checkpoint.
@@ -161,6 +172,8 @@ class PrunePlan:
             "width_after": self.width_after,
             "widths": {change.key: change.as_json() for change in self.widths},
             "divides": deployability(self.width_after),
+            **({"cuts": {part.kind: part.facts for part in self.cuts}} if self.cuts else {}),
+            **({"search": self.search.as_json()} if self.search else {}),
             "layers": [layer.as_json() for layer in self.layers],
         }
 
@@ -178,6 +191,7 @@ def make_plan(
     repair: str = defaults.REPAIR,
     sensitivity: list[torch.Tensor] | None = None,
     protect: bool | None = None,
+    cuts: tuple[KindPlan, ...] = (),
 ) -> PrunePlan:
     """Choose the channels to keep from an index, the same number in all FFNs with the same config key.
 
@@ -193,6 +207,8 @@ def make_plan(
     repair: name of the method that refits the kept weights when the plan is applied.
     sensitivity: [F + 1] per layer, as `measure_sensitivity` returns it.
     protect: whether supernodes and super-weight columns are never removed (default: as the method says).
+    cuts: what goes besides FFN channels. FFNs of layers that go keep no channel; sizes are those of the
+        others.
 
     Raises PlanError for an unknown method, conflicting arguments, or a width that can't be reached.
     """
@@ -213,13 +229,18 @@ def make_plan(
         for number, layer in enumerate(index.layers)
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
+    gone = removed_layers(cuts)
     if allocation != "uniform":
-        changes = tuple(_spread(index, change, rankings, multiple, method, sensitivity) for change in changes)
+        changes = tuple(
+            _spread(index, change, rankings, multiple, method, sensitivity, gone) for change in changes
+        )
     layers = tuple(
         LayerPlan(
             {
-                name: _plan_at_width(index, number, name, changes, rankings[number][name])
-                for name in layer.ffns
+                name: plan_without(ffn, rankings[number][name])
+                if number in gone
+                else _plan_at_width(index, number, name, changes, rankings[number][name])
+                for name, ffn in layer.ffns.items()
             }
         )
         for number, layer in enumerate(index.layers)
@@ -235,11 +256,12 @@ def make_plan(
         widths=changes,
         sparsity=1 - kept / before,
         layers=layers,
-        super_weights=tuple(_moved(index, layers)),
+        super_weights=tuple(_moved(index, layers, gone)),
         allocation=allocation,
         padded=pad and allocation != "uniform",
         repair=repair,
         protect=protect,
+        cuts=cuts,
     )
 
 
@@ -293,6 +315,7 @@ def _spread(
     multiple: int,
     method: str,
     sensitivity: list[torch.Tensor] | None,
+    gone: frozenset[int],
 ) -> WidthChange:
     """Allocate a width to each layer; the total number of channels is that of the uniform allocation.
 
@@ -303,7 +326,7 @@ def _spread(
     numbers, damages, floors = [], [], []
     for number, layer in enumerate(index.layers):
         names = [name for name, ffn in layer.ffns.items() if index.width_key(ffn) == change.key]
-        if not names:
+        if not names or number in gone:
             continue
         total = torch.zeros(change.before + 1, dtype=torch.float64)
         floor = 1
@@ -372,6 +395,12 @@ def plan_ffn(ffn: FfnIndex, ranked: ChannelRanking, count: int, stored: int, whe
     )
 
 
+def plan_without(ffn: FfnIndex, ranked: ChannelRanking) -> FfnPlan:
+    """Plan of an FFN whose layer goes as a whole: no channel is kept or protected."""
+    none = torch.empty(0, dtype=torch.long)
+    return plan_ffn(ffn, replace(ranked, protected=none), 0, 0, "")
+
+
 def mass(loss_proxy: torch.Tensor, channels: torch.Tensor) -> float:
     """Share of the total LP [F] in `channels`, in [0, 1]."""
     values = loss_proxy.double()
@@ -384,11 +413,19 @@ def keep_highest(score: torch.Tensor, protected: torch.Tensor, count: int) -> to
     return ranking(score, protected)[:count].sort().values
 
 
-def _moved(index: ChannelIndex, layers: tuple[LayerPlan, ...]) -> list[dict[str, Any]]:
-    """Super weights of the index with their columns after pruning; None where the channel is removed."""
+def _moved(index: ChannelIndex, layers: tuple[LayerPlan, ...], gone: frozenset[int]) -> list[dict[str, Any]]:
+    """Super weights of the index with their columns after pruning; None where the channel is removed.
+
+    Where layers `gone` are removed, `layer` is the number after that (None: removed), `layer_before` before.
+    """
     moved = []
+    stays = [number for number in range(len(layers)) if number not in gone]
     for weight in index.super_weights:
         place = (layers[weight.layer].ffns[weight.ffn].kept == weight.column).nonzero()
         new = int(place[0]) if len(place) else None
-        moved.append({**weight.as_json(), "column_before": weight.column, "column": new})
+        entry = {**weight.as_json(), "column_before": weight.column, "column": new}
+        if gone:
+            place_after = None if weight.layer in gone else stays.index(weight.layer)
+            entry |= {"layer_before": weight.layer, "layer": place_after}
+        moved.append(entry)
     return moved

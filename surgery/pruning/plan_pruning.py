@@ -13,6 +13,7 @@ from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
+from surgery.plan.kind_plan import KindPlan
 from surgery.plan.prune_plan import PrunePlan, channel_orders, make_plan
 from surgery.progress import Progress, no_progress
 from surgery.repair.methods import REPAIRS
@@ -33,6 +34,7 @@ def plan_pruning(
     multiple_of: int | None = None,
     seed: int = defaults.SEED,
     sensitivity: list[torch.Tensor] | None = None,
+    cuts: tuple[KindPlan, ...] = (),
     progress: Progress[Any] = no_progress,
 ) -> PrunePlan:
     """Choose the channels that stay, as `surgeon prune` does; nothing is written.
@@ -40,8 +42,8 @@ def plan_pruning(
     Half of the channels go unless `sparsity` (in [0, 1)) or `intermediate_size` says otherwise. `method`
     ranks channels, `allocation` is "uniform", "global" (widths by measured sensitivity) or "score", `repair`
     names how what stays is refitted; see `make_plan` for the others. `sensitivity`, as `sensitivity_of`
-    returns it, is measured where it is needed and not given. Raises IndexMismatchError for an index of
-    another model, PlanError for a cut that can't be made.
+    returns it, is measured where it is needed and not given. `cuts` goes besides FFN channels. Raises
+    IndexMismatchError for an index of another model, PlanError for a cut that can't be made.
     """
     check_prunable(model.checkpoint.config, model.name)
     index.check_source(model.checkpoint)
@@ -64,6 +66,7 @@ def plan_pruning(
         repair=repair,
         sensitivity=sensitivity,
         protect=protect,
+        cuts=cuts,
     )
 
 

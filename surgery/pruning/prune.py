@@ -23,7 +23,8 @@ from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import TensorSpec
 from surgery.checkpoint.transformers_model import auto_class
-from surgery.cut.ffn_channels import fates_json, ffn_cut
+from surgery.cut.ffn_channels import fates_json
+from surgery.cut.model_cut import model_cut
 from surgery.cut.tensors import edited_specs
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -107,7 +108,7 @@ def _write(
     progress: Progress[Any],
 ) -> None:
     meta_model, repair = model.meta_model, REPAIRS.find(plan.repair)
-    cut = ffn_cut(meta_model, plan)
+    cut = model_cut(meta_model, plan)
     specs = edited_specs(model.checkpoint, cut.edits)
     size = sum(spec.nbytes for spec in specs.values())
     cost = prune_cost(meta_model, prune_job(plan, index.input_ids.shape, size), model.run)

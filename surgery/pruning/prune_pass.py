@@ -114,7 +114,8 @@ class PrunePass:
                 self._load_streams(streams, first)
             for number, layer in progress(model.stream_layers(range(first, count)), "layers", count - first):
                 result = pruner(number, layer)
-                check.forward(number, layer)
+                if number not in self.cut.skipped:
+                    check.forward(number, layer)
                 if result is None:
                     continue
                 repairs.append(result.as_json())

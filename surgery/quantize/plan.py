@@ -70,8 +70,10 @@ def plan_quantization(
             owners[stored_parameter.stored[0]] = stored_parameter.targets[0].removesuffix(".weight")
     places: Places = {}
     for weight in weights if handling != "none" else []:
+        if weight["column"] is None:  # removed, perhaps with its layer
+            continue
         name = stored_name(meta_model, weight)
-        if name in names and weight["column"] is not None:
+        if name in names:
             places.setdefault(name, []).append((weight["row"], weight["column"]))
     whole = tuple(sorted(places)) if handling == "module" else ()
     kept = places if handling == "restore" else {}

@@ -25,12 +25,14 @@ def repair_attention(
     first_held: int,
     budget: int | None,
     result: LayerRepairResult,
+    kept: torch.Tensor | None = None,
 ) -> None:
     """Refit linear `dense.attention` in place, so that the pruned stream before the FFN comes to the dense
     one's.
 
     Its inputs are solved for in several column blocks, one after the other, where `budget` bytes ask for it.
-    Blocks from `first_held` on choose the ridge. What was done is noted in `result`.
+    Blocks from `first_held` on choose the ridge. `kept` are the inputs that stay, where some heads go. What
+    was done is noted in `result`.
     """
     name = dense.attention
     assert name is not None
@@ -41,7 +43,9 @@ def repair_attention(
     weight = parameter.data.t() if transposed else parameter.data
     device = dense.model.device
     bias = getattr(linear, "bias", None)
-    for block in column_blocks(weight.shape[1], len(weight), budget):
+    count = weight.shape[1] if kept is None else len(kept)
+    for part_of in column_blocks(count, len(weight), budget):
+        block = part_of if kept is None else kept.to(device)[part_of]
         size = weight[:, block].shape[1]
         moments = SplitMoments.zeros(len(weight), size, device, first_held)
         for part, calls in zip(pruned.slices, pruned.calls, strict=True):

@@ -25,6 +25,7 @@ from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
 from surgery.model.ffn import Ffn
+from surgery.plan.kind_plan import ATTENTION, KV_HEADS
 from surgery.repair.attention import repair_attention
 from surgery.repair.dense_reference import DenseReference
 from surgery.repair.least_squares import HELD_OUT, Moments, SplitMoments, refit
@@ -52,6 +53,16 @@ class LayerRepair:
         self.budget = budget
         self.kept = cut.kept
         self.mask = mask_members(cut.groups, cut.kept)
+        others = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
+        self.mask_others = mask_members(others, cut.kept)
+        self.head_columns = {
+            group.layer: group.consumers[0].indices(cut.kept[group.key], group.size)
+            for group in others
+            if group.name == KV_HEADS
+        }
+        self.no_attention = {
+            number for (number, name), kept in cut.kept.items() if name == ATTENTION and not len(kept)
+        }
         blocks = len(dense.stream.ids)
         follows = method.follows_pruned
         self.pruned = dense.stream.fork(blocks, 0, place=dense.place) if follows else dense.stream
@@ -70,9 +81,19 @@ class LayerRepair:
         """
         result = LayerRepairResult(keeps_deltas=self.keeps_deltas)
         additive = self.method.follows_pruned and self.dense.additive
-        if additive and self.method.fits_attention and self.dense.attention is not None:
+        self.mask_others(number, layer)
+        fits = self.method.fits_attention and number not in self.no_attention
+        if additive and fits and self.dense.attention is not None:
             repair_attention(
-                self.method, self.dense, self.pruned, number, layer, self.first_held, self.budget, result
+                self.method,
+                self.dense,
+                self.pruned,
+                number,
+                layer,
+                self.first_held,
+                self.budget,
+                result,
+                self.head_columns.get(number),
             )
         self._repair_ffns(number, layer, additive, result)
         if additive:
@@ -198,13 +219,15 @@ class LayerPruner:
     """Makes a resident layer compute what it will as written; call it with each layer, in order.
 
     Removed channels are masked and, where the method repairs, what stays is refitted on calibration blocks
-    `ids` [N, T]. `streams` are the hidden states that an interrupted pass resumes from.
+    `ids` [N, T]. A layer that goes as a whole is only run by the dense stream. `streams` are the hidden
+    states that an interrupted pass resumes from.
     """
 
     def __init__(
         self, model: StreamedModel, cut: Cut, method: RepairMethod, ids: torch.Tensor, cost: PruneCost
     ) -> None:
         self.mask = mask_members(cut.groups, cut.kept)
+        self.skipped = cut.skipped
         self.repair: LayerRepair | None = None
         if method.changes_weights:
             self.repair = LayerRepair(dense_reference(model, ids, cost), cut, method, cost.matrix_bytes)
@@ -220,7 +243,8 @@ class LayerPruner:
             self.mask(number, layer)
             return None
         self.repair.dense.run(number, layer)
-        result = self.repair.layer(number, layer)
+        skipped = number in self.skipped
+        result = LayerRepairResult() if skipped else self.repair.layer(number, layer)
         self.repair.dense.step()
         return result
 

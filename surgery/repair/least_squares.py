@@ -96,7 +96,7 @@ class Moments:
         targets: torch.Tensor,
         weight: torch.Tensor,
         weights: torch.Tensor,
-        columns: slice = slice(None),
+        columns: slice | torch.Tensor = slice(None),
     ) -> None:
         """Add tokens: u [T, K], r [T, D], the present W [D, K], w [T].
 
@@ -159,7 +159,7 @@ class SplitMoments:
         weight: torch.Tensor,
         weights: torch.Tensor,
         tokens: torch.Tensor | None = None,
-        columns: slice = slice(None),
+        columns: slice | torch.Tensor = slice(None),
     ) -> None:
         """Add a micro-batch of `blocks`: u [..., K], r [..., D], the present W [D, K], token weights w [n,
         T].

@@ -6,6 +6,7 @@ from typing import Any
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
+from surgery.plan.layer_rows import cut_lines, layer_rows
 from surgery.plan.methods import METHODS
 from surgery.report.document import Fact, Section, Table, Unit
 from surgery.report.method_overlap import survivals
@@ -105,7 +106,7 @@ def _layers(manifest: dict[str, Any], index: ChannelIndex | None) -> Section:
         "layers",
         "Channels removed, by layer",
         facts=facts,
-        tables=_moved(manifest),
+        tables=[*_kinds(plan), *_moved(manifest)],
         figures=[figure for figure in figures if figure is not None],
     )
 
@@ -175,6 +176,37 @@ def _repair(manifest: dict[str, Any]) -> Figure | None:
         text="The share of the refit's target that the FFN's output does not explain. The held-out blocks "
         "are part of the calibration text; the ridge of the refit was chosen on them.",
     )
+
+
+def _kinds(plan: dict[str, Any]) -> list[Table]:
+    """What stays of each layer, where more than FFN channels goes; and the mixtures that were tried."""
+    if "cuts" not in plan:
+        return []
+    rows: list[list[Any]] = [
+        [row.number, "removed" if row.after is None else row.after, row.attention, row.channels]
+        for row in layer_rows(plan)
+    ]
+    columns: list[tuple[str, Unit]] = [("layer of the source", "figure"), ("now layer", "figure")]
+    columns += [("attention", "text"), ("FFN channels", "count")]
+    tables = [Table("kinds", "What stays of each layer", columns, rows, note=". ".join(cut_lines(plan)))]
+    steps = plan.get("search", {}).get("steps") or []
+    if steps:
+        tried: list[list[Any]] = [
+            [_removed(step["removed"]), step["width"], step["kl"], step["gain"]] for step in steps
+        ]
+        headings: list[tuple[str, Unit]] = [("removed beside channels", "text"), ("FFN width", "count")]
+        headings += [("KL to the dense model", "number"), ("better by", "number")]
+        note = "KL in nats a token, after repair, on held-out calibration blocks."
+        tables.append(
+            Table("search", "Mixtures of cuts that were tried, in order", headings, tried, note=note)
+        )
+    return tables
+
+
+def _removed(removed: dict[str, list[int]]) -> str:
+    """Layers of a tried mixture, by kind."""
+    parts = [f"{kind} {', '.join(map(str, numbers))}" for kind, numbers in removed.items() if numbers]
+    return "; ".join(parts) or "nothing"
 
 
 def _moved(manifest: dict[str, Any]) -> list[Table]:

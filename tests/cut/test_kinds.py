@@ -7,28 +7,25 @@ use.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.cuts import IDS, write
 from helpers.tiny_models import opened
 from transformers import AutoModelForCausalLM
 
-from surgery.checkpoint.shard_writer import ShardWriter
 from surgery.cut.groups import Cut, Group, Kept, make_cut
 from surgery.cut.slice_edits import mask_members, slice_edits
-from surgery.cut.tensors import Take, TensorEdit, edited_specs
+from surgery.cut.tensors import Take, TensorEdit
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import CheckpointError, PlanError
 from surgery.model.meta_model import MetaModel
 from surgery.model.slices import Slice
 from surgery.pruning.verify import last_logits, verify_pruned
-
-IDS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3))
 
 
 class HeadGroups:
@@ -78,18 +75,6 @@ class WholeLayers:
 
     def config(self, config: dict[str, Any], kept: Kept) -> dict[str, Any]:
         return {**copy.deepcopy(config), "num_hidden_layers": sum(len(one) for one in kept.values())}
-
-
-def write(source: Path, cut: Cut, folder: Path) -> None:
-    """Write a cut as `prune` does, all tensors at once."""
-    model = opened(source)
-    folder.mkdir()
-    with ShardWriter(folder, edited_specs(model.checkpoint, cut.edits)) as writer:
-        for name in model.checkpoint.tensors:
-            edit = cut.edits.get(name, TensorEdit(name))
-            if edit.name is not None:
-                writer.write(edit.name, edit.apply(model.checkpoint.read(name)))
-    (folder / "config.json").write_text(json.dumps(cut.config))
 
 
 def masked_logits(source: Path, cut: Cut) -> torch.Tensor:

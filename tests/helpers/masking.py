@@ -26,6 +26,9 @@ def mask(
 def kept_channels(manifest: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """Kept channels by FFN of every layer, from surgeon.json."""
     return [
-        {name: torch.tensor(ffn["kept"]) for name, ffn in layer.get("ffns", {"dense": layer}).items()}
+        {
+            name: torch.tensor(ffn["kept"], dtype=torch.long)
+            for name, ffn in layer.get("ffns", {"dense": layer}).items()
+        }
         for layer in manifest["plan"]["layers"]
     ]

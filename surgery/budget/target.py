@@ -1,0 +1,78 @@
+"""Target: how large a result may be, in parameters, bytes on disk, or bytes in memory with a KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.byte_units import format_bytes
+from surgery.checkpoint.shard_writer import TensorSpec
+from surgery.checkpoint.transformers_model import build_config
+from surgery.errors import UnsupportedModelError
+
+PARAMS, SIZE, MEMORY = "params", "size", "memory"
+CACHED = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+# Config keys of latent attention, of one head for all queries, and of recurrent states.
+OTHER_CACHES = ("kv_lora_rank", "multi_query", "mamba_d_state", "mamba_n_heads", "ssm_state_size")
+
+
+@dataclass(frozen=True)
+class Target:
+    """At most `amount` of `unit`: parameters, bytes of the tensors as written, or bytes of these and of the
+    KV cache of one sequence of `context` tokens in the dtype that the weights are stored in. With `packed`
+    bytes are those after packing as INT4.
+    """
+
+    unit: str
+    amount: int
+    context: int = 0
+    packed: bool = False
+
+    @property
+    def option(self) -> str:
+        """The option that states the target, for errors."""
+        return f"--target-{self.unit}"
+
+    def text(self, amount: int) -> str:
+        """An amount in the target's unit."""
+        return f"{amount / 1e6:,.1f} M parameters" if self.unit == PARAMS else format_bytes(amount)
+
+    def measure(self, specs: dict[str, TensorSpec], config: dict[str, Any], where: str) -> int:
+        """What a result of these tensors and this config.json has of the unit.
+
+        Raises UnsupportedModelError for a memory target and a model whose cache is not keys and values.
+        """
+        if self.unit == PARAMS:
+            return sum(spec.numel for spec in specs.values())
+        size = sum(spec.nbytes for spec in specs.values())
+        if self.unit == SIZE:
+            return size
+        itemsize = max(spec.dtype.itemsize for spec in specs.values() if spec.dtype.is_floating_point)
+        return size + cached_values(config, self.context, where) * itemsize
+
+
+def cached_values(config: dict[str, Any], context: int, where: str) -> int:
+    """Keys and values that a model of this config.json caches for `context` tokens of one sequence.
+
+    A layer with a sliding window caches that many tokens at most. Raises UnsupportedModelError for a model
+    with latent attention, recurrent states, or Falcon's heads.
+    """
+    text = build_config(config, where).get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or [])
+    other = next((kind for kind in kinds if kind not in CACHED), None)
+    other = other or next((key for key in OTHER_CACHES if getattr(text, key, None) is not None), None)
+    if other is not None:
+        raise UnsupportedModelError(
+            "the memory of this model's cache is not that of keys and values, and can't be foretold",
+            where=f"{where}, config.json",
+            found=other,
+            next_step="use --target-params or --target-size",
+        )
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    window = getattr(text, "sliding_window", None) or context
+    used = getattr(text, "use_sliding_window", True)
+    count = int(text.num_hidden_layers)
+    sliding = [kind == "sliding_attention" for kind in kinds] or [bool(used)] * count
+    tokens = sum(min(context, window) if slides else context for slides in sliding)
+    return 2 * heads * width * tokens

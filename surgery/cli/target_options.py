@@ -1,0 +1,282 @@
+"""The options of `surgeon prune` that say how large the result may be, and what may go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery import defaults
+from surgery.cli.common import bars, say
+from surgery.cli.options import collected
+from surgery.cli.prune_options import CutOptions
+from surgery.cut.kinds import KINDS
+from surgery.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from surgery.budget.target import Target
+    from surgery.engine.open_model import Model
+    from surgery.engine.resume import Journal
+    from surgery.index.channel_index import ChannelIndex
+    from surgery.plan.kind_plan import KindPlan
+    from surgery.plan.prune_plan import PrunePlan
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How large the result may be, what may go for it, and which layers go in any case."""
+
+    target_params: str | None
+    target_size: str | None
+    target_memory: str | None
+    context: str | None
+    packed_int4: bool
+    cuts: tuple[str, ...] | None
+    drop_layers: tuple[int, ...]
+    drop_attention: tuple[int, ...]
+    kv_heads: int | None
+    search_time: float | None
+
+    @property
+    def target(self) -> Target | None:
+        """The target that is given. Raises UsageError for several, or a memory without a context."""
+        from surgery.budget.target import MEMORY, PARAMS, SIZE, Target
+        from surgery.byte_units import parse_bytes
+        from surgery.cli.heal_options import parse_count
+
+        given = [(PARAMS, self.target_params), (SIZE, self.target_size), (MEMORY, self.target_memory)]
+        stated = [(unit, text) for unit, text in given if text is not None]
+        if len(stated) > 1:
+            raise UsageError(
+                "one target at a time", found=", ".join(f"--target-{unit} {text}" for unit, text in stated)
+            )
+        if (self.context is not None) != (self.target_memory is not None):
+            raise UsageError("--target-memory and --context go together", where="--target-memory, --context")
+        if self.packed_int4 and self.target_size is None and self.target_memory is None:
+            raise UsageError("--packed-int4 is for --target-size and --target-memory", where="--packed-int4")
+        if not stated:
+            return None
+        unit, text = stated[0]
+        amount = parse_count(text) if unit == PARAMS else parse_bytes(text)
+        context = parse_count(self.context) if self.context else 0
+        return Target(unit, amount, context, self.packed_int4)
+
+    def check(self, cut: CutOptions, rounds: int = 1) -> CutOptions:
+        """`cut` checked, with whole FFNs where a target or layers alone say the size.
+
+        Raises UsageError for options that contradict each other.
+        """
+        target = self.target
+        sized = cut.sparsity is not None or cut.intermediate_size is not None
+        if target is not None and sized:
+            raise UsageError("a target takes the place of --sparsity and --intermediate-size")
+        for name, value in (("--cuts", self.cuts), ("--search-time", self.search_time)):
+            if target is None and value is not None:
+                raise UsageError(f"{name} is for a target", next_step="give --target-params or --target-size")
+        if target is not None and self.explicit:
+            raise UsageError(
+                "the search for a target chooses what goes",
+                where="--drop-layers, --drop-attention, --kv-heads",
+            )
+        if rounds > 1 and (target is not None or self.explicit):
+            raise UsageError(
+                "several rounds cut FFN channels alone",
+                where="--rounds",
+                next_step="use --heal without --rounds, or --sparsity",
+            )
+        whole = target is not None or (self.explicit and not sized)
+        return (replace(cut, sparsity=0.0) if whole else cut).check()
+
+    @property
+    def explicit(self) -> bool:
+        """Whether what goes besides FFN channels is said one by one."""
+        return bool(self.drop_layers or self.drop_attention or self.kv_heads is not None)
+
+    def kinds(self, model: Model, tell: bool = False) -> tuple[str, ...]:
+        """Names of the kinds that may go for a target: those asked for, or the default ones that the model
+        can be cut by; with `tell`, says which can't.
+        """
+        from surgery.search.plan_to_target import usable_kinds
+
+        if self.cuts is not None:
+            return self.cuts
+        usable = usable_kinds(model, defaults.TARGET_CUTS)
+        for kind, reason in usable.items():
+            say(f"Not cut: {KINDS[kind].label} ({reason})", quiet=not (reason and tell))
+        return tuple(kind for kind, reason in usable.items() if not reason)
+
+    def name_for(self, model: Model, cut: CutOptions) -> str:
+        """Folder and repo name: as of the cut, or with the target in place of a percentage."""
+        stated = self.target_params or self.target_size or self.target_memory
+        if stated is not None:
+            return f"{model.short_name}-{cut.method}-{stated.strip().replace(' ', '')}"
+        name = cut.name_for(model)
+        name += f"-{len(self.drop_layers)}-layers" if self.drop_layers else ""
+        name += f"-{self.kv_heads}-kv" if self.kv_heads is not None else ""
+        return name + (f"-{len(self.drop_attention)}-attentions" if self.drop_attention else "")
+
+    def check_model(self, model: Model) -> None:
+        """Refuse a model, layers or a target that won't do before anything is computed."""
+        from surgery.search.plan_to_target import check_target
+
+        if self.drop_layers:
+            from surgery.cut.layers import check_removed
+
+            check_removed(model.meta_model, self.drop_layers)
+        if self.drop_attention:
+            from surgery.cut.attention import check_attention_removed
+
+            check_attention_removed(model.meta_model, self.drop_attention)
+        if self.kv_heads is not None:
+            from surgery.cut.kv_heads import check_heads_kept
+
+            check_heads_kept(model.meta_model, self.kv_heads)
+        target = self.target
+        if target is not None:
+            check_target(model, target, self.kinds(model, tell=True))
+
+    def parts(self, model: Model, index: ChannelIndex, quiet: bool) -> tuple[KindPlan, ...]:
+        """What goes by number; which heads go is measured."""
+        from surgery.cut.attention import attentions
+        from surgery.plan.kind_plan import attention_plan, layers_plan
+
+        found = []
+        if self.kv_heads is not None:
+            from surgery.search.head_scores import head_scores, heads_plan
+
+            found.append(heads_plan(head_scores(model, index, bars(quiet)), self.kv_heads))
+        if self.drop_attention:
+            found.append(attention_plan(attentions(model.meta_model), self.drop_attention))
+        if self.drop_layers:
+            found.append(layers_plan(len(model.meta_model.layers), self.drop_layers))
+        return tuple(found)
+
+    def journal(
+        self, model: Model, index: ChannelIndex, cut: CutOptions, destination: Path, resume: bool
+    ) -> Journal | None:
+        """The journal of the search, beside the destination; None without a target."""
+        from surgery.engine.resume import Journal
+        from surgery.pruning.prune_pass import index_use_fingerprint
+
+        if self.target is None:
+            return None
+        fingerprint = {**index_use_fingerprint(model, index), "cut": vars(cut), "target": vars(self)}
+        return Journal(destination, fingerprint, resume=resume, kind="search")
+
+    def plan(
+        self,
+        model: Model,
+        index: ChannelIndex,
+        cut: CutOptions,
+        seed: int,
+        journal: Journal | None,
+        quiet: bool,
+    ) -> PrunePlan:
+        """The plan that meets the target. Raises PlanError where none does."""
+        from surgery.search.plan_to_target import plan_to_target
+
+        target = self.target
+        assert target is not None
+        how: dict[str, Any] = {**vars(cut), "seed": seed}
+        del how["sparsity"], how["intermediate_size"]
+        return plan_to_target(
+            model,
+            index,
+            target,
+            cuts=self.kinds(model),
+            seconds=defaults.SEARCH_SECONDS if self.search_time is None else self.search_time,
+            journal=journal,
+            progress=bars(quiet),
+            say=lambda line: say(line, quiet),
+            **how,
+        )
+
+
+def _kinds(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Names of kinds separated by commas."""
+    if value is None:
+        return None
+    names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
+    for name in names:
+        if name not in KINDS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(KINDS)}.", param=parameter)
+    return names
+
+
+def _layers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Layer numbers separated by commas, sorted."""
+    try:
+        return tuple(sorted({int(word) for word in value.split(",")})) if value is not None else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not layer numbers, as 5,12", param=parameter) from error
+
+
+def _duration(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds from a number with s, m or h."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    if value is None:
+        return None
+    try:
+        return float(value[:-1]) * units[value[-1:].lower()]
+    except (ValueError, KeyError) as error:
+        raise click.BadParameter(f"{value!r} is not a time, as 90s, 20m or 2h", param=parameter) from error
+
+
+target_options = collected(
+    TargetOptions,
+    "target",
+    [
+        click.option(
+            "--target-params",
+            metavar="NUMBER",
+            help="At most so many parameters, as 1B, in place of --sparsity: the best mixture of cuts is "
+            "searched for.",
+        ),
+        click.option("--target-size", metavar="BYTES", help="At most so many bytes on disk, as 4GB."),
+        click.option(
+            "--target-memory",
+            metavar="BYTES",
+            help="At most so many bytes of weights and the keys and values of --context tokens, as 8GB.",
+        ),
+        click.option("--context", metavar="TOKENS", help="Tokens of context for --target-memory, as 32k."),
+        click.option(
+            "--packed-int4",
+            is_flag=True,
+            help="The bytes of the target are those after `surgeon quantize` with its defaults.",
+        ),
+        click.option(
+            "--cuts",
+            metavar="KINDS",
+            callback=_kinds,
+            help=f"What may go for a target, of {', '.join(KINDS)}, separated by commas. "
+            f"[default: {','.join(defaults.TARGET_CUTS)}]",
+        ),
+        click.option(
+            "--search-time",
+            metavar="TIME",
+            callback=_duration,
+            help="Stop trying mixtures after this time, as 20m. The first few are always tried. "
+            f"[default: {defaults.SEARCH_SECONDS / 60:.0f}m]",
+        ),
+        click.option(
+            "--drop-layers",
+            metavar="NUMBERS",
+            callback=_layers,
+            help="Remove these whole layers, as 5,12; FFNs stay whole unless a size is given too.",
+        ),
+        click.option(
+            "--drop-attention",
+            metavar="NUMBERS",
+            callback=_layers,
+            help="Remove the attention of these layers; loading the result needs a loader.",
+        ),
+        click.option(
+            "--kv-heads",
+            type=click.IntRange(min=1),
+            help="Keep so many key/value heads in every layer, with the query heads that share them.",
+        ),
+    ],
+)

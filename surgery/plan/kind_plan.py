@@ -1,0 +1,62 @@
+"""KindPlan: what a plan cuts besides FFN channels: whole layers, attention heads, rows of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Names of groups: a whole layer, the whole attention of one, its key/value heads.
+LAYER, ATTENTION, KV_HEADS = "layer", "attention", "kv_heads"
+
+
+@dataclass(frozen=True)
+class KindPlan:
+    """The part of a plan that is of one kind.
+
+    kind: the kind's name, as in `--cuts`.
+    kept: sorted members [K] int64 that stay of every group, by (layer, group name); -1 is the layer of a
+        group outside the layers.
+    facts: its entry in `plan.cuts` of surgeon.json.
+    """
+
+    kind: str
+    kept: dict[tuple[int, str], torch.Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def layers_plan(count: int, removed: Collection[int], **facts: Any) -> KindPlan:
+    """The plan that removes whole layers of a model with `count` layers, by their numbers."""
+    kept = {(number, LAYER): torch.arange(number not in removed) for number in range(count)}
+    stays = [number for number in range(count) if number not in removed]
+    return KindPlan("layers", kept, {"removed": sorted(removed), "kept": stays, **facts})
+
+
+def attention_plan(layers: Collection[int], removed: Collection[int], **facts: Any) -> KindPlan:
+    """The plan that removes the attention of some of `layers`, the numbers of those that have one."""
+    kept = {(number, ATTENTION): torch.arange(number not in removed) for number in layers}
+    return KindPlan("attention", kept, {"removed": sorted(removed), **facts})
+
+
+def kv_plan(kept: Mapping[tuple[int, str], Sequence[int]], **facts: Any) -> KindPlan:
+    """The plan that keeps some key/value heads of every layer, by (layer, KV_HEADS)."""
+    stays = {key: torch.tensor(sorted(members)) for key, members in kept.items()}
+    listed = {str(layer): sorted(members) for (layer, _), members in kept.items()}
+    return KindPlan("kv", stays, {"heads": max(map(len, kept.values())), "kept": listed, **facts})
+
+
+def removed_layers(parts: Iterable[KindPlan]) -> frozenset[int]:
+    """Numbers of the layers that go as a whole."""
+    return _gone(parts, LAYER)
+
+
+def removed_attention(parts: Iterable[KindPlan]) -> frozenset[int]:
+    """Numbers of the layers whose attention goes."""
+    return _gone(parts, ATTENTION)
+
+
+def _gone(parts: Iterable[KindPlan], group: str) -> frozenset[int]:
+    kept = [item for part in parts for item in part.kept.items()]
+    return frozenset(number for (number, name), members in kept if name == group and not len(members))

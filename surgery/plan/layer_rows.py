@@ -1,0 +1,71 @@
+"""One row for each layer of the source: what stays of it, for tables, cards and reports of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GONE, WHOLE = "removed", "kept"
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What a plan leaves of the source's layer `number`.
+
+    after: its number in the result; None where it goes. attention: "kept", "removed", or how many key/value
+    heads stay. channels: FFN channels that stay.
+    """
+
+    number: int
+    after: int | None
+    attention: str
+    channels: int
+
+
+def layer_rows(plan: dict[str, Any]) -> list[LayerRow]:
+    """The rows of a plan as surgeon.json has it."""
+    cuts = plan.get("cuts", {})
+    layers = cuts.get("layers", {}).get("removed", [])
+    attention = cuts.get("attention", {}).get("removed", [])
+    heads = cuts.get("kv", {}).get("kept", {})
+    rows: list[LayerRow] = []
+    for number, entry in enumerate(plan["layers"]):
+        left = WHOLE
+        if str(number) in heads:
+            left = f"{len(heads[str(number)])} key/value heads"
+        if number in attention or number in layers:
+            left = GONE
+        parts = entry["ffns"].values() if "ffns" in entry else [entry]
+        after = None if number in layers else sum(row.after is not None for row in rows)
+        rows.append(LayerRow(number, after, left, sum(len(part["kept"]) for part in parts)))
+    return rows
+
+
+def cut_lines(plan: dict[str, Any]) -> list[str]:
+    """What goes besides FFN channels, a sentence for each kind; empty where nothing else goes."""
+    cuts = plan.get("cuts", {})
+    lines = []
+    if "layers" in cuts:
+        lines.append(f"Whole layers removed: {_listed(cuts['layers']['removed'])}")
+    if "attention" in cuts:
+        lines.append(f"Attention removed in layers {_listed(cuts['attention']['removed'])}")
+    if "kv" in cuts:
+        lines.append(f"Key/value heads kept in each layer: {cuts['kv']['heads']}")
+    return lines
+
+
+def search_line(plan: dict[str, Any]) -> str | None:
+    """What the search for the mixture found, in a sentence; None where there was none."""
+    steps = plan.get("search", {}).get("steps") or []
+    if not steps:
+        return None
+    least = min(step["kl"] for step in steps)
+    return (
+        f"Searched: {len(steps)} mixtures were cut, repaired and measured on "
+        f"{plan['search']['tokens']:,} held-out calibration tokens; KL to the dense model "
+        f"{steps[0]['kl']:.3f} nats a token for the first, {least:.3f} for the best"
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,26 @@
+"""The size of a result after `surgeon quantize` with its defaults: packed symmetric INT4 in groups of 128."""
+
+from __future__ import annotations
+
+from surgery.checkpoint.shard_writer import TensorSpec
+from surgery.cut.groups import Cut
+from surgery.cut.planned_model import PlannedCheckpoint
+from surgery.model.meta_model import MetaModel
+from surgery.quantize.plan import plan_quantization
+from surgery.quantize.rounding import Scheme
+from surgery.quantize.write import kept_tensors, quantized_specs
+
+GROUP = 128
+SCHEME = Scheme(bits=4, symmetric=True, granularity="group", size=GROUP)
+
+
+def packed_specs(meta_model: MetaModel, cut: Cut) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor of the packed result of a cut.
+
+    Matrices that `surgeon quantize` leaves whole because a super weight is in them are counted as packed.
+    Raises UnsupportedModelError for a model whose matrices can't be packed, UsageError for a width that the
+    groups don't divide.
+    """
+    planned = MetaModel(PlannedCheckpoint(meta_model.checkpoint, cut), meta_model.dtype)
+    plan = plan_quantization(planned, [], SCHEME, handling="none")
+    return quantized_specs(kept_tensors(planned), plan, packed=True)

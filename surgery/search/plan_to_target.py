@@ -1,0 +1,199 @@
+"""plan_to_target: from a size to the mixture of cuts that reaches it at the least measured cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from surgery import defaults
+from surgery.budget.model_size import ModelSize
+from surgery.budget.sensitivity_cost import sensitivity_cost
+from surgery.budget.target import PARAMS, Target
+from surgery.cut.groups import Cut
+from surgery.cut.kinds import KINDS
+from surgery.cut.kv_heads import possible_heads
+from surgery.cut.tensors import TensorEdit, edited_specs
+from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal
+from surgery.engine.streamed_model import StreamedModel
+from surgery.errors import PlanError, UnsupportedModelError
+from surgery.index.channel_index import ChannelIndex
+from surgery.model.families import check_prunable
+from surgery.plan.kind_plan import KV_HEADS, KindPlan
+from surgery.plan.prune_plan import PrunePlan, make_plan
+from surgery.plan.search_plan import SearchPlan
+from surgery.progress import Progress, no_progress
+from surgery.pruning.plan_pruning import sensitivity_of
+from surgery.repair.methods import REPAIRS
+from surgery.search.head_scores import head_scores, heads_plan
+from surgery.search.mixtures import COUNTS, KV, Search
+from surgery.search.single_costs import Item, measure_single_costs
+from surgery.search.sizes import Fitter, amount_of
+from surgery.search.trials import Trials
+
+
+def plan_to_target(
+    model: Model,
+    index: ChannelIndex,
+    target: Target,
+    *,
+    cuts: Collection[str] = defaults.TARGET_CUTS,
+    method: str = defaults.METHOD,
+    allocation: str = defaults.ALLOCATION,
+    repair: str = defaults.REPAIR,
+    pad: bool = False,
+    protect: bool | None = None,
+    multiple_of: int | None = None,
+    seed: int = defaults.SEED,
+    seconds: float = defaults.SEARCH_SECONDS,
+    fixed: tuple[KindPlan, ...] = (),
+    journal: Journal | None = None,
+    progress: Progress[Any] = no_progress,
+    say: Callable[[str], None] = lambda _: None,
+) -> PrunePlan:
+    """The plan that meets `target` by cuts of the kinds `cuts` with the least KL to the dense model.
+
+    What single cuts cost is measured first; then whole configurations are cut, repaired and measured on
+    held-out calibration blocks, for about `seconds` in all. `fixed` goes in any case. What was measured stays
+    in `journal`, so that an interrupted search goes on. Other arguments are as of `plan_pruning`. The plan's
+    `search` says what was tried. Raises PlanError for a target that can't be met, UnsupportedModelError for a
+    kind that the model can't be cut by.
+    """
+    check_prunable(model.checkpoint.config, model.name)
+    index.check_source(model.checkpoint)
+    REPAIRS.find(repair)
+    check_target(model, target, cuts)
+    sensitivity = None
+    if allocation == "global":
+        say("Measuring the sensitivity of each layer at five widths")
+        measured = partial(sensitivity_of, model, index, method=method, seed=seed, protect=protect)
+        tensors = _saved(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
+        sensitivity = [tensors[name] for name in sorted(tensors, key=int)]
+
+    def build(parts: tuple[KindPlan, ...], size: dict[str, Any]) -> PrunePlan:
+        return make_plan(
+            index,
+            method=method,
+            **size,
+            multiple_of=multiple_of,
+            seed=seed,
+            allocation=allocation,
+            pad=pad,
+            repair=repair,
+            sensitivity=sensitivity,
+            protect=protect,
+            cuts=parts,
+        )
+
+    fitter = Fitter(model, target, build, "ffn" in cuts, multiple_of, allocation != "uniform")
+    trials = Trials(model, index, progress, journal)
+    costs: dict[Item, float] = {}
+    single = [kind for kind in cuts if kind in COUNTS]
+    if single:
+        say(f"Measuring what single {' and '.join(KINDS[kind].label for kind in single)} cost")
+        tensors = _saved(journal, "costs", lambda: _single_costs(model, trials, single, progress))
+        costs = {_item(name): float(kl) for name, kl in tensors.items()}
+    search = Search(fitter, trials.measure, costs, len(model.meta_model.layers), fixed)
+    if KV in cuts:
+        say("Measuring what each key/value head adds")
+        tensors = _saved(journal, "heads", lambda: _head_scores(model, index, progress))
+        scores = {(int(layer), KV_HEADS): score for layer, score in tensors.items()}
+        (count,) = {len(score) for score in scores.values()}
+        search.fewer_heads = [count - heads for heads in possible_heads(model.meta_model)]
+        search.heads = lambda fewer: heads_plan(scores, count - fewer)
+    say(f"Trying mixtures of cuts that come to {target.text(target.amount)}")
+    finished = journal.numbers("tried") if journal is not None else []
+    plan = search.run(seconds, finished[0] if finished else None)
+    if journal is not None and not finished:
+        journal.mark(f"tried {len(search.steps)}")
+    found = SearchPlan(
+        target,
+        fitter.amount(plan),
+        tuple(cuts),
+        {kind: {number: kl for (of, number), kl in costs.items() if of == kind} for kind in single},
+        trials.tokens,
+        tuple(search.steps),
+        search.size_of(search.best),
+    )
+    return replace(plan, search=found)
+
+
+def usable_kinds(model: Model, kinds: Collection[str]) -> dict[str, str]:
+    """Kind -> why the model can't be cut by it, "" where it can."""
+    found = {}
+    for name in kinds:
+        try:
+            KINDS.find(name).check_model(model.meta_model)
+            found[name] = ""
+        except UnsupportedModelError as error:
+            found[name] = error.found or str(error)
+    return found
+
+
+def check_target(model: Model, target: Target, cuts: Collection[str]) -> None:
+    """Raise PlanError or UnsupportedModelError, before anything is measured, for kinds that the model can't
+    be cut by, a target that it meets as it is, and one below what no cut removes.
+    """
+    meta_model, checkpoint = model.meta_model, model.checkpoint
+    for name in cuts:
+        KINDS.find(name).check_model(meta_model)
+    dense = amount_of(model, Cut((), {}, {}, checkpoint.config), target)
+    if dense <= target.amount:
+        raise PlanError(
+            "the model meets the target already",
+            where=target.option,
+            expected=f"less than {target.text(dense)}",
+            found=target.text(target.amount),
+        )
+    layers = {name for layer in meta_model.layer_parameters for one in layer for name in one.stored}
+    beside = edited_specs(checkpoint, {name: TensorEdit(None) for name in (*layers, *meta_model.dropped)})
+    least = sum(spec.numel if target.unit == PARAMS else spec.nbytes for spec in beside.values())
+    if least >= target.amount and "vocab" not in cuts:
+        raise PlanError(
+            "embeddings and head alone exceed the target",
+            where=target.option,
+            expected=f"more than {target.text(least)}",
+            found=target.text(target.amount),
+        )
+
+
+def _single_costs(
+    model: Model, trials: Trials, kinds: Collection[str], progress: Progress[Any]
+) -> dict[str, torch.Tensor]:
+    """KL without each layer and each attention, on the held-out blocks of `trials`, by "kind number"."""
+    ids = trials.held_out.ids
+    size = ModelSize.of(model.meta_model, model.run.dtype, ids.shape[1])
+    cost = sensitivity_cost(size, 4 * len(ids), ids.shape[1], model.run)
+    streamed = StreamedModel(model)
+    found = measure_single_costs(streamed, ids, kinds, cost.micro_batch, cost.branches_on, progress)
+    return {f"{kind} {number}": torch.tensor(kl, dtype=torch.float64) for (kind, number), kl in found.items()}
+
+
+def _by_layer(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(layer): tensor for layer, tensor in enumerate(tensors)}
+
+
+def _head_scores(model: Model, index: ChannelIndex, progress: Progress[Any]) -> dict[str, torch.Tensor]:
+    return {str(layer): score for (layer, _), score in head_scores(model, index, progress).items()}
+
+
+def _item(name: str) -> Item:
+    kind, _, number = name.partition(" ")
+    return kind, int(number)
+
+
+def _saved(
+    journal: Journal | None, step: str, measure: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What `measure` gives, or gave before the run was interrupted."""
+    if journal is not None and step in journal:
+        return journal.load(step)[1]
+    found = measure()
+    if journal is not None:
+        journal.save(step, {}, found)
+        journal.mark(step)
+    return found

@@ -1,0 +1,68 @@
+"""Whole attentions go: the written model is the original whose attention adds nothing, also with a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cuts import IDS, write
+from helpers.tiny_models import opened, tiny_model
+from transformers import AutoModelForCausalLM
+
+from surgery.cut.attention import attentions
+from surgery.cut.groups import Cut
+from surgery.cut.kinds import KINDS
+from surgery.errors import UnsupportedModelError
+from surgery.plan.kind_plan import attention_plan, layers_plan
+
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "olmo2",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "gpt_oss",
+]
+GONE = (0, 2, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_that_goes_adds_nothing(family: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    dense = tiny_model(family)
+    dense.save_pretrained(source)
+    meta_model = opened(source).meta_model
+    assert attentions(meta_model) == list(range(6))
+    cut = Cut((), {}, {}, meta_model.checkpoint.config)
+    cut = KINDS["attention"].add(meta_model, cut, attention_plan(range(6), GONE))
+    cut = KINDS["layers"].add(meta_model, cut, layers_plan(6, [1]))
+    write(source, cut, tmp_path / "cut")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    layers = dense.get_submodule(meta_model.layers_path)
+    for group in cut.groups:
+        for part in group.consumers if group.layer in GONE else ():
+            layers[group.layer].get_parameter(part.parameter).data.zero_()
+    layers[1].forward = lambda hidden, *_, **__: hidden
+    with torch.no_grad():
+        expected = dense(IDS, use_cache=False).logits
+        assert torch.allclose(model.eval()(IDS, use_cache=False).logits, expected, atol=1e-4)
+        texts = [
+            model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cached, pad_token_id=0)
+            for cached in (True, False)
+        ]
+    assert torch.equal(*texts)
+    left = sum(one.numel() for one in model.parameters())
+    assert left < sum(one.numel() for one in dense.parameters()) - 3 * 32 * 32
+
+
+def test_a_model_without_attention_in_its_layers_is_refused(tmp_path: Path) -> None:
+    tiny_model("lfm2", layer_types=["conv"] * 6).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="no attention"):
+        KINDS["attention"].check_model(opened(tmp_path).meta_model)
