@@ -7,10 +7,12 @@ from importlib import resources
 from typing import Any
 
 from surgery.card.source_card import inherited_metadata
+from surgery.card.speed import speed_section
 
 HEALED_TAGS = ["distilled", "surgeon"]
 PRUNED_TAGS = ["pruned", "structured-pruning", "surgeon"]
 QUANTIZED_TAGS = ["quantized", "surgeon"]
+GGUF_TAGS = ["gguf", "surgeon"]
 OBLIGATIONS = {
     "llama": (
         "The source is under a Llama community license: display “Built with Llama” where you use this model, "
@@ -29,9 +31,9 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class` and `load_from`; for a pruned model also `method`,
-    `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`
-    and `repaired`.
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from` and `speed`; for a pruned model also
+    `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`, `repair`,
+    `repair_label` and `repaired`.
     """
     import jinja2
 
@@ -49,9 +51,11 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "auto_class": manifest.get("auto_class", "AutoModelForCausalLM"),
         "load_from": manifest.get("repo") or "path/to/this/folder",
         "heals": manifest.get("heals") or [],
+        "speed": speed_section(manifest),
         **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
+    name = "gguf_card.md" if "gguf" in manifest else name
     text = _shipped_template(name) if template is None else template
     rendered = environment.from_string(text).render(variables)
     return re.sub(r"\n{3,}", "\n\n", rendered)
@@ -101,8 +105,10 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    quantized = "quantization" in manifest
+    exported = "gguf" in manifest
+    quantized = "quantization" in manifest or exported
     own_tags = QUANTIZED_TAGS if quantized else PRUNED_TAGS if "plan" in manifest else HEALED_TAGS
+    own_tags = GGUF_TAGS if exported else own_tags
     heals = manifest.get("heals") or []
     if heals and "plan" in manifest:
         own_tags = [*PRUNED_TAGS, "distilled"]
@@ -111,7 +117,7 @@ def front_matter(manifest: dict[str, Any], source_card: str | None = None) -> st
     tags = [tag for tag in inherited.pop("tags", []) if tag not in own_tags]
     fields: dict[str, Any] = {
         **inherited,
-        "library_name": "transformers",
+        "library_name": "gguf" if exported else "transformers",
         "pipeline_tag": "text-generation",
         "tags": [*tags, *own_tags],
     }

@@ -19,6 +19,19 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
         *("simulate", "compare"),
     ),
+    "Export": ("as_gguf", "type_name"),
+    "Speed": (
+        *(
+            "against",
+            "runtimes",
+            "gguf_types",
+            "prompt_tokens",
+            "new_tokens",
+            "batches",
+            "repeats",
+            "threads",
+        ),
+    ),
     "Conditions": ("conditions", "scale", "traced", "stop_words", "plan_only"),
     "Measurement": (
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
@@ -36,8 +49,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
-    "Measure": ("eval", "ablate"),
-    "Files": ("card", "push", "shard-index"),
+    "Measure": ("eval", "bench", "ablate"),
+    "Files": ("export", "card", "push", "shard-index"),
 }
 
 
