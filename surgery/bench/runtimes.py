@@ -89,9 +89,9 @@ def load_llama_cpp(job: dict[str, Any]) -> Loaded:
             "cache_prompt": False,
         }
         answer = server.handle_completions(request)
-        answers = answer if isinstance(answer, list) else [answer]
-        found = sum(one["usage"]["completion_tokens"] for one in answers)
-        _check_count(found, tokens * len(prompts))
+        found = [choice["finish_reason"] == "length" for choice in answer["choices"]]
+        # of several answers in one, the usage is that of the first
+        _check_count(answer["usage"]["completion_tokens"] * sum(found), tokens * len(prompts))
 
     vocabulary = len(GgufFile(Path(job["gguf"])).metadata["tokenizer.ggml.tokens"])
     return Loaded(generate, {"xllamacpp": xllamacpp.__version__}, vocabulary)

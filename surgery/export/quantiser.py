@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,12 +39,16 @@ class Quantiser:
         rows = tensor.reshape(-1, tensor.shape[-1])
         out = np.empty(tensor_bytes(kind, tuple(tensor.shape)), np.uint8)
         step, done = max(1, PIECE // rows.shape[1]), 0
-        for start in range(0, rows.shape[0], step):
+
+        def encoded(start: int) -> np.ndarray:
             part = rows[start : start + step]
             _check_finite(part, where)
-            encoded = _plain(part, kind, where) if kind in PLAIN else self._rounded(part, kind)
-            out[done : done + encoded.size] = encoded
-            done += encoded.size
+            return _plain(part, kind, where) if kind in PLAIN else self._rounded(part, kind)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # llama.cpp's function runs without the GIL
+            for piece in pool.map(encoded, range(0, rows.shape[0], step)):
+                out[done : done + piece.size] = piece
+                done += piece.size
         assert done == out.size
         return out
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from surgery.checkpoint.gguf import require_gguf
 from surgery.checkpoint.gguf_file import GgufFile
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.checkpoint.reader import Checkpoint
@@ -65,6 +66,7 @@ def plan_gguf(
     `super_weights` (with `layer`, `column` and `ffn`) are kept in their stored type where `chosen` would
     round them. Raises UnsupportedModelError for what llama.cpp can't load or compute; no weight is read.
     """
+    require_gguf(checkpoint.name)
     who = quantiser()
     check_type(chosen, who)
     model = gguf_model(checkpoint)

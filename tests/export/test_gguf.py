@@ -23,6 +23,7 @@ from surgery.checkpoint.gguf_file import GgufFile
 from surgery.export import quantiser, vocabulary
 
 WIDTHS = {"per_layer_config": {0: {"intermediate_size": 32}, 2: {"intermediate_size": 64}}}
+ROWS = 270  # of the embedding: more than the tokenizer has tokens
 LONG: dict[str, Any] = {"max_position_embeddings": 256, "num_hidden_layers": 4}
 ROPE = {
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
@@ -43,6 +44,25 @@ ROPE = {
         "original_max_position_embeddings": 64,
     },
 }
+
+
+@pytest.fixture
+def save_gguf_tiny(save_tiny: Callable[..., Path]) -> Callable[..., Path]:
+    """A tiny model with the usual tokenizer and one merge, as transformers' reader of GGUF wants one."""
+
+    def save(family: str, **changes: Any) -> Path:
+        folder = save_tiny(family, **{"vocab_size": ROWS, **changes})
+        parts = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+        vocab = {token: i for token, i in parts["model"]["vocab"].items() if i < 256}
+        parts["model"] |= {"vocab": {**vocab, "ab": 256}, "merges": [["a", "b"]]}
+        parts["added_tokens"] = []
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(parts)), bos_token="<s>", eos_token="</s>"
+        )
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 def transformers_logprobs(folder: Path) -> torch.Tensor:
@@ -72,10 +92,10 @@ def test_llama_cpp_computes_what_transformers_does(
     family: str,
     changes: dict[str, Any],
     layers: str,
-    save_tiny: Callable[..., Path],
+    save_gguf_tiny: Callable[..., Path],
     surgeon: Callable[..., Any],
 ) -> None:
-    folder = save_tiny(family, **LONG, **changes, **(WIDTHS if layers == "uneven" else {}))
+    folder = save_gguf_tiny(family, **LONG, **changes, **(WIDTHS if layers == "uneven" else {}))
     surgeon("export", str(folder), "--gguf", "--type", "f32", "--out", "tiny.gguf", "--quiet")
     file = Path("tiny.gguf")
     wanted = "deci" if layers == "uneven" else "qwen2" if family == "qwen2" else "llama"
@@ -84,9 +104,9 @@ def test_llama_cpp_computes_what_transformers_does(
 
 
 def test_qwen3_goes_out_and_every_tensor_comes_back(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+    save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    folder = save_tiny("qwen3", **LONG)
+    folder = save_gguf_tiny("qwen3", **LONG)
     surgeon("export", str(folder), "--gguf", "--type", "f32")
     made = Path("tiny-GGUF")
     manifest = json.loads((made / "surgeon.json").read_text())
@@ -99,8 +119,8 @@ def test_qwen3_goes_out_and_every_tensor_comes_back(
     assert file.name in card and "architecture of llama.cpp | `qwen3`" in card
 
 
-def test_a_layer_without_attention(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
-    folder = save_tiny("llama", **LONG)
+def test_a_layer_without_attention(save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    folder = save_gguf_tiny("llama", **LONG)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.model.layers[1].self_attn.o_proj.weight.data.zero_()
     model.save_pretrained(folder)
@@ -113,17 +133,17 @@ def test_a_layer_without_attention(save_tiny: Callable[..., Path], surgeon: Call
         json.dumps({**config, "per_layer_config": {"1": {"skip": ["attention"]}}})
     )
     surgeon("export", str(folder), "--gguf", "--type", "f32", "--out", "free.gguf")
-    found = llama_cpp_logprobs(Path("free.gguf"), tokens=258)
+    found = llama_cpp_logprobs(Path("free.gguf"), tokens=ROWS)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_a_window_becomes_the_context_length(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+    save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    folder = save_tiny("mistral", **LONG, sliding_window=200)
+    folder = save_gguf_tiny("mistral", **LONG, sliding_window=220)
     shown = surgeon("export", str(folder), "--gguf", "--type", "f32", "--out", "w.gguf")
-    assert "context length 200 tokens in place of 256" in shown.stdout
-    assert GgufFile(Path("w.gguf")).metadata["llama.context_length"] == 200
+    assert "context length 220 tokens in place of 256" in shown.stdout
+    assert GgufFile(Path("w.gguf")).metadata["llama.context_length"] == 220
     assert_same(folder, Path("w.gguf"))
 
 
@@ -140,9 +160,9 @@ WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim"
     ],
 )
 def test_quantised_types_load_and_super_weights_stay(
-    kind: str, expected: set[str], save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+    kind: str, expected: set[str], save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    folder = save_tiny("llama", **WIDE)
+    folder = save_gguf_tiny("llama", **WIDE)
     weights = [{"layer": 1, "row": 3, "column": 5, "value": 9.0}, {"layer": 2, "row": 0, "column": None}]
     (folder / "surgeon.json").write_text(json.dumps({"schema_version": 1, "super_weights": weights}))
     shown = surgeon("export", str(folder), "--gguf", "--type", kind, "--out", "q.gguf")
@@ -157,14 +177,14 @@ def test_quantised_types_load_and_super_weights_stay(
     assert torch.equal(
         back.read("model.layers.1.mlp.down_proj.weight"), stored["model.layers.1.mlp.down_proj.weight"]
     )
-    found = llama_cpp_logprobs(Path("q.gguf"), tokens=258)
+    found = llama_cpp_logprobs(Path("q.gguf"), tokens=ROWS)
     assert bool(torch.isfinite(found).all())
 
 
 def test_without_llama_cpp_the_gguf_package_rounds(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_tiny("llama", **WIDE)
+    folder = save_gguf_tiny("llama", **WIDE)
     kinds = ("q8_0", "q4_0")
     for kind in kinds:
         surgeon("export", str(folder), "--gguf", "--type", kind, "--out", f"cpp-{kind}.gguf")

@@ -21,7 +21,7 @@ UNEVEN = ("--sparsity", "0.5", "--allocation", "score", "--multiple-of", "4")
 
 
 def shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape that vLLM's Llama, Mistral and Qwen2 build, before q, k, v and gate, up are fused."""
+    """Parameter -> shape that vLLM's Llama, Mistral and Qwen2 build, before they fuse any of them."""
     hidden, heads, width = config.hidden_size, config.num_attention_heads, config.intermediate_size
     own = None if config.model_type == "qwen2" else getattr(config, "head_dim", None)
     head = own or hidden // heads
