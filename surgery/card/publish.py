@@ -82,6 +82,13 @@ def record_tasks(folder: Path, found: dict[str, Any]) -> None:
     _rewrite(folder, manifest)
 
 
+def record_bench(folder: Path, found: dict[str, Any]) -> None:
+    """Put the figures of `surgeon bench` into surgeon.json and the card, in place of earlier ones."""
+    manifest = read_manifest(folder)
+    manifest["bench"] = found
+    _rewrite(folder, manifest)
+
+
 def _rewrite(folder: Path, manifest: dict[str, Any]) -> None:
     """Replace surgeon.json and the card; the metadata in the existing card stays."""
     from surgery.card.render import render_card

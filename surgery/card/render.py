@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.card.hub_metadata import base_model, is_gguf, own_tags, trials
 from surgery.card.source_card import inherited_metadata
+from surgery.card.speed import speed_section
 from surgery.plan.layer_rows import cut_lines, search_line
 
 OBLIGATIONS = {
@@ -28,8 +29,8 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals` and `trials`; for a pruned
-    model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`,
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals`, `trials` and `speed`;
+    for a pruned model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`,
     `repair`, `repair_label`, `repaired`, `cuts` and `search`.
     """
     import jinja2
@@ -49,6 +50,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "load_from": manifest.get("repo") or "path/to/this/folder",
         "heals": manifest.get("heals") or [],
         "trials": trials(manifest),
+        "speed": speed_section(manifest),
         **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"

@@ -49,7 +49,7 @@ class GgufCheckpoint(Checkpoint):
     """
 
     def __init__(self, file: Path, dtype: torch.dtype) -> None:
-        _require_gguf(file)
+        require_gguf(file.name)
         self.dtype = dtype
         self.gguf = GgufFile(file)
         family, self._fields = read_config(self.gguf)
@@ -116,13 +116,14 @@ class GgufCheckpoint(Checkpoint):
             ) from error
 
 
-def _require_gguf(file: Path) -> None:
+def require_gguf(where: str) -> None:
+    """Raise CheckpointError where the gguf package is not installed, which reads and writes `where`."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
-            "reading GGUF needs the gguf package",
-            where=file.name,
+            "GGUF needs the gguf package",
+            where=where,
             next_step="pip install 'ffn-surgeon[gguf]'",
         ) from error
 

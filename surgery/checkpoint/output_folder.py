@@ -50,11 +50,16 @@ def check_destination(
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise DestinationError("no permission to write", where=str(parent))
-    free = shutil.disk_usage(parent).free
+    check_disk(parent, needs_bytes, option)
+
+
+def check_disk(folder: Path, needs_bytes: int, option: str) -> None:
+    """Raise DestinationError where the disk of `folder` lacks `needs_bytes` bytes plus MARGIN_BYTES."""
+    free = shutil.disk_usage(folder).free
     if needs_bytes and free < needs_bytes + MARGIN_BYTES:
         raise DestinationError(
             "the disk is too small",
-            where=str(parent),
+            where=str(folder),
             expected=f"{(needs_bytes + MARGIN_BYTES) / 2**30:.2f} GiB free",
             found=f"{free / 2**30:.2f} GiB",
             next_step=f"free some space, or name another disk with {option}",

@@ -21,6 +21,19 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
         *("simulate", "compare"),
     ),
+    "Export": ("as_gguf", "type_name"),
+    "Speed": (
+        *(
+            "against",
+            "runtimes",
+            "gguf_types",
+            "prompt_tokens",
+            "new_tokens",
+            "batches",
+            "repeats",
+            "threads",
+        ),
+    ),
     "Conditions": ("conditions", "scale", "traced", "stop_words", "plan_only"),
     "Measurement": (
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
@@ -51,6 +64,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
     "Measure": ("eval", "ablate"),
     "Files": ("card", "push", "shard-index"),
+    "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
+    "Measure": ("eval", "bench", "ablate"),
+    "Files": ("export", "card", "push", "shard-index"),
 }
 
 

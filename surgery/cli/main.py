@@ -18,8 +18,10 @@ import click
 from surgery import __version__
 from surgery.cli.ablate import ablate
 from surgery.cli.adapt import adapt
+from surgery.cli.bench import bench
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
+from surgery.cli.export import export
 from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
@@ -107,7 +109,9 @@ for command in (
     adapt,
     eval_command,
     ablate,
+    bench,
     quantize,
+    export,
     push,
     card,
     shard_index,

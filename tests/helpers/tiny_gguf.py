@@ -220,8 +220,8 @@ def _add_tokens(writer: gguf.GGUFWriter, splits: str) -> None:
     writer.add_eos_token_id(257)
 
 
-def llama_cpp_logprobs(path: Path, prompt: list[int] = PROMPT, context: int = 256) -> torch.Tensor:
-    """llama.cpp's log-probabilities [TOKENS] of the token after `prompt`, in float32 on one thread."""
+def llama_cpp_server(path: Path, context: int = 256) -> Any:
+    """llama.cpp's server for a file, which computes in float32 on one thread."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's bindings are not installed")
     options = xllamacpp.CommonParams()
     options.model.path = str(path)
@@ -231,15 +231,22 @@ def llama_cpp_logprobs(path: Path, prompt: list[int] = PROMPT, context: int = 25
     options.flash_attn_type = (
         xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )  # it rounds to float16
-    server = xllamacpp.Server(options)
+    return xllamacpp.Server(options)
+
+
+def llama_cpp_logprobs(
+    path: Path, prompt: list[int] = PROMPT, context: int = 256, tokens: int = TOKENS
+) -> torch.Tensor:
+    """llama.cpp's log-probabilities [tokens] of the token after `prompt`."""
+    server = llama_cpp_server(path, context)
     # the token taken must be a letter, for half a character has no answer; the bias is not in the logprobs
-    request = {"prompt": prompt, "max_tokens": 1, "logprobs": TOKENS, "logit_bias": [[LETTER, 1000.0]]}
+    request = {"prompt": prompt, "max_tokens": 1, "logprobs": tokens, "logit_bias": [[LETTER, 1000.0]]}
     answer = server.handle_completions(request)
     found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    result = torch.full((TOKENS,), float("nan"))
+    result = torch.full((tokens,), float("nan"))
     for token in found:
         result[token["id"]] = token["logprob"]
-    assert len(found) == TOKENS
+    assert len(found) == tokens
     return result
 
 
