@@ -29,9 +29,9 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals`, `trials` and `speed`;
-    for a pruned model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`,
-    `repair`, `repair_label`, `repaired`, `cuts` and `search`.
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals`, `trials` and `speed`; for
+    a pruned model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`,
+    `padded`, `repair`, `repair_label`, `repaired`, `cuts` and `search`.
     """
     import jinja2
 

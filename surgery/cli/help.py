@@ -62,9 +62,6 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
-    "Measure": ("eval", "ablate"),
-    "Files": ("card", "push", "shard-index"),
-    "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
     "Measure": ("eval", "bench", "ablate"),
     "Files": ("export", "card", "push", "shard-index"),
 }
