@@ -51,7 +51,32 @@ def cut_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"Attention removed in layers {_listed(cuts['attention']['removed'])}")
     if "kv" in cuts:
         lines.append(f"Key/value heads kept in each layer: {cuts['kv']['heads']}")
+    if "experts" in cuts:
+        facts = cuts["experts"]
+        mean = {key: _mean(facts["layers"], key) for key in ("tokens_kept", "lp_kept")}
+        lines.append(
+            f"Routed experts {facts['before']} → {facts['after']} in {len(facts['layers'])} layers, by "
+            f"{'REAP' if facts['score'] == 'reap' else 'their loss proxy'}: they had "
+            f"{100 * mean['tokens_kept']:.1f}% of the router's choices, {100 * mean['lp_kept']:.1f}% of the "
+            "experts' loss proxy"
+        )
+    if "vocab" in cuts:
+        facts = cuts["vocab"]
+        lines.append(f"Vocabulary {facts['before']:,} → {facts['after']:,} tokens{_texts(facts['texts'])}")
     return lines
+
+
+def _mean(layers: dict[str, dict[str, Any]], key: str) -> float:
+    return sum(float(layer[key]) for layer in layers.values()) / len(layers)
+
+
+def _texts(texts: list[dict[str, Any]]) -> str:
+    parts = (
+        f"{100 * one['covered']:.1f}% of {one['name']}'s stay, and it takes "
+        f"{100 * (one['lengthening'] - 1):.1f}% more"
+        for one in texts
+    )
+    return f": {'; '.join(parts)}" if texts else ""
 
 
 def search_line(plan: dict[str, Any]) -> str | None:
