@@ -31,8 +31,21 @@ class KindOptions:
     keep_vocabulary: float | None
     vocabulary_text: tuple[str, ...]
 
-    def check(self, healed: bool, rounds: int = 1) -> None:
-        """Raise UsageError for options that contradict each other, or a heal, which needs the same tokens."""
+    def check(self, healed: bool, rounds: int = 1, cuts: tuple[str, ...] | None = None) -> None:
+        """Raise UsageError for options that contradict each other, or a heal, which needs the same tokens.
+
+        `cuts` are the kinds that may go for a target: how much of these goes is not searched for.
+        """
+        for kind, number, option in (
+            ("experts", self.keep_experts, "--keep-experts"),
+            ("vocab", self.keep_vocabulary, "--keep-vocabulary"),
+        ):
+            if kind in (cuts or ()) and number is None:
+                raise UsageError(
+                    f"how many {kind} stay is not searched for",
+                    where="--cuts",
+                    next_step=f"give {option} too",
+                )
         if self.any and rounds > 1:
             raise UsageError(
                 "several rounds cut FFN channels alone",

@@ -111,7 +111,7 @@ def prune(
     from surgery.cli.costs import prune_cost_lines
     from surgery.pruning.prune import Provenance
 
-    kinds.check(healing.heal_tokens is not None, healing.rounds)
+    kinds.check(healing.heal_tokens is not None, healing.rounds, target.cuts)
     cut = target.check(kinds.sized(cut, target.target is not None), rounds=healing.rounds)
     template = read_template(card_template)
     opened = how.open(model)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint.transformers_model import text_config
 from surgery.cut.config_width import set_width
 from surgery.cut.groups import Cut, Group, Kept
 from surgery.cut.tensors import Take, TensorEdit, joined_edits
 from surgery.errors import UnsupportedModelError
 from surgery.model.meta_model import MetaModel
 from surgery.plan.kind_plan import VOCABULARY, KindPlan
-from surgery.vocabulary.files import vocabulary_files
+from surgery.vocabulary.files import read_tokenizer, vocabulary_files
 from surgery.vocabulary.token_ids import new_ids, with_new_ids
 
 KEY = "vocab_size"
@@ -27,9 +26,9 @@ KEY = "vocab_size"
 
 @dataclass(frozen=True)
 class VocabularyRows:
-    """The rows of a model's vocabulary; no group of a layer belongs to it."""
+    """The `rows` of a model's vocabulary; no group of a layer belongs to it."""
 
-    where: str
+    rows: int
 
     def groups(self, meta_model: MetaModel) -> list[Group]:  # noqa: ARG002 (no layer has a vocabulary)
         """No groups: nothing of a layer goes."""
@@ -43,9 +42,10 @@ class VocabularyRows:
     def config(self, config: dict[str, Any], kept: Kept) -> dict[str, Any]:
         """config.json with the new size, and every token id in it replaced."""
         rows = kept[VOCABULARY]
-        before = int(text_config(config)[KEY])
         config = with_new_ids(copy.deepcopy(config), new_ids(rows.tolist()), "config.json")
-        set_width(config, KEY, before, len(rows))
+        set_width(config, KEY, self.rows, len(rows))
+        if config.get(KEY) == self.rows:  # multimodal configs may repeat it beside the language model's
+            config[KEY] = len(rows)
         return config
 
 
@@ -55,7 +55,7 @@ def onto(meta_model: MetaModel, cut: Cut, part: KindPlan) -> Cut:
     Raises UnsupportedModelError for a model or a tokenizer whose vocabulary can't be cut.
     """
     rows = part.kept[VOCABULARY]
-    kind = VocabularyRows(meta_model.checkpoint.name)
+    kind = VocabularyRows(vocabulary_rows(meta_model))
     files, left_out = vocabulary_files(meta_model.checkpoint, rows.tolist())
     return replace(
         cut,
@@ -72,10 +72,9 @@ def check_vocabulary(meta_model: MetaModel) -> None:
     """Raise UnsupportedModelError, from headers, config and tokenizer, for a vocabulary that can't be cut."""
     count = vocabulary_rows(meta_model)
     vocabulary_tensors(meta_model)
+    read_tokenizer(meta_model.checkpoint).check_rows(count)
     vocabulary_files(meta_model.checkpoint, list(range(count)))
-    VocabularyRows(meta_model.checkpoint.name).config(
-        meta_model.checkpoint.config, {VOCABULARY: torch.arange(count)}
-    )
+    VocabularyRows(count).config(meta_model.checkpoint.config, {VOCABULARY: torch.arange(count)})
 
 
 def vocabulary_rows(meta_model: MetaModel) -> int:

@@ -19,7 +19,7 @@ from surgery.plan.kind_plan import VOCABULARY, KindPlan
 from surgery.text import Text, open_text
 from surgery.text.blocks import pieces_at_lines
 from surgery.vocabulary.choice import choose_tokens
-from surgery.vocabulary.files import GENERATION, read_tokenizer
+from surgery.vocabulary.files import ID_CONFIGS, read_tokenizer
 from surgery.vocabulary.kept_ids import ids_text
 from surgery.vocabulary.token_ids import needed_ids, new_ids
 from surgery.vocabulary.tokenizer_json import TokenizerJson
@@ -110,13 +110,14 @@ def all_tokens(model: Model, source: TokenizerJson, rows: int) -> dict[str, int]
 def protected_ids(model: Model, source: TokenizerJson, rows: int) -> set[int]:
     """Ids that stay whatever the texts use.
 
-    Added and special tokens, what config.json and generation_config.json name, the tokens that any text can
-    be spelled with, and those of the chat template.
+    Added and special tokens, what config.json and the configs of generation and processors name, the tokens
+    that any text can be spelled with, and those of the chat template.
     """
     checkpoint, tokenizer = model.checkpoint, load_tokenizer(model.checkpoint)
     found = source.fixed() | source.spelling() | needed_ids(checkpoint.config, rows)
-    if GENERATION in checkpoint.other_files:
-        found |= needed_ids(checkpoint.read_json(GENERATION), rows)
+    for name in ID_CONFIGS:
+        if name in checkpoint.other_files:
+            found |= needed_ids(checkpoint.read_json(name), rows)
     found |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values(), *_template_ids(tokenizer)}
     return {number for number in found if number < rows}
 

@@ -20,7 +20,8 @@ OTHER_FORMS = ("*.model", "*.tiktoken", "tekken.json", "vocab.txt", "*.vocab", "
 VOCAB, MERGES, ADDED = "vocab.json", "merges.txt", "added_tokens.json"
 Files = tuple[dict[str, str], list[str]]
 LATEST: WeakKeyDictionary[Checkpoint, tuple[tuple[int, ...], Files]] = WeakKeyDictionary()
-GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+ID_CONFIGS = ("generation_config.json", "processor_config.json", "preprocessor_config.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def vocabulary_files(checkpoint: Checkpoint, kept: Sequence[int]) -> Files:
@@ -41,8 +42,9 @@ def _rewritten(checkpoint: Checkpoint, kept: Sequence[int]) -> Files:
     fields = source.reduced(new)
     texts = {FILE: _json(fields)}
     left_out = [name for name in names if _is_other_form(name)]
-    if GENERATION in names:
-        texts[GENERATION] = _json(with_new_ids(checkpoint.read_json(GENERATION), new, GENERATION))
+    for name in ID_CONFIGS:
+        if name in names:
+            texts[name] = _json(with_new_ids(checkpoint.read_json(name), new, name))
     if TOKENIZER_CONFIG in names:
         said = checkpoint.read_json(TOKENIZER_CONFIG)
         texts[TOKENIZER_CONFIG] = _json(with_new_added_tokens(said, new, TOKENIZER_CONFIG))

@@ -67,6 +67,19 @@ class TokenizerJson:
         found = {*self.added().values(), *_post_processor_ids(self.fields.get("post_processor") or {})}
         return found | ({padding["pad_id"]} if "pad_id" in padding else set())
 
+    def check_rows(self, rows: int) -> None:
+        """Raise UnsupportedModelError for a token that has no row among the `rows` of the embedding."""
+        without = {token: n for token, n in (self.vocabulary() | self.added()).items() if n >= rows}
+        if without:
+            token, number = next(iter(without.items()))
+            raise UnsupportedModelError(
+                "the tokenizer has tokens without a row of the embedding, so the vocabulary can't be cut",
+                where=self.where,
+                expected=f"ids below {rows:,}",
+                found=f"{token!r}: {number:,}",
+                next_step="remove these tokens from the tokenizer, or leave the vocabulary whole",
+            )
+
     def parts(self) -> dict[str, Pair]:
         """Token -> the two tokens it is merged from; nothing for Unigram, which needs no parts."""
         if self.kind != "BPE":

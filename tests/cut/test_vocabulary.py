@@ -144,6 +144,11 @@ def test_what_cannot_be_cut_is_refused_by_name(save_model: Callable[..., Path]) 
     wrong[-1] = TOKENS - 1 if int(wrong[-1]) != TOKENS - 1 else int(wrong[-1]) - 1
     with pytest.raises(CheckpointError, match="another id"):
         check_tokenizer(AutoTokenizer.from_pretrained(source), model, wrong)
+    fields = json.loads((source / "tokenizer.json").read_text())
+    fields["added_tokens"].append({**fields["added_tokens"][0], "id": ROWS, "content": "<late>"})
+    (source / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(UnsupportedModelError, match=r"without a row.*<late>"):
+        check_vocabulary(opened(source).meta_model)
     (source / "tokenizer.json").rename(source / "tokenizer.model")
     with pytest.raises(UnsupportedModelError, match=r"there is none.*tokenizer.model"):
         check_vocabulary(opened(source).meta_model)
@@ -163,5 +168,8 @@ def test_the_command_says_what_stays_and_which_options_clash(
     assert "Vocabulary 704 → 500 tokens" in card and "most used in\ntext.txt" in card
     refused = surgeon("prune", str(source), *options, "--heal", "1k", code=2)
     assert "--keep-vocabulary, --heal" in refused.stderr
+    searched = ["--target-params", "1k", "--cuts", "ffn,vocab"]
+    refused = surgeon("prune", str(source), *searched, *CALIBRATION, code=2)
+    assert "give --keep-vocabulary too" in refused.stderr
     refused = surgeon("prune", str(source), "--vocabulary-text", "text.txt", *CALIBRATION, code=2)
     assert "give --keep-vocabulary" in refused.stderr
