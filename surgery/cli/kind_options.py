@@ -81,16 +81,16 @@ class KindOptions:
         if self.keep_vocabulary is not None:
             check_vocabulary(model.meta_model)
 
-    def sized(self, cut: CutOptions, target: bool) -> CutOptions:
-        """`cut` with whole FFNs where these options alone say what goes, and not a `target`.
+    def sized(self, cut: CutOptions, *, elsewhere: bool) -> CutOptions:
+        """`cut` with whole FFNs where these options alone say what goes; `elsewhere`: others say it too.
 
-        There is nothing to repair then if only the vocabulary goes, unless a repair is asked for.
+        With all channels, experts are refitted to what they put out already, so nothing is repaired then
+        unless a repair is asked for.
         """
-        if target or not self.any or cut.sparsity is not None or cut.intermediate_size is not None:
+        if elsewhere or not self.any or cut.sparsity is not None or cut.intermediate_size is not None:
             return cut
-        source = click.get_current_context().get_parameter_source("repair")
-        whole = self.keep_experts is None and source is not ParameterSource.COMMANDLINE
-        return replace(cut, sparsity=0.0, repair="none" if whole else cut.repair)
+        asked = click.get_current_context().get_parameter_source("repair") is ParameterSource.COMMANDLINE
+        return replace(cut, sparsity=0.0, repair=cut.repair if asked else "none")
 
     def experts(self, model: Model, index: ChannelIndex, protect: bool, quiet: bool) -> tuple[KindPlan, ...]:
         """The experts that go, by what `index` was calibrated on. Raises PlanError, MemoryBudgetError."""

@@ -112,7 +112,9 @@ def prune(
     from surgery.pruning.prune import Provenance
 
     kinds.check(healing.heal_tokens is not None, healing.rounds, target.cuts)
-    cut = target.check(kinds.sized(cut, target.target is not None), rounds=healing.rounds)
+    cut = target.check(
+        kinds.sized(cut, elsewhere=target.target is not None or target.explicit), rounds=healing.rounds
+    )
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder)

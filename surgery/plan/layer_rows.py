@@ -28,6 +28,7 @@ def layer_rows(plan: dict[str, Any]) -> list[LayerRow]:
     layers = cuts.get("layers", {}).get("removed", [])
     attention = cuts.get("attention", {}).get("removed", [])
     heads = cuts.get("kv", {}).get("kept", {})
+    experts = cuts.get("experts", {}).get("layers", {})
     rows: list[LayerRow] = []
     for number, entry in enumerate(plan["layers"]):
         left = WHOLE
@@ -35,10 +36,18 @@ def layer_rows(plan: dict[str, Any]) -> list[LayerRow]:
             left = f"{len(heads[str(number)])} key/value heads"
         if number in attention or number in layers:
             left = GONE
-        parts = entry["ffns"].values() if "ffns" in entry else [entry]
+        ffns = entry.get("ffns", {"dense": entry})
+        gone = _gone_experts(ffns, experts.get(str(number)))
+        parts = [part for name, part in ffns.items() if name not in gone]
         after = None if number in layers else sum(row.after is not None for row in rows)
         rows.append(LayerRow(number, after, left, sum(len(part["kept"]) for part in parts)))
     return rows
+
+
+def _gone_experts(ffns: dict[str, Any], facts: dict[str, Any] | None) -> set[str]:
+    """Names of the routed experts of a layer that go."""
+    routed = {name for name in ffns if name.startswith("expert.")}
+    return routed - {f"expert.{number}" for number in facts["kept"]} if facts else set()
 
 
 def cut_lines(plan: dict[str, Any]) -> list[str]:
