@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from surgery.plan.methods import Method as Method
     from surgery.plan.methods import register_method as register_method
     from surgery.plan.prune_plan import PrunePlan as PrunePlan
+    from surgery.pruning.experts import plan_experts as plan_experts
     from surgery.pruning.plan_pruning import plan_pruning as plan_pruning
     from surgery.pruning.prune import prune as prune
+    from surgery.pruning.vocabulary import plan_vocabulary as plan_vocabulary
     from surgery.repair.methods import RepairMethod as RepairMethod
 
 __version__ = "0.1.0"
@@ -37,7 +39,9 @@ _HOMES = {
     "merge_indexes": "surgery.index.merge",
     "open_model": "surgery.engine.open_model",
     "perplexity": "surgery.evaluate.perplexity",
+    "plan_experts": "surgery.pruning.experts",
     "plan_pruning": "surgery.pruning.plan_pruning",
+    "plan_vocabulary": "surgery.pruning.vocabulary",
     "prune": "surgery.pruning.prune",
     "register_method": "surgery.plan.methods",
 }

@@ -11,6 +11,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
         *("target_params", "target_size", "target_memory", "context", "packed_int4", "cuts", "search_time"),
         *("drop_layers", "drop_attention", "kv_heads"),
+        *("keep_experts", "expert_score", "keep_vocabulary", "vocabulary_text"),
     ),
     "Healing": (
         *("heal_tokens", "rounds", "tokens_seen", "heal_texts", "text_weights", "loss_on", "teacher"),

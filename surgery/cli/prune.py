@@ -24,6 +24,7 @@ from surgery.cli.common import (
     show_dry_run,
 )
 from surgery.cli.help import GroupedCommand
+from surgery.cli.kind_options import KindOptions, kind_options
 from surgery.cli.options import (
     PATH,
     CalibrationOptions,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from surgery.engine.open_model import Model
     from surgery.engine.resume import Journal
     from surgery.index.channel_index import ChannelIndex
+    from surgery.plan.kind_plan import KindPlan
     from surgery.plan.prune_plan import PrunePlan
     from surgery.pruning.prune import Provenance
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 @click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
 @cut_options
 @target_options
+@kind_options
 @healing_options
 @eval_options
 @click.option("--card-template", type=PATH, help="jinja2 text for the card.")
@@ -83,6 +86,7 @@ def prune(
     index_folder: str | None,
     cut: CutOptions,
     target: TargetOptions,
+    kinds: KindOptions,
     healing: HealingOptions,
     evaluation: EvalOptions,
     card_template: Path | None,
@@ -110,19 +114,23 @@ def prune(
     from surgery.cli.costs import prune_cost_lines
     from surgery.pruning.prune import Provenance
 
-    cut = target.check(cut, rounds=healing.rounds)
+    kinds.check(healing.heal_tokens is not None, healing.rounds, target.cuts)
+    cut = target.check(
+        kinds.sized(cut, elsewhere=target.target is not None or target.explicit), rounds=healing.rounds
+    )
     job.check(dry_run, searches=target.target is not None)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder)
     cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
     target.check_model(opened)
+    kinds.check_model(opened)
     heal = Healing.prepare(opened, healing, cut, text_options)
     if job.jobs:
         show_job(opened, cost_at_most, heal, text_options, job, as_json)
         return
     chosen = evaluation.chosen(published=push_to is not None)
-    destination = out or Path(target.name_for(opened, cut))
+    destination = out or Path(kinds.name(target.name_for(opened, cut)))
     published = blocks = None
     if not dry_run:
         needs = opened.checkpoint.nbytes
@@ -130,6 +138,7 @@ def prune(
         check_destination(destination, overwrite=overwrite, source=source, needs_bytes=needs)
         published = push_target(push_to, destination, push_options, overwrite)
         blocks = None if chosen is None else chosen.read(opened)
+    parts = kinds.vocabulary(opened, text_options, quiet)
     index = index_for(
         opened,
         found,
@@ -139,8 +148,9 @@ def prune(
         resume=resume,
         quiet=quiet,
     )
-    search = None if dry_run else target.journal(opened, index, cut, destination, resume)
-    plan = plan_for(opened, index, cut, target, text_options.seed, search, quiet)
+    parts = (*kinds.experts(opened, index, cut.protect is not False, quiet), *parts)
+    search = None if dry_run else target.journal(opened, index, cut, parts, destination, resume)
+    plan = plan_for(opened, index, cut, target, parts, text_options.seed, search, quiet)
     edits = planned_edits(opened, plan)
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
     fates = show_prune_plan(opened, plan, sizes, edits, as_json)
@@ -151,6 +161,7 @@ def prune(
     say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
     say("\n".join(prune_cost_lines(cost)), quiet)
     words = canonical_command(opened, index, plan, cut, how, text_options)
+    words += kinds.words(plan)
     provenance = Provenance(
         command=shlex.join([*words, *healing.words]),
         repo=published.repo if published else None,
@@ -198,18 +209,19 @@ def plan_for(
     index: ChannelIndex,
     options: CutOptions,
     target: TargetOptions,
+    fixed: tuple[KindPlan, ...],
     seed: int,
     search: Journal | None,
     quiet: bool,
 ) -> PrunePlan:
-    """The plan that the options ask for."""
+    """The plan that the options ask for; `fixed` goes in any case."""
     from surgery.pruning.plan_pruning import plan_pruning
 
     if target.target is not None:
-        return target.plan(model, index, options, seed, search, quiet)
+        return target.plan(model, index, options, fixed, seed, search, quiet)
     if options.allocation == "global":
         say("Measuring the sensitivity of each layer at five widths", quiet)
-    parts = target.parts(model, index, quiet)
+    parts = (*target.parts(model, index, quiet), *fixed)
     return plan_pruning(model, index, seed=seed, cuts=parts, progress=bars(quiet), **vars(options))
 
 

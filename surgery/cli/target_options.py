@@ -155,7 +155,13 @@ class TargetOptions:
         return tuple(found)
 
     def journal(
-        self, model: Model, index: ChannelIndex, cut: CutOptions, destination: Path, resume: bool
+        self,
+        model: Model,
+        index: ChannelIndex,
+        cut: CutOptions,
+        fixed: tuple[KindPlan, ...],
+        destination: Path,
+        resume: bool,
     ) -> Journal | None:
         """The journal of the search, beside the destination; None without a target."""
         from surgery.engine.resume import Journal
@@ -164,6 +170,7 @@ class TargetOptions:
         if self.target is None:
             return None
         fingerprint = {**index_use_fingerprint(model, index), "cut": vars(cut), "target": vars(self)}
+        fingerprint |= {"fixed": [part.facts for part in fixed]} if fixed else {}
         return Journal(destination, fingerprint, resume=resume, kind="search")
 
     def plan(
@@ -171,11 +178,12 @@ class TargetOptions:
         model: Model,
         index: ChannelIndex,
         cut: CutOptions,
+        fixed: tuple[KindPlan, ...],
         seed: int,
         journal: Journal | None,
         quiet: bool,
     ) -> PrunePlan:
-        """The plan that meets the target. Raises PlanError where none does."""
+        """The plan that meets the target; `fixed` goes in any case. Raises PlanError where none does."""
         from surgery.search.plan_to_target import plan_to_target
 
         target = self.target
@@ -188,6 +196,7 @@ class TargetOptions:
             target,
             cuts=self.kinds(model),
             seconds=defaults.SEARCH_SECONDS if self.search_time is None else self.search_time,
+            fixed=fixed,
             journal=journal,
             progress=bars(quiet),
             say=lambda line: say(line, quiet),

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from surgery.cut.tensors import TensorEdit, joined_edits
-from surgery.model.meta_model import MetaModel
+from surgery.model.meta_model import LayerEdit, MetaModel
 from surgery.model.slices import Slice
 
 GroupKey = tuple[int, str]  # (layer, name of the group in its layer)
@@ -61,7 +61,10 @@ class Cut:
     """One cut of one model: what stays, edits by stored tensor name, and the config.json and files that go
     with it.
 
-    `skipped` are the layers that the result does not have: hidden states pass them by.
+    `skipped` are the layers that the result does not have: hidden states pass them by. `tokens` [V'] are the
+    old ids of the tokens that stay, in the order of the new ids; None where the vocabulary stays whole.
+    `left_out` are files of the source that the result does not have. `reroute` masks experts that go in a
+    resident layer, before what stays is refitted.
     """
 
     groups: tuple[Group, ...]
@@ -70,6 +73,9 @@ class Cut:
     config: dict[str, Any]
     files: dict[str, str] = field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
+    tokens: torch.Tensor | None = None
+    left_out: tuple[str, ...] = ()
+    reroute: LayerEdit | None = None
 
 
 def make_cut(kind: CutKind, meta_model: MetaModel, kept: Kept, files: dict[str, str] | None = None) -> Cut:

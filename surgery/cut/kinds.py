@@ -65,5 +65,9 @@ KINDS: Registry[Kind] = Registry(
             stock=False,
         ),
         "layers": Kind("whole layers", "surgery.cut.layers:onto", "surgery.cut.layers:check_layers"),
+        "experts": Kind("routed experts", "surgery.cut.experts:onto", "surgery.cut.experts:check_experts"),
+        "vocab": Kind(
+            "rows of the vocabulary", "surgery.cut.vocabulary:onto", "surgery.cut.vocabulary:check_vocabulary"
+        ),
     },
 )

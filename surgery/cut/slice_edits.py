@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from surgery.cut.groups import Group, GroupKey, Kept
+from surgery.cut.groups import Cut, Group, GroupKey, Kept
 from surgery.cut.tensors import Take, TensorEdit
 from surgery.errors import PlanError, UnsupportedModelError
 from surgery.model.meta_model import LayerEdit, MetaModel, StoredParameter
@@ -115,6 +115,20 @@ def _check_axis(meta_model: MetaModel, stored: str, axis: int, expected: int) ->
             expected=f"{expected} along axis {axis}",
             found=str(list(shape)),
         )
+
+
+def mask_cut(cut: Cut) -> LayerEdit:
+    """A layer edit after which a layer computes what the cut one does: members that go are masked, and no
+    token is routed to an expert that goes.
+    """
+    mask = mask_members(cut.groups, cut.kept)
+
+    def edit(number: int, layer: nn.Module) -> None:
+        mask(number, layer)
+        if cut.reroute is not None:
+            cut.reroute(number, layer)
+
+    return edit
 
 
 def mask_members(groups: Iterable[Group], kept: Kept) -> LayerEdit:

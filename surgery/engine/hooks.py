@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.model.experts import EXPERT_OBSERVER
+from surgery.model.experts import EXPERT_OBSERVER, OUTPUT_OBSERVER
 from surgery.model.ffn import Ffn
 
 
@@ -57,9 +57,24 @@ def observed(ffns: list[Ffn], observe: Callable[[FfnCall], None]) -> Iterator[No
 
 
 @contextlib.contextmanager
+def expert_outputs(ffns: list[Ffn], observe: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within the block, `observe(expert, output)` is called with what each routed expert adds to its layer's
+    output, weighted by the router, [routed, D].
+    """
+    modules = list({id(ffn.module): ffn.module for ffn in ffns if ffn.stacked}.values())
+    try:
+        for module in modules:
+            setattr(module, OUTPUT_OBSERVER, observe)
+        yield
+    finally:
+        for module in modules:
+            setattr(module, OUTPUT_OBSERVER, None)
+
+
+@contextlib.contextmanager
 def preserved(layer: nn.Module) -> Iterator[None]:
-    """Restore all parameters of a resident layer when the block ends."""
-    originals = [(parameter, parameter.data.clone()) for parameter in layer.parameters()]
+    """Restore all parameters and buffers of a resident layer when the block ends."""
+    originals = [(tensor, tensor.data.clone()) for tensor in (*layer.parameters(), *layer.buffers())]
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from surgery.budget.budget import largest_micro_batch
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
 from surgery.card.figures import save_comparison
 from surgery.cut.model_cut import model_cut
-from surgery.cut.slice_edits import mask_members
+from surgery.cut.slice_edits import mask_cut
 from surgery.cut.tensors import edited_specs
 from surgery.engine.hooks import preserved
 from surgery.engine.loss import measure_divergence
@@ -190,7 +190,7 @@ class _MeasuredCut:
         self.parameters = sum(spec.numel for spec in specs.values())
         self.repairs = repair.changes_weights
         self.skipped = cut.skipped
-        self.edit: Callable[[int, nn.Module], object] = mask_members(cut.groups, cut.kept)
+        self.edit: Callable[[int, nn.Module], object] = mask_cut(cut)
         if self.repairs:
             assert reference is not None
             self.edit = LayerRepair(reference, cut, repair, cost.matrix_bytes).layer

@@ -13,6 +13,9 @@ from surgery.model.families import EXPERT
 
 EXPERTS_IMPLEMENTATION = "surgeon"
 EXPERT_OBSERVER = "_surgeon_observe"  # attribute of an experts module, called as (FFN name, tokens, u, y)
+OUTPUT_OBSERVER = (
+    "_surgeon_observe_output"  # likewise, called as (expert, what it adds to the layer's output)
+)
 
 
 def experts_forward(
@@ -24,7 +27,7 @@ def experts_forward(
     [T, D]; `top_k_index` and `top_k_weights` [T, k].
     """
     output = torch.zeros_like(hidden)
-    observe = getattr(module, EXPERT_OBSERVER, None)
+    observe, observe_output = (getattr(module, name, None) for name in (EXPERT_OBSERVER, OUTPUT_OBSERVER))
     in_name = "gate_up_proj" if module.has_gate else "up_proj"
     in_weights, in_biases = getattr(module, in_name), getattr(module, f"{in_name}_bias", None)
     for expert in torch.unique(top_k_index).tolist():
@@ -39,7 +42,10 @@ def experts_forward(
             observe(f"{EXPERT}{expert}", tokens, u, y)
         if getattr(module, "has_post_expert_norm", False):
             y = module.post_expert_norm(y)
-        output = output.index_add(0, tokens, (y * top_k_weights[tokens, rank, None]).to(output.dtype))
+        weighted = (y * top_k_weights[tokens, rank, None]).to(output.dtype)
+        if observe_output is not None:
+            observe_output(expert, weighted)
+        output = output.index_add(0, tokens, weighted)
     return output
 
 
@@ -58,7 +64,7 @@ def scaled_experts_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     tokens not routed to it. Only nonzero rows are computed; the output of the others is zero.
     """
     stacked = hidden.view(module.num_experts, -1, module.hidden_size)
-    observe = getattr(module, EXPERT_OBSERVER, None)
+    observe, observe_output = (getattr(module, name, None) for name in (EXPERT_OBSERVER, OUTPUT_OBSERVER))
     outputs = []
     for expert, x in enumerate(stacked):
         (tokens,) = torch.where(x.detach().abs().amax(-1) > 0)
@@ -67,6 +73,8 @@ def scaled_experts_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
         y = u @ module.down_proj[expert]
         if observe is not None and len(tokens):
             observe(f"{EXPERT}{expert}", tokens, u, y)
+        if observe_output is not None and len(tokens):
+            observe_output(expert, y)
         outputs.append(torch.zeros_like(x).index_copy(0, tokens, y))
     return torch.stack(outputs).view(-1, module.hidden_size)
 

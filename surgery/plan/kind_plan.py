@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-# Names of groups: a whole layer, the whole attention of one, its key/value heads.
-LAYER, ATTENTION, KV_HEADS = "layer", "attention", "kv_heads"
+# Names of groups: a whole layer, the whole attention of one, its key/value heads, its routed experts.
+LAYER, ATTENTION, KV_HEADS, EXPERTS = "layer", "attention", "kv_heads", "experts"
+VOCABULARY = (-1, "vocab")  # the group of all tokens
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,26 @@ def removed_attention(parts: Iterable[KindPlan]) -> frozenset[int]:
 def _gone(parts: Iterable[KindPlan], group: str) -> frozenset[int]:
     kept = [item for part in parts for item in part.kept.items()]
     return frozenset(number for (number, name), members in kept if name == group and not len(members))
+
+
+def with_expert_places(
+    super_weights: Iterable[dict[str, Any]], parts: Iterable[KindPlan]
+) -> tuple[dict[str, Any], ...]:
+    """Super weights with the new numbers of their experts; `column` is None where the expert goes.
+
+    `ffn_before` is the name that the FFN had.
+    """
+    kept = {
+        group: members for part in parts if part.kind == "experts" for group, members in part.kept.items()
+    }
+    found = []
+    for weight in super_weights:
+        members = kept.get((weight.get("layer_before", weight["layer"]), EXPERTS))
+        name, _, number = weight["ffn"].partition(".")
+        if members is None or not number:
+            found.append(weight)
+            continue
+        place = (members == int(number)).nonzero()
+        moved = {"ffn": f"{name}.{int(place[0])}"} if len(place) else {"column": None}
+        found.append({**weight, "ffn_before": weight["ffn"], **moved})
+    return tuple(found)

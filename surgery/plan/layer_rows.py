@@ -28,6 +28,7 @@ def layer_rows(plan: dict[str, Any]) -> list[LayerRow]:
     layers = cuts.get("layers", {}).get("removed", [])
     attention = cuts.get("attention", {}).get("removed", [])
     heads = cuts.get("kv", {}).get("kept", {})
+    experts = cuts.get("experts", {}).get("layers", {})
     rows: list[LayerRow] = []
     for number, entry in enumerate(plan["layers"]):
         left = WHOLE
@@ -35,10 +36,18 @@ def layer_rows(plan: dict[str, Any]) -> list[LayerRow]:
             left = f"{len(heads[str(number)])} key/value heads"
         if number in attention or number in layers:
             left = GONE
-        parts = entry["ffns"].values() if "ffns" in entry else [entry]
+        ffns = entry.get("ffns", {"dense": entry})
+        gone = _gone_experts(ffns, experts.get(str(number)))
+        parts = [part for name, part in ffns.items() if name not in gone]
         after = None if number in layers else sum(row.after is not None for row in rows)
         rows.append(LayerRow(number, after, left, sum(len(part["kept"]) for part in parts)))
     return rows
+
+
+def _gone_experts(ffns: dict[str, Any], facts: dict[str, Any] | None) -> set[str]:
+    """Names of the routed experts of a layer that go."""
+    routed = {name for name in ffns if name.startswith("expert.")}
+    return routed - {f"expert.{number}" for number in facts["kept"]} if facts else set()
 
 
 def cut_lines(plan: dict[str, Any]) -> list[str]:
@@ -51,7 +60,32 @@ def cut_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"Attention removed in layers {_listed(cuts['attention']['removed'])}")
     if "kv" in cuts:
         lines.append(f"Key/value heads kept in each layer: {cuts['kv']['heads']}")
+    if "experts" in cuts:
+        facts = cuts["experts"]
+        mean = {key: _mean(facts["layers"], key) for key in ("tokens_kept", "lp_kept")}
+        lines.append(
+            f"Routed experts {facts['before']} → {facts['after']} in {len(facts['layers'])} layers, by "
+            f"{'REAP' if facts['score'] == 'reap' else 'their loss proxy'}: they had "
+            f"{100 * mean['tokens_kept']:.1f}% of the router's choices, {100 * mean['lp_kept']:.1f}% of the "
+            "experts' loss proxy"
+        )
+    if "vocab" in cuts:
+        facts = cuts["vocab"]
+        lines.append(f"Vocabulary {facts['before']:,} → {facts['after']:,} tokens{_texts(facts['texts'])}")
     return lines
+
+
+def _mean(layers: dict[str, dict[str, Any]], key: str) -> float:
+    return sum(float(layer[key]) for layer in layers.values()) / len(layers)
+
+
+def _texts(texts: list[dict[str, Any]]) -> str:
+    parts = (
+        f"{100 * one['covered']:.1f}% of {one['name']}'s stay, and it takes "
+        f"{100 * (one['lengthening'] - 1):.1f}% more"
+        for one in texts
+    )
+    return f": {'; '.join(parts)}" if texts else ""
 
 
 def search_line(plan: dict[str, Any]) -> str | None:

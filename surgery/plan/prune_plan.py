@@ -11,7 +11,7 @@ from surgery import defaults
 from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex, FfnIndex
 from surgery.plan.allocation import allocate, ranking, score_damage, standardised
-from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers
+from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers, with_expert_places
 from surgery.plan.methods import METHODS
 from surgery.plan.search_plan import SearchPlan
 from surgery.plan.widths import WidthChange, default_multiple, deployability, width_changes
@@ -256,7 +256,7 @@ def make_plan(
         widths=changes,
         sparsity=1 - kept / before,
         layers=layers,
-        super_weights=tuple(_moved(index, layers, gone)),
+        super_weights=with_expert_places(_moved(index, layers, gone), cuts),
         allocation=allocation,
         padded=pad and allocation != "uniform",
         repair=repair,

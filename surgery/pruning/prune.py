@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.budget.prune_cost import VERIFY_TOKENS, prune_cost
+from surgery.budget.prune_cost import prune_cost
 from surgery.card.figures import CONCENTRATION, CUT, save_figures
 from surgery.card.publish import write_card
 from surgery.checkpoint.manifest import (
@@ -22,7 +22,7 @@ from surgery.checkpoint.other_files import copy_other_files
 from surgery.checkpoint.output_folder import check_destination, complete_folder
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.shard_writer import TensorSpec
-from surgery.checkpoint.transformers_model import auto_class
+from surgery.checkpoint.transformers_model import auto_class, load_tokenizer
 from surgery.cut.ffn_channels import fates_json
 from surgery.cut.model_cut import model_cut
 from surgery.cut.tensors import edited_specs
@@ -36,7 +36,8 @@ from surgery.plan.prune_plan import PrunePlan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.jobs import prune_job
 from surgery.pruning.prune_pass import PrunePass, prune_fingerprint
-from surgery.pruning.verify import verify_pruned
+from surgery.pruning.verify import verification_ids, verify_pruned
+from surgery.pruning.verify_tokenizer import check_tokenizer
 from surgery.repair.methods import REPAIRS
 
 CARD_FILES = ("README.md", MANIFEST, CONCENTRATION, CUT)  # written anew, not carried over
@@ -112,16 +113,20 @@ def _write(
     specs = edited_specs(model.checkpoint, cut.edits)
     size = sum(spec.nbytes for spec in specs.values())
     cost = prune_cost(meta_model, prune_job(plan, index.input_ids.shape, size), model.run)
-    ids = index.input_ids[:1, :VERIFY_TOKENS].long()
+    ids = verification_ids(index.input_ids, cut.tokens)
     with complete_folder(destination) as folder:
         prune_pass = PrunePass(StreamedModel(model), cut, repair, specs, cost, journal)
         expected, repairs = prune_pass.run(folder, ids, index.input_ids.long(), progress)
-        copy_other_files(model.checkpoint, folder, cut.config, CARD_FILES)
+        copy_other_files(model.checkpoint, folder, cut.config, (*CARD_FILES, *cut.left_out))
         for file, text in cut.files.items():
             (folder / file).write_text(text, encoding="utf-8")
         written = model.written(folder)
         repaired = repair.changes_weights
-        verification, weights = verify_pruned(written, expected, ids, plan.super_weights, repaired=repaired)
+        verification, weights = verify_pruned(
+            written, expected, ids, plan.super_weights, repaired=repaired, tokens=cut.tokens
+        )
+        if cut.tokens is not None:
+            check_tokenizer(load_tokenizer(model.checkpoint), written, cut.tokens)
         measurements: dict[str, Any] = {"verification": verification}
         if provenance.dense is not None:
             measurements["dense"] = provenance.dense
@@ -136,7 +141,7 @@ def _write(
             "repair_label": repair.label,
             "repair": repairs,
             "outside_model": fates_json(meta_model, cut.edits),
-            "left_behind": model.checkpoint.left_behind,
+            "left_behind": sorted({*model.checkpoint.left_behind, *cut.left_out}),
         }
         manifest["reproduce"] = reproduce_json(manifest)
         (folder / MANIFEST).write_text(dump_manifest(manifest), encoding="utf-8")

@@ -57,6 +57,7 @@ def verify_pruned(
     super_weights: tuple[dict[str, Any], ...] = (),
     *,
     repaired: bool = False,
+    tokens: torch.Tensor | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Check a written checkpoint; returns what was measured, and the super weights as found. Raises
     CheckpointError.
@@ -64,9 +65,25 @@ def verify_pruned(
     It must load through transformers' Auto class with no missing, unexpected or mismatched key; its logits on
     `ids` [1, T] must be finite and equal `expected` [T, V], those of the masked source, up to rounding; every
     kept one of `super_weights` must be at its new column, with its value unless weights were `repaired`.
+    `ids` and `expected` are those of the source; `tokens` [V'] are the old ids of the tokens that the written
+    model has, where its vocabulary is smaller.
     """
+    if tokens is not None:
+        ids, expected = torch.searchsorted(tokens, ids), expected[:, tokens]
     measured = check_logits(written, expected, ids, "the masked source")
     return measured, check_super_weights(written.checkpoint, written.meta_model, super_weights, repaired)
+
+
+def verification_ids(calibration: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Ids [1, T] of the source to verify a cut with: the start of its calibration blocks [N, T].
+
+    With `tokens`, the ids that stay, those that go are passed over.
+    """
+    if tokens is None:
+        return calibration[:1, :VERIFY_TOKENS].long()
+    flat = calibration.long().flatten()
+    found = flat[torch.isin(flat, tokens)][: min(VERIFY_TOKENS, calibration.shape[1])]
+    return (found if len(found) else tokens[:VERIFY_TOKENS])[None]
 
 
 def check_logits(

@@ -20,7 +20,7 @@ from torch.nn import functional
 from surgery.budget.prune_cost import PruneCost
 from surgery.budget.repair_cost import column_blocks, pass_schedule
 from surgery.cut.groups import Cut
-from surgery.cut.slice_edits import mask_members
+from surgery.cut.slice_edits import mask_cut, mask_members
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
@@ -52,7 +52,7 @@ class LayerRepair:
         self.method = method
         self.budget = budget
         self.kept = cut.kept
-        self.mask = mask_members(cut.groups, cut.kept)
+        self.mask, self.reroute = mask_members(cut.groups, cut.kept), cut.reroute
         others = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
         self.mask_others = mask_members(others, cut.kept)
         self.head_columns = {
@@ -80,6 +80,8 @@ class LayerRepair:
         through it.
         """
         result = LayerRepairResult(keeps_deltas=self.keeps_deltas)
+        if self.reroute is not None:
+            self.reroute(number, layer)
         additive = self.method.follows_pruned and self.dense.additive
         self.mask_others(number, layer)
         fits = self.method.fits_attention and number not in self.no_attention
@@ -226,7 +228,7 @@ class LayerPruner:
     def __init__(
         self, model: StreamedModel, cut: Cut, method: RepairMethod, ids: torch.Tensor, cost: PruneCost
     ) -> None:
-        self.mask = mask_members(cut.groups, cut.kept)
+        self.mask = mask_cut(cut)
         self.skipped = cut.skipped
         self.repair: LayerRepair | None = None
         if method.changes_weights:
