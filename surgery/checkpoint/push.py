@@ -20,7 +20,7 @@ class PushTarget:
     """Where and how to publish.
 
     `revision` is a branch to create or extend; `create_pr` opens a pull request; `overwrite` permits a repo
-    that surgeon did not write.
+    that surgeon did not write. `repo_type` is "model", or "dataset" for an index.
     """
 
     repo: str
@@ -28,6 +28,12 @@ class PushTarget:
     revision: str | None = None
     create_pr: bool = False
     overwrite: bool = False
+    repo_type: str = "model"
+
+    @property
+    def own_file(self) -> str:
+        """The file that shows that surgeon wrote a repo of this type."""
+        return MANIFEST if self.repo_type == "model" else "index.json"
 
 
 @dataclass
@@ -74,7 +80,8 @@ def check_push(target: PushTarget) -> None:
                 next_step="name a repo of your own, or open a pull request with --create-pr",
             )
         existing = _existing_files(api, target)
-    if existing - {".gitattributes", "README.md"} and MANIFEST not in existing and not target.overwrite:
+    others = existing - {".gitattributes", "README.md"}
+    if others and target.own_file not in existing and not target.overwrite:
         raise HubError(
             "the repo exists and was not written by surgeon",
             where=target.repo,
@@ -87,7 +94,7 @@ def _existing_files(api: Any, target: PushTarget) -> set[str]:
     from huggingface_hub import errors
 
     try:
-        return set(api.list_repo_files(target.repo, revision=target.revision))
+        return set(api.list_repo_files(target.repo, revision=target.revision, repo_type=target.repo_type))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         return set()
 
@@ -120,13 +127,19 @@ def push_folder(
 
     check_push(target)
     api = HfApi()
-    report = PushReport("", pushed_files(folder))
+    sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
+    report = PushReport("", pushed_files(folder) if target.repo_type == "model" else sizes)
+    kind = target.repo_type
     names = list(report.files)
     with hub_errors("pushing", target.repo):
-        patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
+        patiently(
+            lambda: api.create_repo(
+                target.repo, private=target.private or None, exist_ok=True, repo_type=kind
+            )
+        )
         if target.revision is not None and not target.create_pr:
             branch = target.revision
-            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True))
+            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True, repo_type=kind))
         stale = patiently(lambda: _existing_files(api, target)) - set(names) - {".gitattributes"}
         additions = [CommitOperationAdd(name, folder / name) for name in names]
         say(f"Uploading {len(names)} files, {sum(report.files.values()) / 2**20:,.0f} MiB, to {target.repo}")
@@ -138,6 +151,7 @@ def push_folder(
                 revision=target.revision,
                 create_pr=target.create_pr or None,
                 free_memory=False,
+                repo_type=kind,
             )
         )
         commit = api.create_commit(
@@ -146,6 +160,7 @@ def push_folder(
             commit_message=message,
             revision=target.revision,
             create_pr=target.create_pr or None,
+            repo_type=kind,
         )
     report.url = str(commit.pr_url or commit.commit_url)
     return report

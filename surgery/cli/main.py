@@ -19,6 +19,7 @@ from surgery import __version__
 from surgery.cli.ablate import ablate
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
+from surgery.cli.find import find
 from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
@@ -100,6 +101,7 @@ for command in (
     show,
     merge_index,
     report,
+    find,
     prune,
     compare,
     heal,

@@ -132,11 +132,11 @@ class PushOptions:
     push_revision: str | None
     create_pr: bool
 
-    def target(self, repo: str, overwrite: bool) -> PushTarget:
+    def target(self, repo: str, overwrite: bool, repo_type: str = "model") -> PushTarget:
         """Where to publish, checked to be writable by the account the token belongs to. Raises HubError."""
         from surgery.checkpoint.push import PushTarget, check_push
 
-        target = PushTarget(repo, self.private, self.push_revision, self.create_pr, overwrite)
+        target = PushTarget(repo, self.private, self.push_revision, self.create_pr, overwrite, repo_type)
         check_push(target)
         return target
 
@@ -254,6 +254,13 @@ calibration_options = collected(
             "--spike-prompt", help="One more prompt to look for super weights in, besides five of surgeon's."
         ),
     ],
+)
+
+index_option = click.option(
+    "--index",
+    "index_folder",
+    metavar="INDEX",
+    help="Index to use: a folder, or ORG/NAME[@REVISION] of the Hub. [default: made on the fly]",
 )
 
 talk_options = _add(
