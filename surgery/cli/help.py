@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Index and report": ("index", "merge-index", "show", "report", "find"),
+    "Index and report": ("index", "merge-index", "show", "report", "find", "atlas"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
     "Measure": ("eval", "ablate"),
     "Files": ("card", "push", "shard-index"),

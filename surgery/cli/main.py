@@ -17,6 +17,7 @@ import click
 
 from surgery import __version__
 from surgery.cli.ablate import ablate
+from surgery.cli.atlas import atlas
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
 from surgery.cli.find import find
@@ -102,6 +103,7 @@ for command in (
     merge_index,
     report,
     find,
+    atlas,
     prune,
     compare,
     heal,
