@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from surgery.index.channel_index import ChannelIndex as ChannelIndex
     from surgery.index.channel_index import FfnIndex as FfnIndex
     from surgery.index.merge import merge_indexes as merge_indexes
+    from surgery.index.open_index import open_index as open_index
     from surgery.plan.methods import Method as Method
     from surgery.plan.methods import register_method as register_method
     from surgery.plan.prune_plan import PrunePlan as PrunePlan
@@ -37,6 +38,7 @@ _HOMES = {
     "SurgeonError": "surgery.errors",
     "build_index": "surgery.index.build",
     "merge_indexes": "surgery.index.merge",
+    "open_index": "surgery.index.open_index",
     "open_model": "surgery.engine.open_model",
     "perplexity": "surgery.evaluate.perplexity",
     "plan_experts": "surgery.pruning.experts",

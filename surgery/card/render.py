@@ -55,12 +55,13 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
     name = "gguf_card.md" if is_gguf(manifest) else name
-    text = _shipped_template(name) if template is None else template
+    text = shipped_template(name) if template is None else template
     rendered = environment.from_string(text).render(variables)
     return re.sub(r"\n{3,}", "\n\n", rendered)
 
 
-def _shipped_template(name: str) -> str:
+def shipped_template(name: str) -> str:
+    """The text of a template of the package."""
     return resources.files("surgery").joinpath(f"card/templates/{name}").read_text(encoding="utf-8")
 
 

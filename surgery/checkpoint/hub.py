@@ -225,29 +225,36 @@ class HubRepo:
             return self._downloads[file]
 
     def _range(self, file: str, start: int, stop: int) -> memoryview:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        return read_range(self.repo, file, self.sha, start, stop, self.sizes[file])
 
-        buffer = new_buffer(stop - start)
-        if stop == start:
-            return buffer
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
-        url = hf_hub_url(self.repo, file, revision=self.sha)
-        with hub_errors("reading a byte range", self.repo):
-            response = http_backoff("GET", url, headers=headers, timeout=READ_TIMEOUT, follow_redirects=True)
-            hf_raise_for_status(response)
-        content = response.content
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code != 206 or len(content) != stop - start or total != str(self.sizes[file]):
-            raise HubError(
-                "the file changed on the Hub, or the server ignores byte ranges",
-                where=f"{self.repo}/{file}",
-                expected=f"{stop - start} bytes of {self.sizes[file]}",
-                found=f"status {response.status_code}, {len(content)} bytes of {total or 'unknown'}",
-                next_step="run the command again; without --range-reads if it happens again",
-            )
-        buffer[:] = content
+
+def read_range(
+    repo: str, file: str, commit: str, start: int, stop: int, size: int, repo_type: str = "model"
+) -> memoryview:
+    """Bytes [start, stop) of a file of `size` bytes at a commit, by one request. Raises HubError."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    buffer = new_buffer(stop - start)
+    if stop == start:
         return buffer
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+    url = hf_hub_url(repo, file, revision=commit, repo_type=repo_type)
+    with hub_errors("reading a byte range", repo):
+        response = http_backoff("GET", url, headers=headers, timeout=READ_TIMEOUT, follow_redirects=True)
+        hf_raise_for_status(response)
+    content = response.content
+    total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if response.status_code != 206 or len(content) != stop - start or total != str(size):
+        raise HubError(
+            "the file changed on the Hub, or the server ignores byte ranges",
+            where=f"{repo}/{file}",
+            expected=f"{stop - start} bytes of {size}",
+            found=f"status {response.status_code}, {len(content)} bytes of {total or 'unknown'}",
+            next_step="run the command again; without --range-reads if it happens again",
+        )
+    buffer[:] = content
+    return buffer
 
 
 def _listing(api: Any, repo: str, revision: str | None) -> tuple[str, dict[str, int]]:

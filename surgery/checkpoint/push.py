@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgery.checkpoint.file_roles import INDEX_FILE, SINGLE_FILE, left_behind
 from surgery.checkpoint.hub import hub_errors, patiently
@@ -17,6 +17,8 @@ from surgery.errors import HubError
 ADAPTER_FILE = "adapter_model.safetensors"
 OTHERS = (".gitattributes", ".eval_results/")  # what others may have put into a repo stays
 
+RepoType = Literal["model", "dataset"]
+
 
 @dataclass(frozen=True)
 class PushTarget:
@@ -24,6 +26,7 @@ class PushTarget:
 
     `revision` is a branch to create or extend; `create_pr` opens a pull request; `overwrite` permits a repo
     that surgeon did not write. `collection` is the title or the slug of a Collection to put the repo into.
+    `repo_type` is "model", or "dataset" for an index.
     """
 
     repo: str
@@ -32,6 +35,12 @@ class PushTarget:
     create_pr: bool = False
     overwrite: bool = False
     collection: str | None = None
+    repo_type: RepoType = "model"
+
+    @property
+    def own_file(self) -> str:
+        """The file that shows that surgeon wrote a repo of this type."""
+        return MANIFEST if self.repo_type == "model" else "index.json"
 
 
 @dataclass
@@ -81,7 +90,8 @@ def check_push(target: PushTarget) -> None:
                 next_step="name a repo of your own, or open a pull request with --create-pr",
             )
         existing = _existing_files(api, target)
-    if existing - {".gitattributes", "README.md"} and MANIFEST not in existing and not target.overwrite:
+    others = existing - {".gitattributes", "README.md"}
+    if others and target.own_file not in existing and not target.overwrite:
         raise HubError(
             "the repo exists and was not written by surgeon",
             where=target.repo,
@@ -94,7 +104,7 @@ def _existing_files(api: Any, target: PushTarget) -> set[str]:
     from huggingface_hub import errors
 
     try:
-        return set(api.list_repo_files(target.repo, revision=target.revision))
+        return set(api.list_repo_files(target.repo, revision=target.revision, repo_type=target.repo_type))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         return set()
 
@@ -143,14 +153,20 @@ def push_folder(
 
     check_push(target)
     api = HfApi()
-    report = PushReport("", files=pushed_files(folder))
+    sizes = {name: (folder / name).stat().st_size for name in LocalFolder(folder).files()}
+    report = PushReport("", files=pushed_files(folder) if target.repo_type == "model" else sizes)
+    kind = target.repo_type
     names = list(report.files)
     report.files |= {name: len(content) for name, content in (beside or {}).items()}
     with hub_errors("pushing", target.repo):
-        patiently(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True))
+        patiently(
+            lambda: api.create_repo(
+                target.repo, private=target.private or None, exist_ok=True, repo_type=kind
+            )
+        )
         if target.revision is not None and not target.create_pr:
             branch = target.revision
-            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True))
+            patiently(lambda: api.create_branch(target.repo, branch=branch, exist_ok=True, repo_type=kind))
         existing = patiently(lambda: _existing_files(api, target))
         stale = {name for name in existing - set(report.files) if not name.startswith(OTHERS)}
         additions = [CommitOperationAdd(name, folder / name) for name in names]
@@ -165,6 +181,7 @@ def push_folder(
                 revision=target.revision,
                 create_pr=target.create_pr or None,
                 free_memory=False,
+                repo_type=kind,
             )
         )
         commit = api.create_commit(
@@ -173,15 +190,20 @@ def push_folder(
             commit_message=message,
             revision=target.revision,
             create_pr=target.create_pr or None,
+            repo_type=kind,
         )
     report.url = str(commit.pr_url or commit.commit_url)
     if target.collection is not None:
-        report.collection = add_to_collection(target.repo, target.collection, private=target.private)
+        report.collection = add_to_collection(
+            target.repo, target.collection, private=target.private, repo_type=kind
+        )
     return report
 
 
-def add_to_collection(repo: str, collection: str, *, private: bool = False) -> str:
-    """Put a published model into a collection of its account, made when missing; returns the URL.
+def add_to_collection(
+    repo: str, collection: str, *, private: bool = False, repo_type: RepoType = "model"
+) -> str:
+    """Put a published repo into a collection of its account, made when missing; returns the URL.
 
     `collection` is its title, or its slug as ACCOUNT/TITLE-ID, which the Hub's pages show. Raises HubError.
     """
@@ -194,7 +216,7 @@ def add_to_collection(repo: str, collection: str, *, private: bool = False) -> s
         else:
             titled = [one for one in api.list_collections(owner=owner) if one.title == collection]
             slug = titled[0].slug if titled else _new_collection(api, collection, owner, private)
-        patiently(lambda: api.add_collection_item(slug, item_id=repo, item_type="model", exists_ok=True))
+        patiently(lambda: api.add_collection_item(slug, item_id=repo, item_type=repo_type, exists_ok=True))
         return str(api.get_collection(slug).url)
 
 

@@ -24,6 +24,7 @@ from surgery.cli.options import (
     CalibrationOptions,
     ModelOptions,
     calibration_options,
+    index_option,
     model_options,
     output_options,
     resume_option,
@@ -65,7 +66,7 @@ def sweep(_: click.Context, __: click.Parameter, value: str | None) -> list[floa
 
 @click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@index_option
 @click.option(
     "--text",
     default="wikitext-test",
@@ -136,6 +137,7 @@ def ablate(
     opened = how.open(model)
     folder = out or Path(f"{opened.short_name}-ablation")
     check_destination(folder, overwrite=overwrite, source=local_path(model))
+    found = read_index(index_folder, opened)
     blocks = evaluation_blocks(opened, text, text_blocks)
     sentences = (
         prompts_of(open_text(text).start(STOP_WORD_TEXT), stop_words) if stop_words else []
@@ -143,7 +145,7 @@ def ablate(
     ablation_cost(opened, 1, *blocks.ids.shape)  # a budget too small is refused before an index is made
     index = index_for(
         opened,
-        read_index(index_folder),
+        found,
         text_options,
         destination=None if plan_only or dry_run else folder,
         resume=resume,
@@ -161,6 +163,7 @@ def ablate(
     outcomes = run_ablations(opened, chosen, blocks, bars(quiet))
     fields: dict[str, Any] = {
         "source": index.source,
+        **index.published_json(),
         "text": {**blocks.as_json()},
         "super_weights": [weight.as_json() for weight in index.super_weights],
         "structures": [finding.as_json() for finding in index.structures],

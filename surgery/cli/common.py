@@ -48,11 +48,15 @@ def local_path(model: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def read_index(folder: str | None) -> ChannelIndex | None:
-    """The index of `--index`, where that is given."""
-    from surgery.index.channel_index import ChannelIndex
+def read_index(source: str | None, model: Model) -> ChannelIndex | None:
+    """The index of `--index`, where that is given: a folder or a data set. Refuses one of another model."""
+    if source is None:
+        return None
+    from surgery.index.open_index import open_index
 
-    return None if folder is None else ChannelIndex.load(folder)
+    index = open_index(source)
+    index.check_source(model.checkpoint)
+    return index
 
 
 def calibrate_for(model: Model, text: CalibrationOptions) -> Calibration:
@@ -138,7 +142,6 @@ def index_for(
     from surgery.plan.methods import METHODS
 
     if found is not None:
-        found.check_source(model.checkpoint)
         return found
     return make_index(
         model,

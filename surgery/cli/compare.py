@@ -30,6 +30,7 @@ from surgery.cli.options import (
     CalibrationOptions,
     ModelOptions,
     calibration_options,
+    index_option,
     model_options,
     output_options,
     resume_option,
@@ -92,7 +93,7 @@ def words(allowed: Collection[str]) -> Callable[[click.Context, click.Parameter,
 
 @click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@index_option
 @click.option(
     "--text",
     "texts",
@@ -163,7 +164,7 @@ def compare(
     if not dry_run:
         check_destination(folder, overwrite=overwrite, source=local_path(model))
     blocks = [evaluation_blocks(opened, text, text_blocks) for text in texts]
-    found = read_index(index_folder)
+    found = read_index(index_folder, opened)
     shape = calibration_shape(found, text_options)
     together, cost = estimate(opened, variants, blocks, shape, multiple_of)
     passes = -(-len(variants) // together)
@@ -192,6 +193,7 @@ def compare(
         fields = {
             "source": index.source,
             "calibration": index.calibration,
+            **index.published_json(),
             "rows": [asdict(row) for row in comparison.rows],
         }
         (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Output": ("out", "overwrite", "dry_run", "as_json", "quiet"),
 }
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Index and report": ("index", "merge-index", "show", "report"),
+    "Index and report": ("index", "merge-index", "show", "report", "find", "atlas"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
     "Measure": ("eval", "bench", "ablate"),
     "Files": ("export", "card", "push", "shard-index"),

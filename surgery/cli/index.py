@@ -25,15 +25,20 @@ from surgery.cli.options import (
     PATH,
     CalibrationOptions,
     ModelOptions,
+    PushOptions,
     calibration_options,
     model_options,
     output_options,
+    push_options,
     resume_option,
     talk_options,
 )
 from surgery.cli.report import present_pruned
+from surgery.errors import HubError, UsageError
 
 if TYPE_CHECKING:
+    from surgery.checkpoint.push import PushTarget
+    from surgery.checkpoint.reader import Checkpoint
     from surgery.engine.open_model import Model
     from surgery.index.calibration import Calibration
     from surgery.index.channel_index import ChannelIndex
@@ -54,6 +59,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="With torchrun: each tensor is read by one process and sent to the others, for slow shared disks.",
 )
+@click.option(
+    "--push",
+    "push_to",
+    metavar="[REPO]",
+    is_flag=False,
+    flag_value="auto",
+    help="Publish to this data set on the Hub. [default name: NAME-index]",
+)
+@push_options
 @calibration_options
 @output_options
 @resume_option
@@ -64,6 +78,8 @@ def index(
     second_order: bool,
     save_samples: bool,
     broadcast_reads: bool,
+    push_to: str | None,
+    push_options: PushOptions,
     text_options: CalibrationOptions,
     out: Path | None,
     overwrite: bool,
@@ -76,10 +92,10 @@ def index(
     """Write the index of MODEL: what every FFN channel is worth, and its super weights.
 
     Several --revision make one index each, in folders of --out named by revision; `surgeon show` compares
-    them.
+    them. With --push the index is published, for anybody's `--index` and `surgeon find`.
 
     \b
-    surgeon index org/name --out name-index
+    surgeon index org/name --push me/name-index
     """
     from surgery.engine.distributed import barrier, destroy, rank
 
@@ -90,9 +106,12 @@ def index(
     if not dry_run:
         for folder in folders:
             check_destination(folder, overwrite=overwrite, source=local_path(model))
+    if push_to is not None and len(revisions) > 1:
+        raise UsageError("--push goes with one --revision", next_step="publish each with `surgeon push`")
     made = []
     for number, folder in enumerate(folders):
         opened = replace(how, revision=revisions[number : number + 1]).open(model)
+        target = index_target(opened, push_to, push_options, overwrite)
         calibration = calibrate_for(opened, text_options)
         if dry_run:
             show_index_plan(opened, calibration, second_order, as_json)
@@ -111,11 +130,41 @@ def index(
             with complete_folder(folder) as partial:
                 result.save(partial)
             say(f"Index written to {folder}", quiet)
+            if target is not None:
+                publish_index(result, opened.checkpoint, target, folder, quiet)
             made.append((folder.name, result))
         barrier()
         discard_journal(folder)
     destroy()
     present(made, as_json)
+
+
+def index_target(
+    model: Model, push_to: str | None, options: PushOptions, overwrite: bool
+) -> PushTarget | None:
+    """Where --push publishes; without a name, the account's data set NAME-index. Refused before the work."""
+    if push_to is None:
+        return None
+    from surgery.card.index_dataset import check_publishable
+    from surgery.checkpoint.push import account_name
+
+    check_publishable(model.name, model.checkpoint.revision)
+    repo = f"{account_name()}/{model.short_name}-index" if push_to == "auto" else push_to
+    return options.target(repo, overwrite, "dataset")
+
+
+def publish_index(
+    index: ChannelIndex, checkpoint: Checkpoint, target: PushTarget, folder: Path, quiet: bool
+) -> None:
+    """Push the index of a checkpoint, which `folder` holds already, as a data set."""
+    from surgery.card.index_dataset import card_of, push_index
+
+    try:
+        report = push_index(index, target, card_of(checkpoint), lambda text: say(text, quiet))
+    except HubError as error:
+        error.next_step = f"the index is kept: publish it with `surgeon push {folder} {target.repo}`"
+        raise
+    say(f"Published: {report.url}", quiet)
 
 
 def show_index_plan(model: Model, calibration: Calibration, second_order: bool, as_json: bool) -> None:
@@ -164,16 +213,15 @@ def present(indexes: list[tuple[str, ChannelIndex]], as_json: bool) -> None:
 def show(folders: tuple[Path, ...], as_json: bool) -> None:
     """Print an index: LP concentration, overlaps, super weights. Several, or a folder of them, are compared.
 
-    Of a folder that `surgeon prune` wrote: what was pruned, and what that cost.
+    An index is a folder, or a data set on the Hub. Of a folder that `surgeon prune` wrote: what was pruned,
+    and what that cost.
 
     \b
     surgeon show name-index
     """
-    from surgery.index.channel_index import ChannelIndex
-    from surgery.report.build import index_folders, is_checkpoint
+    from surgery.report.build import is_checkpoint, named_indexes
 
     if len(folders) == 1 and is_checkpoint(folders[0]):
         present_pruned(folders[0], as_json)
         return
-    found = index_folders(list(folders))
-    present([(folder.name, ChannelIndex.load(folder)) for folder in found], as_json)
+    present(named_indexes(list(folders)), as_json)

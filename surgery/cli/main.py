@@ -18,10 +18,12 @@ import click
 from surgery import __version__
 from surgery.cli.ablate import ablate
 from surgery.cli.adapt import adapt
+from surgery.cli.atlas import atlas
 from surgery.cli.bench import bench
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
 from surgery.cli.export import export
+from surgery.cli.find import find
 from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
@@ -103,6 +105,8 @@ for command in (
     show,
     merge_index,
     report,
+    find,
+    atlas,
     prune,
     compare,
     heal,

@@ -19,7 +19,7 @@ from surgery.registry import Registry
 from surgery.repair.methods import REPAIRS
 
 if TYPE_CHECKING:
-    from surgery.checkpoint.push import PushTarget
+    from surgery.checkpoint.push import PushTarget, RepoType
     from surgery.engine.open_model import Model
     from surgery.text import TokenBlocks
 
@@ -133,12 +133,12 @@ class PushOptions:
     create_pr: bool
     collection: str | None
 
-    def target(self, repo: str, overwrite: bool) -> PushTarget:
+    def target(self, repo: str, overwrite: bool, repo_type: RepoType = "model") -> PushTarget:
         """Where to publish, checked to be writable by the account the token belongs to. Raises HubError."""
         from surgery.checkpoint.push import PushTarget, check_push
 
         target = PushTarget(
-            repo, self.private, self.push_revision, self.create_pr, overwrite, self.collection
+            repo, self.private, self.push_revision, self.create_pr, overwrite, self.collection, repo_type
         )
         check_push(target)
         return target
@@ -257,6 +257,13 @@ calibration_options = collected(
             "--spike-prompt", help="One more prompt to look for super weights in, besides five of surgeon's."
         ),
     ],
+)
+
+index_option = click.option(
+    "--index",
+    "index_folder",
+    metavar="INDEX",
+    help="Index to use: a folder, or ORG/NAME[@REVISION] of the Hub. [default: made on the fly]",
 )
 
 talk_options = _add(

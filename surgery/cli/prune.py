@@ -31,6 +31,7 @@ from surgery.cli.options import (
     ModelOptions,
     PushOptions,
     calibration_options,
+    index_option,
     model_options,
     output_options,
     push_options,
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@index_option
 @cut_options
 @target_options
 @kind_options
@@ -121,7 +122,7 @@ def prune(
     job.check(dry_run, searches=target.target is not None)
     template = read_template(card_template)
     opened = how.open(model)
-    found = read_index(index_folder)
+    found = read_index(index_folder, opened)
     cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
     target.check_model(opened)
     kinds.check_model(opened)
@@ -401,9 +402,12 @@ def canonical_command(
     words += ["--memory", how.memory] if how.memory else []
     if options.protect is not None:
         words.append("--protect" if plan.protect else "--no-protect")
-    words += [*calibration_words(calibration), "--blocks", str(calibration["blocks"])]
-    words += ["--block-size", str(calibration["block_size"]), "--dtype", index.run["dtype"]]
-    return words
+    if index.published:
+        words += ["--index", f"{index.published['repo']}@{index.published['revision']}"]
+    else:
+        words += [*calibration_words(calibration), "--blocks", str(calibration["blocks"])]
+        words += ["--block-size", str(calibration["block_size"])]
+    return [*words, "--dtype", index.run["dtype"]]
 
 
 def calibration_words(calibration: dict[str, Any]) -> list[str]:

@@ -40,7 +40,8 @@ def push(
 ) -> None:
     """Publish the finished folder DIR to the Hub repo REPO, in one commit, after verification.
 
-    A packed or GGUF form of a model belongs into a repo of its own; a collection ties them.
+    A folder of `surgeon index` becomes a data set, for --index and `surgeon find`. A packed or GGUF form of a
+    model belongs into a repo of its own; a collection ties them.
 
     \b
     surgeon push smaller me/smaller --collection Smaller
@@ -50,6 +51,9 @@ def push(
     from surgery.card.publish import name_repo, published_base
     from surgery.checkpoint.push import push_folder, pushed_files
 
+    if (folder / "index.json").exists():
+        push_index_folder(folder, repo, push_options, overwrite, dry_run, as_json, quiet)
+        return
     manifest = read_manifest(folder)
     beside = eval_results(manifest)
     if dry_run:
@@ -57,9 +61,7 @@ def push(
         if as_json:
             click.echo(json.dumps({"repo": repo, "files": sizes}))
             return
-        for name, size in sizes.items():
-            click.echo(f"{size:>14,}  {name}")
-        click.echo(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, to {repo}\n")
+        show_files(sizes, repo)
         click.echo((folder / "README.md").read_text(encoding="utf-8"), nl=False)
         return
     target = push_options.target(repo, overwrite)
@@ -102,6 +104,50 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
         check_packed_loads(folder)
     else:
         verify_folder(folder)
+
+
+def push_index_folder(
+    folder: Path,
+    repo: str,
+    options: PushOptions,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Publish an index folder, or print the files and the card that this would publish."""
+    import tempfile
+
+    from surgery.card.index_dataset import card_of, check_publishable, push_index, write_index_dataset
+    from surgery.engine.open_model import open_checkpoint
+    from surgery.index.channel_index import ChannelIndex
+
+    index = ChannelIndex.load(folder)
+    source = index.source
+    check_publishable(source["name"], source["revision"])
+    target = None if dry_run else options.target(repo, overwrite, "dataset")
+    model_card = card_of(open_checkpoint(source["name"], revision=source["revision"], range_reads=True))
+    if target is not None:
+        report = push_index(index, target, model_card, lambda text: say(text, quiet))
+        fields = {"url": report.url, "files": report.files}
+        click.echo(json.dumps(fields) if as_json else report.url)
+        return
+    with tempfile.TemporaryDirectory(prefix="surgeon-index-") as name:
+        write_index_dataset(index, Path(name), repo, model_card)
+        sizes = {path.name: path.stat().st_size for path in sorted(Path(name).iterdir())}
+        card_text = (Path(name) / "README.md").read_text(encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps({"repo": repo, "files": sizes}))
+        return
+    show_files(sizes, repo)
+    click.echo(card_text, nl=False)
+
+
+def show_files(sizes: dict[str, int], repo: str) -> None:
+    """Print the files that would be published, with their sizes in bytes."""
+    for name, size in sizes.items():
+        click.echo(f"{size:>14,}  {name}")
+    click.echo(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, to {repo}\n")
 
 
 @click.command(cls=GroupedCommand)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery import defaults
-from surgery.cli.common import bars, leftover_lines, local_path, say, show_dry_run
+from surgery.cli.common import bars, leftover_lines, local_path, read_index, say, show_dry_run
 from surgery.cli.help import GroupedCommand
 from surgery.cli.options import (
     CalibrationOptions,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.budget.pass_cost import PassCost
     from surgery.checkpoint.shard_writer import TensorSpec
     from surgery.engine.open_model import Model
+    from surgery.index.channel_index import ChannelIndex
     from surgery.quantize.plan import QuantizePlan
     from surgery.quantize.rounding import Scheme
 
@@ -56,7 +57,12 @@ HANDLING_NAMES = ("restore", "module", "none")
     help="Hold them out and put them back, leave their module whole, or round them too. "
     "[default: module; with --simulate, restore]",
 )
-@click.option("--index", "index_folder", metavar="DIR", help="Take super weights from this index.")
+@click.option(
+    "--index",
+    "index_folder",
+    metavar="INDEX",
+    help="Take super weights from it: a folder, or ORG/NAME of the Hub.",
+)
 @click.option(
     "--simulate", is_flag=True, help="Write the rounded values in the source's dtype, for measuring."
 )
@@ -114,18 +120,19 @@ def quantize(
     check_model(opened.checkpoint)
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
+    index = read_index(index_folder, opened)
     if compare:
         on = (text or defaults.EVALUATION_TEXT, text_blocks)
         if dry_run:
             show_comparison_cost(opened, schemes, on, as_json)
             return
-        fields = compared(opened, schemes, on, index_folder, text_options, quiet)
+        fields = compared(opened, schemes, on, index, text_options, quiet)
         save_comparison(folder, fields, as_json, quiet)
         return
     handling = handling or ("restore" if simulate else "module")
     clipping = simulate if clip is None else clip
     cost = quantization_cost(opened, clipping, text_options)
-    weights = known_super_weights(opened, index_folder, text_options, quiet) if handling != "none" else []
+    weights = known_super_weights(opened, index, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
     specs = quantized_specs(kept_tensors(opened.meta_model), plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
@@ -133,7 +140,9 @@ def quantize(
         show_quantize_dry_run(opened, plan, specs, cost, as_json)
         return
     command = canonical_command(opened, plan, simulate, how, text_options)
-    manifest = run_quantize(opened, plan, weights, folder, command, text_options, quiet, packed=not simulate)
+    manifest = run_quantize(
+        opened, plan, weights, index, folder, command, text_options, quiet, packed=not simulate
+    )
     if as_json:
         click.echo(json.dumps(manifest))
     say(f"Checkpoint written to {folder}", quiet)
@@ -173,6 +182,7 @@ def run_quantize(
     model: Model,
     plan: QuantizePlan,
     weights: list[dict[str, Any]],
+    index: ChannelIndex | None,
     folder: Path,
     command: str,
     text: CalibrationOptions,
@@ -185,7 +195,15 @@ def run_quantize(
 
     power = input_power(model, calibration_blocks(model, text), bars(quiet)) if plan.clipping else {}
     return write_quantized(
-        model, plan, power, folder, packed=packed, weights=weights, command=command, progress=bars(quiet)
+        model,
+        plan,
+        power,
+        folder,
+        packed=packed,
+        weights=weights,
+        index=index.published_json() if index else None,
+        command=command,
+        progress=bars(quiet),
     )
 
 

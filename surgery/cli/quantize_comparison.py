@@ -15,6 +15,7 @@ from surgery.cli.quantize_inputs import calibration_blocks, known_super_weights
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
+    from surgery.index.channel_index import ChannelIndex
     from surgery.quantize.rounding import Scheme
 
 WAYS = (
@@ -30,7 +31,7 @@ def compared(
     model: Model,
     schemes: list[Scheme],
     on: tuple[str, int | None],
-    index_folder: str | None,
+    index: ChannelIndex | None,
     text: CalibrationOptions,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def compared(
     ablation_cost(
         model, len(schemes) * len(WAYS), *blocks.ids.shape, edit_bytes=ROUNDING_BYTES
     )  # refused early
-    weights = known_super_weights(model, index_folder, text, quiet)
+    weights = known_super_weights(model, index, text, quiet)
     power = input_power(model, calibration_blocks(model, text), bars(quiet))
     conditions = []
     for scheme in schemes:
@@ -57,6 +58,7 @@ def compared(
     outcomes = run_ablations(model, conditions, blocks, bars(quiet), edit_bytes=ROUNDING_BYTES)
     return {
         "text": blocks.as_json(),
+        **(index.published_json() if index else {}),
         "super_weights": weights,
         "conditions": [asdict(outcome) for outcome in outcomes],
     }

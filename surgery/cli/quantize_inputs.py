@@ -12,6 +12,7 @@ from surgery.cli.options import CalibrationOptions, collected
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
+    from surgery.index.channel_index import ChannelIndex
     from surgery.quantize.rounding import Scheme
     from surgery.text import TokenBlocks
 
@@ -79,7 +80,7 @@ def calibration_blocks(model: Model, text: CalibrationOptions) -> TokenBlocks:
 
 
 def known_super_weights(
-    model: Model, index_folder: str | None, text: CalibrationOptions, quiet: bool
+    model: Model, index: ChannelIndex | None, text: CalibrationOptions, quiet: bool
 ) -> list[dict[str, Any]]:
     """Super weights from an index, from the surgeon.json of a pruned checkpoint (under new columns), or found
     now.
@@ -88,12 +89,9 @@ def known_super_weights(
 
     from surgery.checkpoint.manifest import MANIFEST
     from surgery.checkpoint.transformers_model import load_tokenizer
-    from surgery.index.channel_index import ChannelIndex
     from surgery.index.spike_detector import PROMPTS, find_super_weights, prompt_ids
 
-    if index_folder is not None:
-        index = ChannelIndex.load(index_folder)
-        index.check_source(model.checkpoint)
+    if index is not None:
         return [weight.as_json() for weight in index.super_weights]
     if MANIFEST in model.checkpoint.other_files:
         fields = model.checkpoint.read_json(MANIFEST)

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--index",
     "index_folder",
-    metavar="DIR",
-    type=PATH,
+    metavar="INDEX",
     help="With a pruned folder: index of the source, to show what other methods would have kept.",
 )
 @click.option(
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Suppress messages.")
 def report(
     paths: tuple[Path, ...],
-    index_folder: Path | None,
+    index_folder: str | None,
     comparison: Path | None,
     generate: str | None,
     prompts: tuple[str, ...],

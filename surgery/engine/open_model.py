@@ -104,6 +104,14 @@ def open_checkpoint(
     return open_hub(source, revision, ranges=range_reads, dtype=DTYPE_OPTIONS.get(dtype))
 
 
+def hub_id(source: str) -> str:
+    """The Hub id `org/name` of an id, a model page's URL or an hf:// address. Raises UsageError."""
+    name, _ = _hub_address(source, None)
+    if not HUB_ID.fullmatch(name):
+        raise UsageError("not the id of a model on the Hub", where=source, expected="org/name")
+    return name
+
+
 def _hub_address(source: str, revision: str | None) -> tuple[str, str | None]:
     """(Hub id, revision) of a model page's URL or an hf:// address; anything else as it is."""
     found = HUB_ADDRESS.fullmatch(source)

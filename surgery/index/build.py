@@ -22,15 +22,10 @@ from surgery.engine.token_stream import FfnActivations, TokenStream
 from surgery.errors import CalibrationError, NumericsError
 from surgery.index import supernodes
 from surgery.index.calibration import Calibration, calibrate
-from surgery.index.channel_index import (
-    ChannelIndex,
-    FfnIndex,
-    LayerIndex,
-    layer_from,
-    layer_tensors,
-    sample_tensors,
-)
+from surgery.index.channel_index import ChannelIndex
+from surgery.index.ffn_index import FfnIndex
 from surgery.index.found_structures import find_structures
+from surgery.index.layer_index import LayerIndex, layer_from, layer_tensors, sample_tensors
 from surgery.index.second_order import SecondOrder
 from surgery.index.statistics import FfnStatistics, LayerStatistics, weight_norms, weight_range
 from surgery.model.ffn import Ffn

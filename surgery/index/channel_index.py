@@ -3,180 +3,29 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from surgery.checkpoint.reader import Checkpoint
-from surgery.errors import IndexMismatchError
-from surgery.index import supernodes as supernode_module
+from surgery.checkpoint.source import ByteSource, LocalFolder
+from surgery.errors import CheckpointError, IndexMismatchError, SurgeonWarning
+from surgery.index.ffn_index import SECOND_ORDER as SECOND_ORDER
+from surgery.index.ffn_index import STATISTICS as STATISTICS
+from surgery.index.ffn_index import FfnIndex
 from surgery.index.findings import Finding
+from surgery.index.layer_index import LayerIndex, layer_from, layer_tensors, sample_tensors
+from surgery.index.published_form import StoredTensors, coded_tensors, save_by_statistic
 from surgery.index.super_weights import SuperWeight
-from surgery.model.families import DENSE, EXPERT
 
 SCHEMA_VERSION = 1
-
+PUBLISHED_VERSION = 2  # of an index in its published form, which earlier versions would misread
 
 JSON_FILE, TENSOR_FILE, SAMPLE_FILE = "index.json", "index.safetensors", "sample.safetensors"
-STATISTICS = (
-    "loss_proxy",
-    "activation_power",
-    "curvature",
-    "taylor",
-    "mean",
-    "max_abs",
-    "gate_norm",
-    "up_norm",
-    "down_norm",
-    "down_l1",
-    "halo_connectivity",
-    "halo_redundancy",
-)
-LATER = ("halo_redundancy_published", "weight_range")  # missing from indexes of earlier versions
-SECOND_ORDER = ("obs", "obs_loss", "unexplained", "taylor_weight", "read_norm")  # with --second-order
-
-
-@dataclass
-class FfnIndex:
-    """Index of one FFN: a dense FFN, a shared FFN, or one expert.
-
-    `statistics` are [F] float32 by name; `supernodes` sorted channel indices. `tokens` is the number of
-    calibration tokens that reached the FFN; an expert that no token was routed to has no supernodes. `sample`
-    [S, F] is q = u * dL/du of every `sample_stride`-th token, with --save-samples. For an expert, `positions`
-    [S] are the positions of these tokens in their blocks.
-    """
-
-    statistics: dict[str, torch.Tensor]
-    supernodes: torch.Tensor
-    tokens: int
-    sample: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    kind: str = DENSE
-    expert: int | None = None
-
-    @property
-    def width(self) -> int:
-        """Number of channels F."""
-        return len(self.statistics["loss_proxy"])
-
-    @property
-    def halo(self) -> torch.Tensor:
-        """Sorted indices of the halo: the top 10% of the other channels by connectivity."""
-        if len(self.supernodes) == 0:
-            return self.supernodes
-        return supernode_module.halo(self.statistics["halo_connectivity"], self.supernodes)
-
-
-@dataclass
-class LayerIndex:
-    """One decoder layer: its FFNs by name ("dense", "shared", "expert.0", …), and `maxima`.
-
-    `maxima` are the largest |input| and |output| of the down projections on the first prompt.
-    """
-
-    ffns: dict[str, FfnIndex]
-    maxima: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def experts(self) -> list[FfnIndex]:
-        """The routed experts; empty in a dense layer."""
-        return [ffn for ffn in self.ffns.values() if ffn.expert is not None]
-
-    @property
-    def others(self) -> dict[str, FfnIndex]:
-        """The FFNs that process every token."""
-        return {name: ffn for name, ffn in self.ffns.items() if ffn.expert is None}
-
-    @property
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """Statistics by name: [E, F] for routed experts, [F] for a dense FFN."""
-        if self.experts:
-            names = self.experts[0].statistics
-            return {name: torch.stack([e.statistics[name] for e in self.experts]) for name in names}
-        return next(iter(self.ffns.values())).statistics
-
-    @property
-    def supernodes(self) -> torch.Tensor:
-        """Sorted supernodes of a dense FFN; for experts, indices into the flattened [E, F] statistics."""
-        if self.experts:
-            return torch.cat([e.supernodes + n * e.width for n, e in enumerate(self.experts)])
-        return next(iter(self.ffns.values())).supernodes
-
-    @property
-    def width(self) -> int:
-        """Channels of the dense FFN, or of one expert; 0 without an FFN."""
-        return (self.experts or list(self.ffns.values()))[0].width if self.ffns else 0
-
-    def summary(self) -> dict[str, Any]:
-        """The entry of `layers` in index.json."""
-        if not self.ffns:
-            return {
-                "width": 0,
-                "lp_share": {},
-                "supernodes": [],
-                "overlap": {},
-                "halo": {"channels": 0, "redundancy_mean": 0.0},
-            }
-        main = self.experts or [next(iter(self.ffns.values()))]
-        fields = _summary(main)
-        fields["supernodes"] = self.supernodes.tolist()
-        fields["prompt_max"] = self.maxima
-        if self.experts:
-            fields["experts"] = len(self.experts)
-            fields["expert_tokens"] = [expert.tokens for expert in self.experts]
-            for name, ffn in self.others.items():
-                fields[name] = {**_summary([ffn]), "supernodes": ffn.supernodes.tolist()}
-        return fields
-
-
-def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
-    """LP shares, overlaps and halo of FFNs of equal width.
-
-    Averages over FFNs: LP shares are weighted by LP mass, overlaps by supernodes, redundancy by halo
-    channels.
-    """
-    seen = [ffn for ffn in ffns if len(ffn.supernodes)]
-    norms = [sum(f.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")) for f in seen]
-    mass = [float(f.statistics["loss_proxy"].double().sum()) for f in seen]
-    cores = [len(f.supernodes) for f in seen]
-    halos = [f.halo for f in seen]
-
-    def average(values: list[float], weights: list[Any]) -> float:
-        total = sum(weights)
-        return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
-
-    def overlaps(values: list[Any]) -> float:
-        shares = [supernode_module.overlap(f.supernodes, v) for f, v in zip(seen, values, strict=True)]
-        return average(shares, cores)
-
-    return {
-        "width": ffns[0].width,
-        "lp_share": {
-            str(fraction): average(
-                [supernode_module.mass_share(f.statistics["loss_proxy"], fraction) for f in seen], mass
-            )
-            for fraction in (0.001, 0.01, 0.05)
-        },
-        "overlap": {
-            "activation_power": overlaps([f.statistics["activation_power"] for f in seen]),
-            "max_abs": overlaps([f.statistics["max_abs"] for f in seen]),
-            "weight_norm": overlaps(norms),
-        },
-        "halo": {
-            "channels": sum(len(members) for members in halos),
-            "redundancy_mean": average(
-                [
-                    float(f.statistics["halo_redundancy"][members].mean()) if len(members) else 0.0
-                    for f, members in zip(seen, halos, strict=True)
-                ],
-                [len(members) for members in halos],
-            ),
-        },
-    }
 
 
 @dataclass
@@ -185,7 +34,9 @@ class ChannelIndex:
 
     `widths` maps config keys to FFN widths, the key with the most channels first. `keys` maps a kind of FFN
     (dense, shared, experts) to its config key. `input_ids` [N, T] are the calibration blocks. `structures`
-    are what was measured of super weights, by effect; indexes of earlier versions have none.
+    are what was measured of super weights, by effect; indexes of earlier versions have none. `published` is
+    the Hub data set it was read from: {"repo": ..., "revision": commit}. `coded` says that its statistics
+    were decoded from the published form.
     """
 
     source: dict[str, Any]
@@ -199,6 +50,9 @@ class ChannelIndex:
     widths: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     structures: list[Finding] = field(default_factory=list)
+    published: dict[str, str] | None = None
+    coded: bool = False
+    warned: bool = field(default=False, repr=False, compare=False)  # that commits can't be compared
 
     def __post_init__(self) -> None:
         if not self.widths:  # built by hand, or by a version that supported one width only
@@ -211,7 +65,7 @@ class ChannelIndex:
     def as_json(self) -> dict[str, Any]:
         """The content of index.json."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": PUBLISHED_VERSION if self.coded else SCHEMA_VERSION,
             "source": self.source,
             "calibration": self.calibration,
             "run": self.run,
@@ -224,8 +78,15 @@ class ChannelIndex:
             "structures": [finding.as_json() for finding in self.structures],
         }
 
+    def published_json(self) -> dict[str, Any]:
+        """`index` of what is made from it: the data set and commit it was read from; nothing for a folder."""
+        return {"index": self.published} if self.published else {}
+
     def save(self, folder: Path) -> None:
         """Write index.json, index.safetensors and, if there are samples, sample.safetensors into a folder."""
+        if self.coded:
+            self.save_published(folder)
+            return
         samples: dict[str, torch.Tensor] = {}
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
@@ -234,28 +95,50 @@ class ChannelIndex:
         if samples:
             save_file(samples, folder / SAMPLE_FILE)
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.as_json(), indent=1, allow_nan=False)
-        (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
+        _write_json(self.as_json(), folder)
+
+    def save_published(self, folder: Path) -> None:
+        """Write index.json and index.safetensors in the published form, without samples."""
+        tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
+        for number, layer in enumerate(self.layers):
+            groups = {f"{key}.": [ffn] for key, ffn in layer.others.items()} if layer.experts else {}
+            main = layer.experts or list(layer.ffns.values())[:1]
+            for prefix, ffns in {"": main, **groups}.items():
+                if ffns:
+                    stem = f"layers.{number}.{prefix}"
+                    tensors |= coded_tensors(stem, ffns, stacked=ffns[0].expert is not None)
+        save_by_statistic(tensors, folder / TENSOR_FILE)
+        _write_json({**self.as_json(), "schema_version": PUBLISHED_VERSION}, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> ChannelIndex:
-        """Read an index folder.
+        """Read an index folder, in either form.
 
         Raises IndexMismatchError for a folder that is not an index, is damaged, or has another schema
         version.
         """
         path = Path(folder).expanduser()
+        return cls.read(LocalFolder(path), path.name, lazily=False)
+
+    @classmethod
+    def read(cls, source: ByteSource, name: str, *, lazily: bool) -> ChannelIndex:
+        """Read the index in `source`; `lazily` leaves statistics where they are until they are asked for.
+
+        `name` is what errors call it. Raises IndexMismatchError as `load` does, and HubError.
+        """
         try:
-            fields = json.loads((path / JSON_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(path / TENSOR_FILE)
-            if fields["schema_version"] != SCHEMA_VERSION:
+            fields = json.loads(bytes(source.read(JSON_FILE, 0, source.size(JSON_FILE))))
+            if fields["schema_version"] not in (SCHEMA_VERSION, PUBLISHED_VERSION):
                 raise IndexMismatchError(
                     "the index was written by another version",
-                    where=path.name,
-                    expected=f"schema_version {SCHEMA_VERSION}",
+                    where=name,
+                    expected=f"schema_version {SCHEMA_VERSION} or {PUBLISHED_VERSION}",
                     found=str(fields["schema_version"]),
                     next_step="run surgeon index again",
                 )
+            tensors = StoredTensors(source, TENSOR_FILE)
+            if not lazily:
+                tensors.read_all()
             tokens = fields["calibration"]["tokens"]
             layers = [
                 layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
@@ -272,18 +155,23 @@ class ChannelIndex:
                 widths=fields.get("widths", {}),
                 keys=fields.get("width_keys", {}),
                 structures=[Finding.from_json(entry) for entry in fields.get("structures", [])],
+                coded=fields["schema_version"] == PUBLISHED_VERSION,
             )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             raise IndexMismatchError(
                 "not a readable index folder",
-                where=path.name,
+                where=name,
                 expected=f"{JSON_FILE} and {TENSOR_FILE}",
                 found=f"{type(error).__name__}: {error}",
                 next_step="run surgeon index again",
             ) from error
 
     def check_source(self, checkpoint: Checkpoint) -> None:
-        """Raise IndexMismatchError unless the checkpoint has the source's tensor names, dtypes and shapes."""
+        """Raise IndexMismatchError unless the checkpoint is the one that was indexed.
+
+        It must have the source's tensor names, dtypes and shapes, and the source's commit where both have
+        one. Where only a published index has one, a warning says that the commits were not compared.
+        """
         if self.source["shape_digest"] != checkpoint.shape_digest:
             raise IndexMismatchError(
                 "the index was made from another checkpoint",
@@ -292,63 +180,26 @@ class ChannelIndex:
                 found="other names, dtypes or shapes",
                 next_step="index this checkpoint, or name the right --index",
             )
+        commit = self.source["revision"]
+        if commit and checkpoint.revision and commit != checkpoint.revision:
+            raise IndexMismatchError(
+                "the index was made from another commit",
+                where=checkpoint.name,
+                expected=f"{self.source['name']} at {commit}",
+                found=f"{checkpoint.name} at {checkpoint.revision}",
+                next_step=f"name {self.source['name']} with --revision {commit}, or index this commit",
+            )
+        if self.published and not checkpoint.revision and not self.warned:
+            self.warned = True
+            warnings.warn(
+                SurgeonWarning(
+                    f"{checkpoint.name} names no commit: check that it is {self.source['name']} at {commit}, "
+                    "from which the index was made"
+                ),
+                stacklevel=2,
+            )
 
 
-def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
-    """Tensors of one layer by stored name: `layers.{i}.{name}`, or `layers.{i}.shared.{name}` if shared."""
-    groups = {"": layer.statistics} if layer.ffns else {}
-    if layer.experts:
-        groups |= {f"{key}.": ffn.statistics for key, ffn in layer.others.items()}
-    return {
-        f"layers.{number}.{prefix}{name}": value.contiguous()
-        for prefix, statistics in groups.items()
-        for name, value in statistics.items()
-    }
-
-
-def sample_name(number: int, ffn: str, kind: str = "q") -> str:
-    """Stored name of one FFN's sample (`kind` "q"), or of its tokens' positions (`kind` "position")."""
-    return f"layers.{number}.{ffn}.{kind}"
-
-
-def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
-    """Samples of one layer and their positions, by stored name."""
-    found = {}
-    for name, ffn in layer.ffns.items():
-        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions)):
-            if tensor is not None:
-                found[sample_name(number, name, kind)] = tensor.contiguous()
-    return found
-
-
-def layer_from(
-    number: int, entry: dict[str, Any], tensors: dict[str, torch.Tensor], tokens: int
-) -> LayerIndex:
-    """Inverse of `layer_tensors` and `LayerIndex.summary`; `tokens` is the number of calibration tokens."""
-
-    def load(prefix: str, expert: int | None = None) -> dict[str, torch.Tensor]:
-        stem = f"layers.{number}.{prefix}"
-        found = {name: tensors[stem + name] for name in STATISTICS}
-        found |= {name: tensors[stem + name] for name in (*LATER, *SECOND_ORDER) if stem + name in tensors}
-        return found if expert is None else {name: value[expert] for name, value in found.items()}
-
-    def samples(ffn: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        sample, positions = (tensors.get(sample_name(number, ffn, kind)) for kind in ("q", "position"))
-        return sample, positions
-
-    core = torch.tensor(entry["supernodes"], dtype=torch.long)
-    maxima = entry.get("prompt_max", {})
-    if entry["width"] == 0:
-        return LayerIndex({}, maxima)
-    if "experts" not in entry:
-        return LayerIndex({DENSE: FfnIndex(load(""), core, tokens, *samples(DENSE))}, maxima)
-    ffns = {}
-    for expert, routed in enumerate(entry["expert_tokens"]):
-        expert_core = core[core // entry["width"] == expert] % entry["width"]
-        name = f"{EXPERT}{expert}"
-        ffns[name] = FfnIndex(load("", expert), expert_core, routed, *samples(name), "experts", expert)
-    for key in entry:
-        if f"layers.{number}.{key}.loss_proxy" in tensors:
-            shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
-            ffns[key] = FfnIndex(load(f"{key}."), shared, tokens, *samples(key), key)
-    return LayerIndex(ffns, maxima)
+def _write_json(fields: dict[str, Any], folder: Path) -> None:
+    text = json.dumps(fields, indent=1, allow_nan=False)
+    (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")

@@ -24,7 +24,8 @@ from surgery.engine.run_options import RunOptions
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import IndexMismatchError, UsageError
 from surgery.index.build import index_ffn
-from surgery.index.channel_index import SAMPLE_FILE, TENSOR_FILE, ChannelIndex, LayerIndex, sample_name
+from surgery.index.channel_index import SAMPLE_FILE, TENSOR_FILE, ChannelIndex
+from surgery.index.layer_index import LayerIndex, sample_name
 from surgery.index.statistics import SUMMED, FfnStatistics, sample_stride
 from surgery.progress import Progress, no_progress
 from surgery.text import TokenBlocks

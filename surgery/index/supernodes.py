@@ -71,7 +71,8 @@ def halo(connectivity_F: torch.Tensor, core: torch.Tensor, fraction: float = HAL
     outside[core] = False
     count = round(fraction * int(outside.sum()))
     ranked = connectivity_F.masked_fill(~outside, -1)
-    return torch.topk(ranked, count).indices.sort().values
+    # Of equal channels the first, on every machine: a published index is stored in this order.
+    return ranked.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def mass_share(loss_proxy: torch.Tensor, fraction: float) -> float:

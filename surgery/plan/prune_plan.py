@@ -10,6 +10,7 @@ import torch
 from surgery import defaults
 from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex, FfnIndex
+from surgery.index.ffn_index import as_planned
 from surgery.plan.allocation import allocate, ranking, score_damage, standardised
 from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers, with_expert_places
 from surgery.plan.methods import METHODS
@@ -293,7 +294,7 @@ class ChannelRanking:
 def rank_channels(
     index: ChannelIndex, layer: int, name: str, method: str, generator: torch.Generator, protect: bool
 ) -> ChannelRanking:
-    """Rank one FFN's channels.
+    """Rank one FFN's channels, by statistics as `as_planned` rounds them.
 
     The order of calls matters for the method "random", which draws from `generator`.
     """
@@ -302,7 +303,7 @@ def rank_channels(
     columns = torch.tensor([w.column for w in own_weights], dtype=torch.long)
     ranked_by = method if ffn.tokens or method == "random" else "magnitude"
     return ChannelRanking(
-        score=METHODS[ranked_by].scores(ffn, generator).double(),
+        score=METHODS[ranked_by].scores(as_planned(ffn), generator).double(),
         protected=torch.unique(torch.cat([ffn.supernodes, columns])) if protect else columns[:0],
         ranked_by=ranked_by,
     )
@@ -381,7 +382,7 @@ def plan_ffn(ffn: FfnIndex, ranked: ChannelRanking, count: int, stored: int, whe
             next_step="keep more channels",
         )
     kept = keep_highest(ranked.score, ranked.protected, count)
-    proxy = ffn.statistics["loss_proxy"]
+    proxy = as_planned(ffn).statistics["loss_proxy"]
     return FfnPlan(
         kept=kept,
         protected=ranked.protected,

@@ -167,6 +167,7 @@ def make_manifest(
         "plan": plan.as_json(),
         "calibration": index.calibration,
         "index_run": index.run,
+        **index.published_json(),
         "versions": versions(),
         "measurements": measurements,
     }

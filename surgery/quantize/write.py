@@ -108,14 +108,15 @@ def write_quantized(
     *,
     packed: bool,
     weights: list[dict[str, Any]],
+    index: dict[str, Any] | None = None,
     command: str | None = None,
     progress: Progress[Any] = no_progress,
 ) -> dict[str, Any]:
     """Write the quantised checkpoint, verify that it loads, and return its manifest.
 
-    `power` is the result of `input_power`; `weights` are super weights for the manifest. Raises UsageError
-    for a plan that can't be packed, and CheckpointError when the result does not load; `destination` is
-    then left as it was.
+    `power` is the result of `input_power`; `weights` are super weights for the manifest, `index` its entry
+    about the published index they are from. Raises UsageError for a plan that can't be packed, and
+    CheckpointError when the result does not load; `destination` is then left as it was.
     """
     if packed:
         check_packable(plan)
@@ -149,6 +150,7 @@ def write_quantized(
                 "clip_chosen": clips if plan.clipping else None,
             },
             "super_weights": weights,
+            **(index or {}),
             "measurements": {},
             "repo": None,
             "versions": versions(),

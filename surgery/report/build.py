@@ -11,6 +11,7 @@ from surgery import __version__
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.errors import ReportError
 from surgery.index.channel_index import JSON_FILE, ChannelIndex
+from surgery.index.open_index import open_index
 from surgery.report.channels import channel_sections, index_facts
 from surgery.report.comparison import comparison_section
 from surgery.report.document import Document, Section
@@ -22,9 +23,9 @@ from surgery.report.spikes import spike_sections
 
 @dataclass(frozen=True)
 class Extras:
-    """Folders that add sections to a report: an index and a comparison of the same source model."""
+    """What adds sections to a report of the same model: an index, also on the Hub, and a comparison."""
 
-    index: Path | None = None
+    index: str | Path | None = None
     comparison: Path | None = None
 
 
@@ -47,6 +48,11 @@ def index_folders(folders: list[Path]) -> list[Path]:
     return found
 
 
+def named_indexes(paths: list[Path]) -> list[tuple[str, ChannelIndex]]:
+    """(Name, index) of index folders, of the indexes in other folders, and of data sets on the Hub."""
+    return [(path.name, open_index(path)) for path in index_folders(paths)]
+
+
 def build_report(paths: list[Path], extras: Extras, samples: Section | None = None) -> Document:
     """The document of one index, several indexes or one pruned folder; ReportError for anything else."""
     if any(is_checkpoint(path) for path in paths):
@@ -57,7 +63,7 @@ def build_report(paths: list[Path], extras: Extras, samples: Section | None = No
         return pruned_report(paths[0], extras, samples)
     if extras.index is not None:
         raise ReportError("--index goes with a folder that `surgeon prune` wrote", where=paths[0].name)
-    indexes = [(folder.name, ChannelIndex.load(folder)) for folder in index_folders(paths)]
+    indexes = named_indexes(paths)
     if len(indexes) > 1:
         if extras.comparison is not None:
             raise ReportError("--compare goes with one index or one pruned folder")
@@ -101,8 +107,8 @@ def pruned_report(folder: Path, extras: Extras, samples: Section | None = None) 
         )
     index = None
     if extras.index is not None:
-        index = ChannelIndex.load(extras.index)
-        check_same(index.source, manifest["source"], extras.index)
+        index = open_index(extras.index)
+        check_same(index.source, manifest["source"], Path(extras.index))
     sections = pruned_sections(manifest, index)
     sections += heal_sections(manifest)
     sections += comparison_sections(extras.comparison, manifest["source"])
@@ -131,10 +137,17 @@ def comparison_sections(folder: Path | None, source: dict[str, Any]) -> list[Sec
 
 
 def check_same(one: dict[str, Any], other: dict[str, Any], folder: Path) -> None:
-    """Raise ReportError unless two sources have tensors of the same names and shapes."""
+    """Raise ReportError unless two sources have tensors of the same names and shapes, and not two commits."""
     if one["shape_digest"] != other["shape_digest"]:
         raise ReportError(
             "these belong to different models", where=folder.name, expected=other["name"], found=one["name"]
+        )
+    if one["revision"] and other["revision"] and one["revision"] != other["revision"]:
+        raise ReportError(
+            "these belong to different commits of the model",
+            where=folder.name,
+            expected=name_and_revision(other),
+            found=name_and_revision(one),
         )
 
 

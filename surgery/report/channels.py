@@ -206,14 +206,16 @@ def _halo(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: int) -
                 values.append(None)
             continue
         x, y = p.statistics["halo_connectivity"], p.statistics["halo_redundancy"]
+        known = y.isfinite()  # a published index has redundancies of the halo only
         controls = sample(others(len(x), p.core, p.halo), CONTROLS, number)
+        controls, core = controls[known[controls]], p.core[known[p.core]]
         frames[number] = [
             point_series("random controls", x, y, controls, number, "control"),
             point_series("halo", x, y, p.halo, number, "points"),
-            point_series("supernodes", x, y, p.core, number, "core"),
+            point_series("supernodes", x, y, core, number, "core"),
         ]
         means["halo"].append(summaries[number]["halo"]["redundancy_mean"])
-        for name, members in (("controls", controls), ("core", p.core)):
+        for name, members in (("controls", controls), ("core", core)):
             means[name].append(float(y[members].mean()) if len(members) else None)
     return Section(
         "halo",

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.loopback_hub import TOKEN, Fault, LoopbackHub, serving
+from helpers.hub_world import World
+from helpers.loopback_hub import Fault, LoopbackHub
 from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import CALIBRATION
 
 from surgery import __version__
 from surgery.card.render import render_card
 
-CARD = "---\nlicense: apache-2.0\nlanguage: [en]\ntags: [tiny]\n---\n# Tiny\n"
 PRUNE = [
     "prune",
     "org/tiny",
@@ -39,60 +34,6 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 inputs = tokenizer("hello", return_tensors="pt")
 print(model.config.intermediate_size, model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1])
 """
-
-
-@dataclass
-class World:
-    """A loopback Hub, a folder to work in, and a way to run commands against it."""
-
-    hub: LoopbackHub
-    folder: Path
-    outputs: list[str]
-
-    def run(
-        self, *command: str, code: int = 0, home: str = "home", **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a Python command in a process of its own that knows only the loopback Hub."""
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": self.hub.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(self.folder / home),
-            **environment,
-        }
-        command = (sys.executable, *command)
-        result = subprocess.run(
-            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
-        )
-        self.outputs += [result.stdout, result.stderr]
-        assert result.returncode == code, result.stderr[-3000:]
-        return result
-
-    def surgeon(self, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a surgeon command."""
-        return self.run("-m", "surgery", *arguments, code=code, **environment)
-
-
-@pytest.fixture
-def world(save_tiny: Callable[..., Path], license_text: str) -> Iterator[World]:
-    """A Hub holding org/tiny, a sharded Llama with a card, and a calibration text beside it."""
-    source = save_tiny("llama", shard="60KB")
-    with serving() as hub:
-        files = {p.name: p.read_bytes() for p in source.iterdir()} | {"README.md": CARD.encode()}
-        hub.put("org/tiny", files)
-        (source.parent / "text.txt").write_text(license_text)
-        made = World(hub, source.parent, [])
-        yield made
-        written = [
-            p
-            for p in made.folder.rglob("*")
-            if p.is_file() and "home" not in p.relative_to(made.folder).parts[0]
-        ]
-        leaked = [p for p in written if TOKEN.encode() in p.read_bytes()]
-        leaked += [f for repo in hub.repos for f, data in hub.files(repo).items() if TOKEN.encode() in data]
-        assert not leaked and not any(TOKEN in text for text in made.outputs), leaked
 
 
 def weight_bytes(hub: LoopbackHub) -> int:

@@ -16,12 +16,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 TOKEN = "hf_loopbackTokenThatMustNeverLeak"
-KINDS = "(models|datasets)"  # both kinds of repo share one name space here
+KINDS = "(?:models|datasets)"  # both kinds of repo share one name space here
 LFS_BYTES = 64 << 10  # files at least this large, and all safetensors, go through LFS
 
 
@@ -34,6 +37,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, str]] = field(default_factory=dict)
     pull_requests: int = 0
+    dataset: bool = False
+    changed: int = 0  # number of the request that changed it last, as a time
 
 
 @dataclass
@@ -94,6 +99,7 @@ class LoopbackHub:
         ).hexdigest()
         self.repos[repo].commits[sha] = files
         self.repos[repo].branches[branch] = sha
+        self.repos[repo].changed = len(self.requests)
         return sha
 
     def put(self, repo: str, files: dict[str, bytes], branch: str = "main", **options: Any) -> str:
@@ -150,12 +156,13 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("GET", r"/api/datasets", "search"),
+        ("POST", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)", "preupload"),
+        ("POST", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
         ("POST", r"/lfs-verify", "lfs_verify"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "make_commit"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "make_branch"),
+        ("POST", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)", "make_commit"),
+        ("POST", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/branch/(?P<rev>[^/]+)", "make_branch"),
         ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)(/(?P<path>.*))?", "tree"),
         ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
         ("GET", rf"/api/{KINDS}/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?", "info"),
@@ -253,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(409, {"url": f"{self.state.url}/{name}", "error": "exists"})
         else:
             private = bool(fields.get("private") or fields.get("visibility") == "private")
-            self.state.repos[name] = Repo(private=private)
+            self.state.repos[name] = Repo(private=private, dataset=fields.get("type") == "dataset")
             self.state.commit(name, "main", {})
             self.send(200, {"url": f"{self.state.url}/{name}"})
 
@@ -423,6 +430,21 @@ class Handler(BaseHTTPRequestHandler):
             return
         found.items.append(entry)
         self.send(200, {**found.as_json(slug), "position": 0})
+
+    def search(self) -> None:
+        """Data sets whose cards have all tags asked for; private ones for the owner of the token."""
+        wanted = set(self.query.get("filter", []))
+        rows = []
+        for name, repo in self.state.repos.items():
+            card = self.state.files(name).get("README.md", b"").decode().split("---\n")
+            fields = yaml.safe_load(card[1]) if len(card) > 2 else {}
+            visible = not repo.private or self.logged_in()
+            if repo.dataset and visible and wanted <= set(fields.get("tags", [])):
+                row = {"id": name, "sha": repo.branches["main"], "private": repo.private, "cardData": fields}
+                changed = datetime(2026, 1, 1) + timedelta(seconds=repo.changed)
+                row["lastModified"] = changed.strftime("%Y-%m-%dT%H:%M:%S.000Z")
+                rows.append({**row, "tags": fields.get("tags", [])})
+        self.send(200, rows)
 
     def resolve(self, repo: str, rev: str, path: str) -> None:
         if (found := self.find(repo, rev)) is None:

@@ -1,0 +1,79 @@
+"""The data-set card of a published index."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from typing import Any
+
+from surgery.card.render import obligation, shipped_template
+from surgery.card.source_card import inherited_metadata
+
+TAG = "surgeon-index"  # of every published index; `surgeon find` searches for it
+CHANNELS_FILE = "channels.parquet"
+KEY = "surgeon_index"  # of the card's metadata: what `surgeon find` lists
+
+
+def model_tag(name: str) -> str:
+    """The tag of the indexes of a model."""
+    return f"base_model:{name}"
+
+
+def render_index_card(
+    fields: dict[str, Any], repo: str, columns: list[str], source_card: str | None = None
+) -> str:
+    """The card's Markdown with its YAML front matter.
+
+    `fields` is the content of index.json, `columns` the statistics in the Parquet file. The license is that
+    of `source_card`, the README.md of the model.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    inherited = inherited_metadata(source_card)
+    shares = [layer["lp_share"]["0.01"] for layer in fields["layers"] if layer["width"]]
+    named = inherited.get("license_name") or inherited.get("license") or ""
+    link = inherited.get("license_link")
+    text = environment.from_string(shipped_template("index_card.md")).render(
+        **fields,
+        repo=repo,
+        columns=[f"`{name}`" for name in columns],
+        shares={"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+        second_order="obs" in columns,
+        layer_widths=" and ".join(str(width) for width in sorted(set(fields_widths(fields)), reverse=True)),
+        license=f"[{named}]({link})" if named and link else named,
+        obligation=obligation(source_card),
+        front_matter=_front_matter(fields, "obs" in columns, inherited),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def fields_widths(fields: dict[str, Any]) -> list[int]:
+    """FFN widths of the layers in index.json, without layers that have no FFN."""
+    return [layer["width"] for layer in fields["layers"] if layer["width"]]
+
+
+def _front_matter(fields: dict[str, Any], second_order: bool, inherited: dict[str, Any]) -> str:
+    """The card's YAML: license, tags to be found by, what the viewer shows, and what `surgeon find` lists."""
+    from huggingface_hub import DatasetCardData
+
+    source, calibration = fields["source"], fields["calibration"]
+    metadata: dict[str, Any] = {
+        **{key: value for key, value in inherited.items() if key.startswith("license")},
+        "pretty_name": f"Channel index of {source['name']}",
+        "tags": ["surgeon", TAG, model_tag(source["name"])],
+        "base_model": source["name"],
+        "configs": [{"config_name": "channels", "data_files": CHANNELS_FILE, "default": True}],
+        KEY: {
+            "model": source["name"],
+            "commit": source["revision"],
+            "calibration": calibration["name"],
+            "tokens": calibration["blocks"] * calibration["block_size"],
+            "dtype": fields["run"]["dtype"],
+            "second_order": second_order,
+            "super_weights": len(fields["super_weights"]),
+        },
+    }
+    return str(DatasetCardData(**metadata).to_yaml())

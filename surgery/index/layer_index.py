@@ -1,0 +1,207 @@
+"""LayerIndex: the FFNs of one decoder layer, their summary in index.json, and their stored tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.index import supernodes as supernode_module
+from surgery.index.ffn_index import HALO_ONLY, LATER, SECOND_ORDER, STATISTICS, FfnIndex
+from surgery.index.lazy_statistics import LazyStatistics
+from surgery.index.published_form import StoredTensors, left_out
+from surgery.model.families import DENSE, EXPERT
+
+
+@dataclass
+class LayerIndex:
+    """One decoder layer: its FFNs by name ("dense", "shared", "expert.0", …), and `maxima`.
+
+    `maxima` are the largest |input| and |output| of the down projections on the first prompt. `stored` is the
+    layer's entry of the index.json it was read from; without one `summary` computes it.
+    """
+
+    ffns: dict[str, FfnIndex]
+    maxima: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, Any] | None = None
+
+    @property
+    def experts(self) -> list[FfnIndex]:
+        """The routed experts; empty in a dense layer."""
+        return [ffn for ffn in self.ffns.values() if ffn.expert is not None]
+
+    @property
+    def others(self) -> dict[str, FfnIndex]:
+        """The FFNs that process every token."""
+        return {name: ffn for name, ffn in self.ffns.items() if ffn.expert is None}
+
+    @property
+    def statistics(self) -> MutableMapping[str, torch.Tensor]:
+        """Statistics by name: [E, F] for routed experts, [F] for a dense FFN."""
+        if self.experts:
+            names = self.experts[0].statistics
+            return {name: torch.stack([e.statistics[name] for e in self.experts]) for name in names}
+        return next(iter(self.ffns.values())).statistics
+
+    @property
+    def supernodes(self) -> torch.Tensor:
+        """Sorted supernodes of a dense FFN; for experts, indices into the flattened [E, F] statistics."""
+        if self.experts:
+            return torch.cat([e.supernodes + n * e.width for n, e in enumerate(self.experts)])
+        return next(iter(self.ffns.values())).supernodes
+
+    @property
+    def width(self) -> int:
+        """Channels of the dense FFN, or of one expert; 0 without an FFN."""
+        return (self.experts or list(self.ffns.values()))[0].width if self.ffns else 0
+
+    def summary(self) -> dict[str, Any]:
+        """The entry of `layers` in index.json."""
+        if self.stored is not None:
+            return self.stored
+        if not self.ffns:
+            return {
+                "width": 0,
+                "lp_share": {},
+                "supernodes": [],
+                "overlap": {},
+                "halo": {"channels": 0, "redundancy_mean": 0.0},
+            }
+        main = self.experts or [next(iter(self.ffns.values()))]
+        fields = _summary(main)
+        fields["supernodes"] = self.supernodes.tolist()
+        fields["prompt_max"] = self.maxima
+        if self.experts:
+            fields["experts"] = len(self.experts)
+            fields["expert_tokens"] = [expert.tokens for expert in self.experts]
+            for name, ffn in self.others.items():
+                fields[name] = {**_summary([ffn]), "supernodes": ffn.supernodes.tolist()}
+        return fields
+
+
+def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
+    """LP shares, overlaps and halo of FFNs of equal width.
+
+    Averages over FFNs: LP shares are weighted by LP mass, overlaps by supernodes, redundancy by halo
+    channels.
+    """
+    seen = [ffn for ffn in ffns if len(ffn.supernodes)]
+    norms = [sum(f.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")) for f in seen]
+    mass = [float(f.statistics["loss_proxy"].double().sum()) for f in seen]
+    cores = [len(f.supernodes) for f in seen]
+    halos = [f.halo for f in seen]
+
+    def average(values: list[float], weights: list[Any]) -> float:
+        total = sum(weights)
+        return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
+
+    def overlaps(values: list[Any]) -> float:
+        shares = [supernode_module.overlap(f.supernodes, v) for f, v in zip(seen, values, strict=True)]
+        return average(shares, cores)
+
+    return {
+        "width": ffns[0].width,
+        "lp_share": {
+            str(fraction): average(
+                [supernode_module.mass_share(f.statistics["loss_proxy"], fraction) for f in seen], mass
+            )
+            for fraction in (0.001, 0.01, 0.05)
+        },
+        "overlap": {
+            "activation_power": overlaps([f.statistics["activation_power"] for f in seen]),
+            "max_abs": overlaps([f.statistics["max_abs"] for f in seen]),
+            "weight_norm": overlaps(norms),
+        },
+        "halo": {
+            "channels": sum(len(members) for members in halos),
+            "redundancy_mean": average(
+                [
+                    float(f.statistics["halo_redundancy"][members].mean()) if len(members) else 0.0
+                    for f, members in zip(seen, halos, strict=True)
+                ],
+                [len(members) for members in halos],
+            ),
+        },
+    }
+
+
+def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
+    """Tensors of one layer by stored name: `layers.{i}.{name}`, or `layers.{i}.shared.{name}` if shared."""
+    groups = {"": layer.statistics} if layer.ffns else {}
+    if layer.experts:
+        groups |= {f"{key}.": ffn.statistics for key, ffn in layer.others.items()}
+    return {
+        f"layers.{number}.{prefix}{name}": value.contiguous()
+        for prefix, statistics in groups.items()
+        for name, value in statistics.items()
+    }
+
+
+def sample_name(number: int, ffn: str, kind: str = "q") -> str:
+    """Stored name of one FFN's sample (`kind` "q"), or of its tokens' positions (`kind` "position")."""
+    return f"layers.{number}.{ffn}.{kind}"
+
+
+def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
+    """Samples of one layer and their positions, by stored name."""
+    found = {}
+    for name, ffn in layer.ffns.items():
+        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions)):
+            if tensor is not None:
+                found[sample_name(number, name, kind)] = tensor.contiguous()
+    return found
+
+
+def layer_from(
+    number: int, entry: dict[str, Any], tensors: Mapping[str, torch.Tensor], tokens: int
+) -> LayerIndex:
+    """Inverse of `layer_tensors` and `LayerIndex.summary`; `tokens` is the number of calibration tokens."""
+
+    def load(prefix: str, width: int, expert: int | None = None) -> LazyStatistics:
+        return _statistics(tensors, f"layers.{number}.{prefix}", width, expert)
+
+    def samples(ffn: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        sample, positions = (tensors.get(sample_name(number, ffn, kind)) for kind in ("q", "position"))
+        return sample, positions
+
+    core = torch.tensor(entry["supernodes"], dtype=torch.long)
+    maxima, width = entry.get("prompt_max", {}), entry["width"]
+    stored = entry if left_out(tensors) else None  # can't be computed from what is left
+    if width == 0:
+        return LayerIndex({}, maxima)
+    if "experts" not in entry:
+        dense = FfnIndex(load("", width), core, tokens, *samples(DENSE), channels=width)
+        return LayerIndex({DENSE: dense}, maxima, stored)
+    ffns = {}
+    for expert, routed in enumerate(entry["expert_tokens"]):
+        expert_core = core[core // width == expert] % width
+        name = f"{EXPERT}{expert}"
+        values = load("", width, expert)
+        ffns[name] = FfnIndex(values, expert_core, routed, *samples(name), "experts", expert, width)
+    for key in entry:
+        if f"layers.{number}.{key}.loss_proxy" in tensors:
+            shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
+            values = load(f"{key}.", entry[key]["width"])
+            ffns[key] = FfnIndex(values, shared, tokens, *samples(key), key, channels=entry[key]["width"])
+    return LayerIndex(ffns, maxima, stored)
+
+
+def _statistics(
+    tensors: Mapping[str, torch.Tensor], stem: str, width: int, expert: int | None
+) -> LazyStatistics:
+    """The statistics [F] of one FFN. Raises KeyError when one that every index holds is missing."""
+    skipped = left_out(tensors)
+    for name in STATISTICS:
+        if stem + name not in tensors and name not in skipped:
+            raise KeyError(stem + name)
+
+    def load(name: str) -> torch.Tensor:
+        if name in HALO_ONLY and isinstance(tensors, StoredTensors) and skipped:
+            return tensors.of_halo(stem, name, width, expert)
+        value = tensors[stem + name]
+        return value if expert is None else value[expert]
+
+    known = (name for name in (*STATISTICS, *LATER, *SECOND_ORDER) if stem + name in tensors)
+    return LazyStatistics(known, load, skipped)
