@@ -138,10 +138,12 @@ def sort_weights(
     """(super weights, spikes), each with its own measured effect and the structure it is super by.
 
     A weight is super by itself, or as part of a column, a pair or a joint structure that is. A row that is
-    super does not make its weights so.
+    super does not make its weights so, and neither does a pair or group with a super part: the spare of a
+    weight that is kept is not missed.
     """
     own = {found.structure: found for found in findings}
-    proved = [found for found in findings if found.is_super]
+    every = [found for found in findings if found.is_super]
+    proved = [one for one in every if not any(one.structure.contains(part.structure) for part in every)]
     chosen: list[SuperWeight] = []
     others: list[SuperWeight] = []
     for weight in weights:

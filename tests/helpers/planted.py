@@ -38,7 +38,7 @@ class Planted:
             embedding = self.model.get_input_embeddings().weight
             if embedding is not head:
                 embedding[:, ROW] = 0
-            embedding[:, TRIGGER] = 30.0
+            embedding[:, TRIGGER] = 300.0
             norm, offset = self.model.model.norm, 1.0 if "gemma" in self.model.config.model_type else 0.0
             norm.weight.fill_(4.0 - offset)
             norm.weight[TRIGGER] = -offset  # predictions do not read it
