@@ -22,7 +22,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Conditions": ("conditions", "scale", "traced", "stop_words", "plan_only"),
     "Measurement": (
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
-        *("tasks", "fewshot", "limit", "include_path", "record"),
+        *("against", "tasks", "task_text", "fewshot", "limit", "include_path", "record"),
     ),
     "Calibration": (
         *("calibration", "calibration_weights", "text_column", "blocks", "block_size", "seed"),
