@@ -14,7 +14,7 @@ ROOT = Path(surgery.__file__).parent
 ORDER = (
     *("errors", "byte_units", "progress", "defaults", "registry", "chart", "text", "loading"),
     *("checkpoint", "model", "engine", "budget", "index", "plan", "cut", "card", "repair"),
-    *("pruning", "quantize", "evaluate", "heal", "report", "cli"),
+    *("pruning", "quantize", "evaluate", "heal", "report", "frontier", "cli"),
 )
 
 

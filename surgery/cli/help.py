@@ -17,11 +17,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
-        *("simulate", "compare"),
+        *("simulate", "compare", "roundings", "no_round"),
     ),
     "Conditions": ("conditions", "scale", "traced", "stop_words", "plan_only"),
     "Measurement": (
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
+        *("context", "no_speed", "target_size", "target_speed"),
         *("against", "tasks", "task_text", "fewshot", "limit", "include_path", "record"),
     ),
     "Calibration": (
@@ -36,7 +37,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "quantize"),
-    "Measure": ("eval", "ablate"),
+    "Measure": ("eval", "frontier", "ablate"),
     "Files": ("card", "push", "shard-index"),
 }
 

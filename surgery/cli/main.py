@@ -19,6 +19,7 @@ from surgery import __version__
 from surgery.cli.ablate import ablate
 from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
+from surgery.cli.frontier import frontier
 from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
@@ -104,6 +105,7 @@ for command in (
     compare,
     heal,
     eval_command,
+    frontier,
     ablate,
     quantize,
     push,

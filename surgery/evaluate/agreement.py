@@ -61,7 +61,7 @@ class Agreement:
                 for name, value in (
                     ("kl", self.kl),
                     ("top1", self.top1),
-                    ("bits_per_byte", self.bits_per_byte),
+                    ("bits_per_byte_more", self.bits_per_byte),
                 )
             },
         }

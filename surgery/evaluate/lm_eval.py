@@ -27,8 +27,8 @@ BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that is no m
 class Tasks:
     """Tasks that lm-eval has loaded, and how many examples of each are evaluated.
 
-    `loaded` is what lm-eval's TaskManager.load returns. `fewshot` examples come before each question, by
-    default the task's own number; `limit` keeps the first examples only.
+    `loaded` are names that `manager` knows, and tasks made here. `fewshot` examples come before each
+    question, by default the task's own number; `limit` keeps the first examples only.
     """
 
     loaded: list[Any]
@@ -181,7 +181,7 @@ def _load_listed(names: list[str], include: Path | None) -> tuple[Any, list[Any]
         if not unknown:
             try:
                 with _task_errors(", ".join(names)):
-                    return manager, list(manager.load(names)["tasks"].values()) if names else []
+                    return manager, _tasks_of(manager, names) if names else []
             except CalibrationError:
                 if defaults_too:  # a group of the folder may name lm-eval's own tasks
                     raise
@@ -190,6 +190,19 @@ def _load_listed(names: list[str], include: Path | None) -> tuple[Any, list[Any]
         found=", ".join(unknown),
         next_step="`lm-eval ls tasks` lists them; --include-path adds a folder of your own",
     )
+
+
+def _tasks_of(manager: Any, names: list[str]) -> list[Any]:
+    """The tasks that names name, groups as their tasks; older lm-eval has no `load`."""
+    if hasattr(manager, "load"):
+        return list(manager.load(names)["tasks"].values())
+    return _leaves(manager.load_task_or_group(names))
+
+
+def _leaves(tasks: dict[Any, Any]) -> list[Any]:
+    """The tasks of a nested dict of groups and tasks."""
+    each = (_leaves(value) if isinstance(value, dict) else [value] for value in tasks.values())
+    return [task for group in each for task in group]
 
 
 @contextlib.contextmanager

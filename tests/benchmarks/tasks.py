@@ -79,7 +79,7 @@ def memory(text: Path) -> None:
         random_checkpoint(folder, SHAPE)
         size = Checkpoint.open(folder).nbytes
         command = [*SURGEON, "eval", str(folder), "--tasks", CONTINUATION, "--task-text", str(text)]
-        used = peak([*command, "--limit", "8", "--memory", "600MiB", "--quiet"])
+        used = peak([*command, "--limit", "4", "--memory", "600MiB", "--quiet"])
         print(f"checkpoint                {size / MIB:8.0f} MiB")
         print(f"interpreter               {bare / MIB:8.0f} MiB, with lm-eval imported {imports / MIB:.0f}")
         print(

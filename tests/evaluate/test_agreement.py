@@ -113,17 +113,20 @@ def test_eval_against_compares_texts_and_tasks(
     save_tiny("llama", name="other", seed=1)
     tasks = ["--tasks", "surgeon_continuation,surgeon_cloze", "--task-text", "text.txt", "--limit", "12"]
     texts = ["--text", "text.txt", "--text-blocks", "2", "--text-block-size", "32"]
-    options = ["--dtype", "float32", *texts, *tasks]
+    measured = ["--dtype", "float32", *texts]
+    options = [*measured, *tasks]
     found = json.loads(surgeon("eval", "tiny", "--against", "other", *options, "--json").stdout)
-    alone = json.loads(surgeon("eval", "other", *options, "--json").stdout)
-    assert found["against"]["texts"][0]["nats"] == pytest.approx(alone["nats"])
-    assert found["against"]["tasks"] == alone["tasks"]
+    alone = json.loads(surgeon("eval", "other", *measured, "--json").stdout)
+    (text,) = found["against"]["texts"]
+    assert text["bits_per_byte"] == pytest.approx(alone["bits_per_byte"])
+    more = found["bits_per_byte"] - alone["bits_per_byte"]
+    assert text["bits_per_byte_more"]["mean"] == pytest.approx(more)
     (continuation, cloze) = found["against"]["paired"]
-    assert continuation["differences"][0]["samples"] == 12 and cloze["changed"] is None
-    same = surgeon("eval", "tiny", "--against", "tiny", *options).stdout
-    assert "KL 0.0000" in same and "0 answers lost, 0 won; another option taken in 0" in same
-    assert "same likeliest token 100.0%" in same
-    told = json.loads(surgeon("eval", "tiny", "--against", "other", *options, "--dry-run", "--json").stdout)
-    assert told["costs"]["flops"] > 0
+    accuracy = found["against"]["tasks"]["results"]["surgeon_continuation"]["acc"]
+    assert continuation["differences"][0]["against"] == accuracy and cloze["changed"] is None
+    same = surgeon("eval", "tiny", "--against", "tiny", *measured).stdout
+    assert "KL 0.0000" in same and "same likeliest token 100.0%" in same
+    told = json.loads(surgeon("eval", "tiny", *options, "--dry-run", "--json").stdout)
+    assert told["costs"]["flops"] > 0 and told["tasks"] == ["surgeon_continuation", "surgeon_cloze"]
     refused = surgeon("eval", "tiny", "--against", "other", "--activations", "w8a8", *texts, code=2).stderr
     assert "--against" in refused
