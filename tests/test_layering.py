@@ -14,7 +14,8 @@ ROOT = Path(surgery.__file__).parent
 ORDER = (
     *("errors", "byte_units", "progress", "defaults", "registry", "chart", "text", "loading"),
     *("checkpoint", "vocabulary", "model", "engine", "budget", "index", "plan", "cut", "card", "repair"),
-    *("pruning", "quantize", "evaluate", "search", "heal", "adapt", "export", "bench", "report", "cli"),
+    *("pruning", "quantize", "evaluate", "search", "heal", "adapt", "export", "bench", "report"),
+    *("frontier", "cli"),
 )
 
 

@@ -33,7 +33,7 @@ class PassJob:
     With `preserves_layer` a copy of each layer is kept while it is edited. With `compares` predictions of all
     streams are compared at the end, block by block. `last_tokens` are positions whose logits [V] are all held
     at once. `edit_bytes` are taken beside a layer for each weight of its largest matrix, while it is edited;
-    `beside` are other bytes.
+    `beside` are other bytes; `beside_head` other bytes at the end of the pass, where logits are computed.
     """
 
     streams: tuple[StreamShape, ...]
@@ -42,6 +42,7 @@ class PassJob:
     last_tokens: int = 0
     edit_bytes: int = 0
     beside: int = 0
+    beside_head: int = 0
 
     @property
     def block_size(self) -> int:
@@ -77,7 +78,7 @@ def pass_cost(meta_model: MetaModel, job: PassJob, run: RunOptions) -> PassCost:
     head = HEAD_COPIES * 4 * min(HEAD_ELEMENTS, job.block_size * vocabulary)
     if job.compares:
         head = size.compared_bytes(job.block_size) + copies * job.block_size * size.hidden * s
-    at_ends = size.other_resident + max(head, 2 * 4 * job.last_tokens * vocabulary)
+    at_ends = size.other_resident + max(head, 2 * 4 * job.last_tokens * vocabulary) + job.beside_head
     merging = size.merging * (not budget.on_device)  # which the host does
     layers = (2 + job.preserves_layer) * size.layer + merging + job.edit_bytes * size.matrix + job.beside
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,16 @@ import click
 
 from surgery import defaults
 from surgery.cli.common import bars, local_path, say, show_dry_run
+from surgery.cli.eval_against import compare_models, show_comparison
 from surgery.cli.help import GroupedCommand
 from surgery.cli.options import FilePath, ModelOptions, model_options, talk_options
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
+    from surgery.evaluate.lm_eval import Tasks
+    from surgery.model.meta_model import LayerEdit
+    from surgery.progress import Progress
     from surgery.quantize.w8a8 import ActivationRounding
     from surgery.text import TokenBlocks
 
@@ -27,9 +33,17 @@ SMOOTHING_BLOCKS = 8
 @click.argument("model")
 @click.option(
     "--text",
-    "text",
+    "texts",
+    multiple=True,
     metavar="FILE|DATASET",
-    help=f"Text to measure perplexity on. [default: {defaults.EVALUATION_TEXT}; with --tasks, none]",
+    help=f"Text to measure perplexity on; several times for several. [default: {defaults.EVALUATION_TEXT}; "
+    "with --tasks, none]",
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Another model, as the dense one, to compare with on the same texts and examples: KL divergence, "
+    "agreement, paired differences, answers that flip.",
 )
 @click.option(
     "--text-blocks",
@@ -57,7 +71,19 @@ SMOOTHING_BLOCKS = 8
     metavar="FILE|DATASET",
     help="With smoothquant: text to see the activations' size on.",
 )
-@click.option("--tasks", metavar="TASK,...", help="Run these lm-eval tasks too; takes the extra `tasks`.")
+@click.option(
+    "--tasks",
+    metavar="TASK,...",
+    help="Run these lm-eval tasks too, or surgeon_continuation and surgeon_cloze, made from --task-text; "
+    "takes the extra `tasks`.",
+)
+@click.option(
+    "--task-text",
+    default=defaults.EVALUATION_TEXT,
+    show_default=True,
+    metavar="FILE|DATASET",
+    help="Text that surgeon_continuation and surgeon_cloze are made from.",
+)
 @click.option("--fewshot", type=int, help="Examples in each prompt. [default: the task's own]")
 @click.option("--limit", type=int, help="Only the first so many examples of each task.")
 @click.option(
@@ -76,12 +102,14 @@ SMOOTHING_BLOCKS = 8
 @talk_options
 def eval_command(
     model: str,
-    text: str | None,
+    texts: tuple[str, ...],
     text_blocks: int | None,
     text_block_size: int | None,
+    against: str | None,
     activations: str | None,
     calibration: str,
     tasks: str | None,
+    task_text: str,
     fewshot: int | None,
     limit: int | None,
     include_path: Path | None,
@@ -91,53 +119,45 @@ def eval_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure the perplexity of MODEL, streamed, whatever its size; or run tasks on it, held in memory.
+    """Measure the perplexity of MODEL, or run tasks on it, streamed, whatever its size.
 
     \b
     surgeon eval smaller --tasks hellaswag,arc_easy
+    surgeon eval smaller --against dense --text text.txt --tasks surgeon_continuation --task-text text.txt
     """
-    from surgery.evaluate.perplexity import evaluation_blocks, perplexity
-
-    if activations is not None and text is None and tasks is not None:
-        raise UsageError(
-            "--activations goes with perplexity, not with tasks", next_step="add --text, or leave it out"
-        )
-    opened = how.open(model)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if names:
-        check_fits(opened, model)
-    blocks = None
-    if text is not None or tasks is None:
-        blocks = evaluation_blocks(opened, text or defaults.EVALUATION_TEXT, text_blocks, text_block_size)
+    check_options(activations, against, bool(texts), bool(names))
+    opened = how.open(model)
+    other = None if against is None else replace(how, revision=()).open(against)
+    loaded = given_tasks(opened, names, task_text, fewshot, limit, include_path)
+    if not texts and not names:
+        texts = (defaults.EVALUATION_TEXT,)
+    drawn = draw_texts(opened, other, texts, text_blocks, text_block_size)
     if dry_run:
-        show_eval_cost(opened, blocks, activations is not None, names, as_json)
+        show_eval_cost(opened, other, drawn, activations is not None, loaded, as_json)
         return
     result: dict[str, Any] = {}
-    if blocks is not None:
+    compared = None
+    if other is not None:
+        compared = compare_models(opened, other, drawn, loaded, bars(quiet))
+        result = compared.result
+    else:
         with contextlib.ExitStack() as stack:
             edit = None
             if activations is not None:
-                rounding = activation_rounding(opened, activations, calibration, quiet)
-                edit = stack.enter_context(rounding)
-            result = perplexity(opened, blocks, edit=edit, progress=bars(quiet)).as_json()
+                edit = stack.enter_context(activation_rounding(opened, activations, calibration, quiet))
+            result = measure_texts(opened, drawn, edit, bars(quiet))
         result |= {"activations": activations} if activations else {}
-    if names:
-        from surgery.evaluate.lm_eval import run_tasks
+        if loaded is not None:
+            from surgery.evaluate.lm_eval import run_tasks
 
-        result["tasks"] = run_tasks(
-            model,
-            names,
-            revision=opened.checkpoint.revision,
-            fewshot=fewshot,
-            limit=limit,
-            include=include_path,
-            device=str(opened.run.device),
-            dtype=opened.run.dtype_name,
-        )
+            result["tasks"] = run_tasks(opened, loaded, bars(quiet)).table
     if as_json:
         click.echo(json.dumps(result, indent=1))
     else:
         show(result)
+        if compared is not None:
+            show_comparison(compared)
     folder = local_path(model)
     if names and record and folder is not None and (folder / "surgeon.json").exists():
         from surgery.card.publish import record_tasks
@@ -146,34 +166,88 @@ def eval_command(
         say(f"Results written into surgeon.json and the card of {folder}", quiet)
 
 
-def check_fits(model: Model, source: str) -> None:
-    """Refuse tasks on a GGUF file, or on a model that --memory can't hold whole: lm-eval loads it."""
-    from surgery.budget.budget import refuse_below
+def check_options(activations: str | None, against: str | None, texts: bool, tasks: bool) -> None:
+    """Refuse options that do not go together."""
+    if activations is not None and not texts and tasks:
+        raise UsageError(
+            "--activations goes with perplexity, not with tasks", next_step="add --text, or leave it out"
+        )
+    if activations is not None and against is not None:
+        raise UsageError("--activations does not go with --against", next_step="leave one of them out")
 
-    if Path(source).suffix == ".gguf":
-        raise UsageError("lm-eval is given folders and Hub models, not GGUF files", where=source)
-    if model.run.device.type == "cpu":
-        refuse_below(model.checkpoint.parameters * model.run.dtype.itemsize, model.run.memory, "host")
+
+def given_tasks(
+    model: Model,
+    names: list[str],
+    task_text: str,
+    fewshot: int | None,
+    limit: int | None,
+    include: Path | None,
+) -> Tasks | None:
+    """The tasks that `--tasks` names; None without."""
+    if not names:
+        return None
+    from surgery.evaluate.lm_eval import load_tasks
+
+    return load_tasks(model, names, text=task_text, fewshot=fewshot, limit=limit, include=include)
+
+
+def draw_texts(
+    model: Model, against: Model | None, texts: Sequence[str], blocks: int | None, size: int | None
+) -> list[TokenBlocks]:
+    """The blocks of every text. Raises UsageError for two models that can't be compared on them."""
+    if not texts:
+        return []
+    from surgery.evaluate.agreement import check_same_tokens
+    from surgery.evaluate.perplexity import default_block_size, evaluation_blocks
+
+    if against is not None:
+        check_same_tokens(model, against)
+        lengths = [default_block_size(one.checkpoint.config) for one in (model, against)]
+        size = size or min(lengths)
+    return [evaluation_blocks(model, text, blocks, size) for text in texts]
+
+
+def measure_texts(
+    model: Model, texts: list[TokenBlocks], edit: LayerEdit | None, progress: Progress[Any]
+) -> dict[str, Any]:
+    """Perplexity on the first text, and under `texts` on all where there are several."""
+    from surgery.evaluate.perplexity import perplexity
+
+    found = [perplexity(model, blocks, edit=edit, progress=progress).as_json() for blocks in texts]
+    return {**(found[0] if found else {}), **({"texts": found} if len(found) > 1 else {})}
 
 
 def show_eval_cost(
-    model: Model, blocks: TokenBlocks | None, edits: bool, tasks: list[str], as_json: bool
+    model: Model,
+    against: Model | None,
+    texts: list[TokenBlocks],
+    edits: bool,
+    tasks: Tasks | None,
+    as_json: bool,
 ) -> None:
-    """Print what measuring perplexity takes, and what tasks do."""
-    from surgery.byte_units import format_bytes
+    """Print what measuring perplexity and running tasks take."""
+    from surgery.budget.pass_cost import merged_cost
     from surgery.cli.costs import pass_cost_lines
+    from surgery.evaluate.agreement import agreement_cost
+    from surgery.evaluate.lm_eval import tasks_cost
     from surgery.evaluate.perplexity import perplexity_cost
 
-    whole = model.checkpoint.parameters * model.run.dtype.itemsize
-    lines = [f"Tasks hold the whole model in memory: {format_bytes(whole)}"] if tasks else []
-    fields: dict[str, Any] = {"tasks": tasks}
-    if blocks is None:
-        click.echo(json.dumps({**fields, "bytes": whole}) if as_json else "\n".join(lines))
-        return
-    cost = perplexity_cost(model, *blocks.ids.shape, edits=edits)
-    text = f"Text: {blocks.ids.shape[0]} x {blocks.ids.shape[1]} tokens of {blocks.name}"
-    lines = [text, *lines, *pass_cost_lines(cost)]
-    show_dry_run(model, cost, lines, {**fields, "text": blocks.as_json()}, as_json=as_json)
+    lines, costs = [], []
+    fields: dict[str, Any] = {}
+    for blocks in texts:
+        shape = blocks.ids.shape
+        lines.append(f"Text: {shape[0]} x {shape[1]} tokens of {blocks.name}")
+        alone = perplexity_cost(model, *shape, edits=edits)
+        costs.append(alone if against is None else agreement_cost(model, against, [shape]))
+    if texts:
+        fields["text"] = texts[0].as_json()
+    if tasks is not None:
+        lines.append(f"Tasks: {', '.join(tasks.names)}")
+        fields["tasks"] = tasks.names
+        costs += [tasks_cost(one, tasks) for one in (model, against) if one is not None]
+    cost = merged_cost(costs)
+    show_dry_run(model, cost, [*lines, *pass_cost_lines(cost)], fields, as_json=as_json)
 
 
 def activation_rounding(model: Model, mode: str, calibration: str, quiet: bool) -> ActivationRounding:
@@ -191,14 +265,13 @@ def activation_rounding(model: Model, mode: str, calibration: str, quiet: bool) 
 
 def show(result: dict[str, Any]) -> None:
     """Print what was measured."""
-    if "perplexity" in result:
+    for text in result.get("texts", [result] if "perplexity" in result else []):
         click.echo(
-            f"perplexity     {result['perplexity']:.4f}  "
-            f"({result['nats']:.2f} nats over {result['tokens']:,} tokens)"
+            f"perplexity     {text['perplexity']:.4f}  "
+            f"({text['nats']:.2f} nats over {text['tokens']:,} tokens)"
         )
-        click.echo(
-            f"bits per byte  {result['bits_per_byte']:.4f}  ({result['bytes']:,} bytes of {result['text']})"
-        )
+        click.echo(f"bits per byte  {text['bits_per_byte']:.4f}  ({text['bytes']:,} bytes of {text['text']})")
+    if "convention" in result:
         click.echo(f"convention     {result['convention']}")
     for task, values in result.get("tasks", {}).get("results", {}).items():
         for metric, value in values.items():

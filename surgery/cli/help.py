@@ -20,25 +20,15 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
-        *("simulate", "compare"),
+        *("simulate", "compare", "roundings", "no_round"),
     ),
     "Export": ("as_gguf", "type_name"),
-    "Speed": (
-        *(
-            "against",
-            "runtimes",
-            "gguf_types",
-            "prompt_tokens",
-            "new_tokens",
-            "batches",
-            "repeats",
-            "threads",
-        ),
-    ),
+    "Speed": (*("runtimes", "gguf_types", "prompt_tokens", "new_tokens", "batches", "repeats", "threads"),),
     "Conditions": ("conditions", "scale", "traced", "stop_words", "plan_only"),
     "Measurement": (
         *("text", "texts", "text_blocks", "text_block_size", "eval_text", "eval_blocks", "activations"),
-        *("tasks", "fewshot", "limit", "include_path", "record"),
+        *("context", "no_speed", "target_size", "target_speed"),
+        *("against", "tasks", "task_text", "fewshot", "limit", "include_path", "record"),
     ),
     "Calibration": (
         *("refit", "dense"),
@@ -63,7 +53,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Index and report": ("index", "merge-index", "show", "report", "find", "atlas"),
     "Prune, heal and quantise": ("prune", "compare", "heal", "adapt", "quantize"),
-    "Measure": ("eval", "bench", "ablate"),
+    "Measure": ("eval", "frontier", "bench", "ablate"),
     "Files": ("export", "card", "push", "shard-index"),
 }
 

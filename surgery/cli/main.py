@@ -24,6 +24,7 @@ from surgery.cli.compare import compare
 from surgery.cli.evaluate import eval_command
 from surgery.cli.export import export
 from surgery.cli.find import find
+from surgery.cli.frontier import frontier
 from surgery.cli.heal import heal
 from surgery.cli.help import GroupedCommands
 from surgery.cli.index import index, show
@@ -112,6 +113,7 @@ for command in (
     heal,
     adapt,
     eval_command,
+    frontier,
     ablate,
     bench,
     quantize,

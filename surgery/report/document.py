@@ -59,9 +59,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A report on one "index", on several "indexes", or on a pruned folder ("cut")."""
+    """A report on one "index", on several "indexes", a pruned folder ("cut"), or a "frontier"."""
 
-    kind: Literal["index", "indexes", "cut"]
+    kind: Literal["index", "indexes", "cut", "frontier"]
     title: str
     subtitle: str
     surgeon: str

@@ -111,5 +111,5 @@ def test_eval_refuses_tasks_on_a_model_that_does_not_fit(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
     save_tiny("llama")
-    refused = surgeon("eval", "tiny", "--tasks", "hellaswag", "--memory", "100KiB", code=1).stderr
+    refused = surgeon("eval", "tiny", "--tasks", "hellaswag", "--memory", "10KiB", code=1).stderr
     assert "at least" in refused and "--memory" in refused

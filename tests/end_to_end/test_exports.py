@@ -146,3 +146,9 @@ metric_list:
     assert json.loads((cut / "surgeon.json").read_text()) == manifest
     refused = surgeon("eval", str(cut), "--tasks", "no_such_task", code=2)
     assert "no_such_task" in refused.stderr
+    told = json.loads(surgeon("eval", str(cut), *options, "--dry-run", "--json").stdout)
+    assert told["tasks"] == ["tiny"] and told["costs"]["flops"] > 0
+    generating = (tasks / "tiny.yaml").read_text().replace("task: tiny", "task: talk")
+    (tasks / "talk.yaml").write_text(generating.replace("multiple_choice", "generate_until"))
+    refused = surgeon("eval", str(cut), "--tasks", "talk", *options[2:], code=2)
+    assert "talk" in refused.stderr and "generate" in refused.stderr

@@ -1,0 +1,1 @@
+"""The frontier of a model: quality against bytes, memory and speed, cut, rounded, healed or left."""

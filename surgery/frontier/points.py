@@ -1,0 +1,192 @@
+"""Points of a frontier: a model as it is, rounded, cut, healed, or cut and rounded; and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.transformers_model import text_config
+from surgery.cut.ffn_channels import planned_cut
+from surgery.cut.tensors import edited_specs
+from surgery.engine.open_model import Model
+from surgery.errors import UsageError
+from surgery.plan.widths import width_changes
+from surgery.quantize.compressed_tensors import packed_tensors
+from surgery.quantize.plan import check_roundable, plan_quantization
+from surgery.quantize.rounding import Scheme
+
+GROUPS = (128, 64, 32, 16)  # group sizes tried, largest first
+SLIDING = ("sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to make a model smaller.
+
+    `sparsity` is the share of FFN channels cut, None for none; `healed` are tokens that the cut was trained
+    on afterwards; `scheme` rounds the weights, None for none. `other` names another model in place of this
+    one, and `key` tells its files from those of another model of that name.
+    """
+
+    sparsity: float | None = None
+    healed: int = 0
+    scheme: Scheme | None = None
+    other: str | None = None
+    key: str = ""
+
+    @property
+    def base(self) -> str:
+        """The folder that the point is, or is rounded from."""
+        if self.other is not None:
+            return f"other-{self.key}"
+        if self.sparsity is None:
+            return "dense"
+        return f"cut-{100 * self.sparsity:g}" + (f"-healed-{self.healed}" if self.healed else "")
+
+    @property
+    def name(self) -> str:
+        """Name for tables, such as "cut 25%, healed, INT4 sym group 64"."""
+        if self.other is not None:
+            return self.other
+        parts = [] if self.sparsity is None else [f"cut {100 * self.sparsity:g}%"]
+        parts += ["healed"] if self.healed else []
+        parts += [self.scheme.name] if self.scheme else []
+        return ", ".join(parts) or "dense"
+
+    @property
+    def slug(self) -> str:
+        """Name for files."""
+        if self.scheme is None:
+            return self.base
+        return f"{self.base}-int{self.scheme.bits}-{self.scheme.size}"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether channels were cut."""
+        return self.sparsity is not None
+
+
+def all_points(
+    sparsities: Sequence[float],
+    schemes: Sequence[Scheme],
+    heal_tokens: int = 0,
+    other: str | None = None,
+    key: str = "",
+) -> list[Point]:
+    """Dense, and for every sparsity cut and healed, each as it is and rounded by every scheme; another model.
+
+    Points of one base follow each other.
+    """
+    points = [Point(), *(Point(scheme=scheme) for scheme in schemes)]
+    for sparsity in sparsities:
+        for healed in (0, heal_tokens) if heal_tokens else (0,):
+            points.append(Point(sparsity, healed))
+            points += [Point(sparsity, healed, scheme) for scheme in schemes]
+    return points + ([Point(other=other, key=key)] if other is not None else [])
+
+
+def default_schemes(model: Model, sparsities: Sequence[float], multiple_of: int | None) -> list[Scheme]:
+    """INT8 and INT4 at the largest of GROUPS that divides every row, and INT4 at 32 where that is smaller.
+
+    Raises UnsupportedModelError for a model whose matrices can't be rounded, UsageError for rows that none of
+    GROUPS divides.
+    """
+    sizes = [
+        size
+        for size in GROUPS
+        if all(not columns % size for columns in _columns(model, sparsities, multiple_of))
+    ]
+    if not sizes:
+        raise UsageError(
+            "no group size divides the rows of all matrices",
+            where=model.name,
+            expected=f"one of {', '.join(map(str, GROUPS))}",
+            next_step="give --no-round, or other --sparsity or --multiple-of",
+        )
+    return [
+        Scheme(8, symmetric=True, size=sizes[0]),
+        Scheme(4, symmetric=True, size=sizes[0]),
+        *([Scheme(4, symmetric=True, size=32)] if sizes[0] > 32 else []),
+    ]
+
+
+def check_schemes(
+    model: Model, schemes: Sequence[Scheme], sparsities: Sequence[float], multiple_of: int | None
+) -> None:
+    """Raise UsageError for a group size that does not divide the rows of a point."""
+    for scheme in schemes:
+        bad = [columns for columns in _columns(model, sparsities, multiple_of) if columns % scheme.size]
+        if bad:
+            raise UsageError(
+                "the group size does not divide a matrix's rows",
+                where="--round",
+                expected=f"a divisor of {min(bad)}",
+                found=str(scheme.size),
+            )
+
+
+def _columns(model: Model, sparsities: Sequence[float], multiple_of: int | None) -> set[int]:
+    """Row lengths of the matrices that are rounded, of the model and of every cut."""
+    check_roundable(model.meta_model)
+    names = plan_quantization(model.meta_model, [], Scheme(4, symmetric=True), "none").tensors
+    specs = [_specs(model, sparsity, multiple_of) for sparsity in (None, *sparsities)]
+    return {each[name][0][1] for each in specs for name in names}
+
+
+def _specs(
+    model: Model, sparsity: float | None, multiple_of: int | None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that is written, from the widths alone. Raises PlanError."""
+    edits: dict[str, Any] = {}
+    if sparsity is not None:
+        changes = width_changes(model.meta_model.widths(), sparsity, None, multiple_of)
+        edits = planned_cut(model.meta_model, changes).edits
+    specs = edited_specs(model.checkpoint, edits)
+    return {name: (tuple(spec.shape), spec.dtype) for name, spec in specs.items()}
+
+
+def predicted_bytes(
+    model: Model, point: Point, weights: list[dict[str, Any]], multiple_of: int | None
+) -> int:
+    """Bytes of a point's tensors before it is made. `weights` are the super weights, whose modules stay."""
+    specs = _specs(model, point.sparsity, multiple_of)
+    chosen: set[str] = set()
+    if point.scheme is not None:
+        chosen = set(plan_quantization(model.meta_model, weights, point.scheme, "module").tensors)
+    packed: dict[tuple[Any, ...], int] = {}
+    total = 0
+    for name, (shape, dtype) in specs.items():
+        if name not in chosen:
+            total += torch.Size(shape).numel() * dtype.itemsize
+            continue
+        assert point.scheme is not None
+        if (shape, dtype) not in packed:
+            parts = packed_tensors(torch.zeros(shape, dtype=dtype), point.scheme)
+            packed[shape, dtype] = sum(part.nbytes for part in parts.values())
+        total += packed[shape, dtype]
+    return total
+
+
+def cache_bytes(config: dict[str, Any], context: int, itemsize: int) -> int:
+    """Bytes of keys and values of one sequence of `context` tokens, at `itemsize` bytes a number.
+
+    Per layer: 2 x tokens x key-value heads x dimensions of a head; a layer with a sliding window has at most
+    the window's tokens. Of multi-head latent attention, the latent and the rotary key are cached.
+    """
+    text = text_config(config)
+    layers = int(text.get("num_hidden_layers") or text.get("n_layer") or 0)
+    heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
+    shared = 1 if text.get("multi_query") else heads
+    key_value_heads = int(text.get("num_key_value_heads") or text.get("num_kv_heads") or shared)
+    size = int(text.get("head_dim") or hidden // max(1, heads))
+    numbers = 2 * key_value_heads * size
+    if text.get("kv_lora_rank"):
+        numbers = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+    kinds = text.get("layer_types") or ["full_attention"] * layers
+    window = int(text.get("sliding_window") or context)
+    tokens = sum(min(context, window) if kind in SLIDING else context for kind in kinds)
+    return tokens * numbers * itemsize
