@@ -73,9 +73,7 @@ def frontier(
     check_targets(measured)
     job = FrontierJob.prepare(how, model, chosen, measured, text_options)
     folder = out or Path(f"{job.model.short_name}-frontier")
-    found = read_index(index_folder)
-    if found is not None:
-        found.check_source(job.model.checkpoint)
+    found = read_index(index_folder, job.model)
     plan = job.plan(found, text_options)
     if dry_run:
         show_plan(plan, as_json)
