@@ -170,8 +170,10 @@ def test_reap_is_the_mean_weighted_norm_of_an_expert(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     found, tokens = expert_outputs_norms(surgery.open_model(source, dtype="float32"), IDS)
     with torch.no_grad():
-        hidden = model.model(IDS, output_hidden_states=True).hidden_states[1]
-        layer = model.model.layers[1]
+        layer, entering = model.model.layers[1], []
+        layer.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+        model(IDS)
+        (hidden,) = entering
         position = model.model.rotary_emb(hidden, torch.arange(24)[None])
         causal = torch.full((24, 24), float("-inf")).triu(1)[None, None]
         after = (
