@@ -48,7 +48,7 @@ class NoAttention(nn.Module):
         if cache is not None:
             none = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(none, none, self.layer)
-        return torch.zeros_like(hidden_states), None
+        return hidden_states * 0, None  # not new zeros: the norm before it stays part of the graph
 
 
 def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
