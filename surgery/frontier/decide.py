@@ -155,8 +155,9 @@ def _overall(rows: Sequence[Row]) -> str:
     largest = max(cuts, key=lambda row: row.bytes)
     if largest.bytes < smallest.bytes:
         return (
-            f"Do not cut unless the model must be smaller than {_described(smallest, rows[0])}: down to "
-            f"there rounding alone is better. The first cut below it is {_described(largest, rows[0])}."
+            f"Do not cut unless the model must be smaller than {_described(smallest, rows[0])}: down to there "
+            f"no cut is clearly better than rounding alone. The first cut below it is "
+            f"{_described(largest, rows[0])}."
         )
     named = ", ".join(row.name for row in cuts)
     return f"Cutting is worth it at some sizes: no uncut point of the same bytes is as good as {named}."
