@@ -114,17 +114,20 @@ def sentence(rows: Sequence[Row], size: int | None = None, speed: float | None =
             f", the fastest {most:.1f} tokens a second" if speed is not None else ""
         )
         return f"No point has {target}: {reached}."
-    said = f"With {target}, {_described(best, rows[0])} is best"
     rivals = [row for row in rows if row.is_cut != best.is_cut]
     rival = best_row(rivals, size, speed) if rivals else None
     if rival is None:
-        said += "; no uncut point fits." if best.is_cut else "; no cut fits. Do not cut."
+        none = "no uncut point fits." if best.is_cut else "no cut fits. Do not cut."
+        said = f"With {target}, {_described(best, rows[0])} is best; {none}"
     else:
+        if best.is_cut and not _clearly_worse(rival, best):
+            best, rival = rival, best  # a cut has to be clearly better
         gap, error = difference(rival, best)
-        spread = "" if error is None else f" (± {error:.4f})"
-        than = f"{rival.name} has {gap:.4f} bits per byte more{spread}"
-        unclear = ", which is no clear difference" if error is not None and gap <= 2 * error else ""
-        said += f"{'' if best.is_cut else ': do not cut'}; {than}{unclear}."
+        than = f"{abs(gap):.4f} bits per byte {'more' if gap >= 0 else 'less'}"
+        than += "" if error is None else f" (± {error:.4f})"
+        unclear = "" if error is None or abs(gap) > 2 * error else ", which is no clear difference"
+        cut = "" if best.is_cut else ": do not cut"
+        said = f"With {target}, {_described(best, rows[0])} is best{cut}; {rival.name} has {than}{unclear}."
     if speed is not None and best.slowest is not None and best.slowest < speed:
         said += f" Its slowest round decoded {best.slowest:.1f} tokens a second."
     return said
@@ -132,12 +135,14 @@ def sentence(rows: Sequence[Row], size: int | None = None, speed: float | None =
 
 def worth_cutting(cut: Row, rows: Sequence[Row]) -> bool:
     """Whether every uncut point of at most the bytes of `cut` has clearly more bits per byte."""
-    for row in rows:
-        if not row.is_cut and row.bytes <= cut.bytes:
-            gap, error = difference(row, cut)
-            if gap <= 2 * (error or 0.0):
-                return False
-    return True
+    fitting = [row for row in rows if not row.is_cut and row.bytes <= cut.bytes]
+    return all(_clearly_worse(row, cut) for row in fitting)
+
+
+def _clearly_worse(row: Row, other: Row) -> bool:
+    """Whether a row has more bits per byte than another by more than two standard errors."""
+    gap, error = difference(row, other)
+    return gap > 2 * (error or 0.0)
 
 
 def _overall(rows: Sequence[Row]) -> str:
@@ -155,8 +160,8 @@ def _overall(rows: Sequence[Row]) -> str:
     largest = max(cuts, key=lambda row: row.bytes)
     if largest.bytes < smallest.bytes:
         return (
-            f"Do not cut unless the model must be smaller than {_described(smallest, rows[0])}: down to there "
-            f"no cut is clearly better than rounding alone. The first cut below it is "
+            f"Do not cut unless the model must be smaller than {_described(smallest, rows[0])}: down to "
+            "there no cut is clearly better than rounding alone. The first cut below it is "
             f"{_described(largest, rows[0])}."
         )
     named = ", ".join(row.name for row in cuts)

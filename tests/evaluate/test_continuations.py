@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import opened
+from helpers.fp8 import store_fp8
+from helpers.tiny_gguf import PROMPT, llama_cpp_logprobs, write_gguf
+from helpers.tiny_models import opened, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from surgery.engine.open_model import open_model
 from surgery.errors import CalibrationError, UsageError
 from surgery.evaluate.continuations import (
     Request,
@@ -120,3 +123,24 @@ def test_what_cannot_be_scored_is_refused(save_tiny: Callable[..., Path]) -> Non
     generate: Any = instances("generate_until", [("a", "b")])
     with pytest.raises(UsageError, match="generate text"):
         SurgeonLM(model).generate_until(generate)
+
+
+def test_gguf_files_are_scored_as_by_llama_cpp(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", "llama")
+    expected = llama_cpp_logprobs(path)[:40]
+    asked = [Request(tuple(PROMPT), (token,)) for token in range(40)]
+    scores = score_continuations(open_model(path, device="cpu", dtype="float32"), asked, max_length=256)
+    assert torch.allclose(torch.tensor([score.nats for score in scores]), expected, atol=2e-4)
+
+
+def test_fp8_folders_are_scored_on_their_dequantised_weights(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny("llama")
+    dense = store_fp8(folder, "blocks")
+    model = tiny_model("llama")
+    model.load_state_dict(dense)
+    ids = [5, 9, 2, 40, 7, 30]
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    asked = [Request(tuple(ids[:3]), tuple(ids[3:]))]
+    (score,) = score_continuations(open_model(folder, device="cpu", dtype="float32"), asked, max_length=64)
+    assert score.nats == pytest.approx(float(log_p[[2, 3, 4], ids[3:]].sum()), rel=1e-4)

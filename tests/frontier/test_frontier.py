@@ -141,7 +141,8 @@ def test_the_sentence_names_cuts_that_are_worth_their_bytes() -> None:
     assert sentence([DENSE, ROUNDED, unclear]).startswith("Do not cut: ")
     near = row("cut 30%", True, 29, [1.0, 1.2, 1.095])
     said = sentence([DENSE, ROUNDED, near], size=30 << 20)
-    assert "cut 30%" in said and "no clear difference" in said
+    assert "INT4 (30 MiB, 1.1000 bits per byte, +0.1000) is best: do not cut; cut 30% has 0.0017" in said
+    assert "less (± 0.0578), which is no clear difference" in said
     gap, error = difference(near, ROUNDED)
     assert gap == pytest.approx(-0.005 / 3) and error == pytest.approx(0.0577639, rel=1e-4)
 
