@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import IndexMismatchError
 from surgery.index import supernodes as supernode_module
+from surgery.index.block_sums import BlockSums, restored, stored
 from surgery.index.super_weights import SuperWeight
 from surgery.model.families import DENSE, EXPERT
 
@@ -46,7 +47,9 @@ class FfnIndex:
     `statistics` are [F] float32 by name; `supernodes` sorted channel indices. `tokens` is the number of
     calibration tokens that reached the FFN; an expert that no token was routed to has no supernodes. `sample`
     [S, F] is q = u * dL/du of every `sample_stride`-th token, with --save-samples. For an expert, `positions`
-    [S] are the positions of these tokens in their blocks.
+    [S] are the positions of these tokens in their blocks. `by_block` [2, N, F] are LP and activation power
+    summed over each block, with --save-samples too. `block_sums` is what intervals are computed from; None in
+    indexes of earlier versions.
     """
 
     statistics: dict[str, torch.Tensor]
@@ -56,6 +59,8 @@ class FfnIndex:
     positions: torch.Tensor | None = None
     kind: str = DENSE
     expert: int | None = None
+    by_block: torch.Tensor | None = None
+    block_sums: BlockSums | None = None
 
     @property
     def width(self) -> int:
@@ -91,6 +96,11 @@ class LayerIndex:
         return {name: ffn for name, ffn in self.ffns.items() if ffn.expert is None}
 
     @property
+    def main(self) -> list[FfnIndex]:
+        """The FFNs that a layer's figures are of: its routed experts, or its dense FFN."""
+        return self.experts or list(self.ffns.values())[:1]
+
+    @property
     def statistics(self) -> dict[str, torch.Tensor]:
         """Statistics by name: [E, F] for routed experts, [F] for a dense FFN."""
         if self.experts:
@@ -120,8 +130,7 @@ class LayerIndex:
                 "overlap": {},
                 "halo": {"channels": 0, "redundancy_mean": 0.0},
             }
-        main = self.experts or [next(iter(self.ffns.values()))]
-        fields = _summary(main)
+        fields = _summary(self.main)
         fields["supernodes"] = self.supernodes.tolist()
         fields["prompt_max"] = self.maxima
         if self.experts:
@@ -294,23 +303,28 @@ def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     groups = {"": layer.statistics} if layer.ffns else {}
     if layer.experts:
         groups |= {f"{key}.": ffn.statistics for key, ffn in layer.others.items()}
-    return {
+    found = {
         f"layers.{number}.{prefix}{name}": value.contiguous()
         for prefix, statistics in groups.items()
         for name, value in statistics.items()
     }
+    for prefix in groups:
+        ffns = [layer.ffns[prefix[:-1]]] if prefix else layer.main
+        sums = [ffn.block_sums for ffn in ffns]
+        found |= stored(f"layers.{number}.{prefix}", sums, stacked=not prefix and bool(layer.experts))
+    return found
 
 
 def sample_name(number: int, ffn: str, kind: str = "q") -> str:
-    """Stored name of one FFN's sample (`kind` "q"), or of its tokens' positions (`kind` "position")."""
+    """Stored name of one FFN's sample (`kind` "q"), its tokens' positions ("position"), or its "blocks"."""
     return f"layers.{number}.{ffn}.{kind}"
 
 
 def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
-    """Samples of one layer and their positions, by stored name."""
+    """Samples of one layer, their positions and the sums by block, by stored name."""
     found = {}
     for name, ffn in layer.ffns.items():
-        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions)):
+        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions), ("blocks", ffn.by_block)):
             if tensor is not None:
                 found[sample_name(number, name, kind)] = tensor.contiguous()
     return found
@@ -336,7 +350,8 @@ def layer_from(
     if entry["width"] == 0:
         return LayerIndex({}, maxima)
     if "experts" not in entry:
-        return LayerIndex({DENSE: FfnIndex(load(""), core, tokens, *samples(DENSE))}, maxima)
+        dense = FfnIndex(load(""), core, tokens, *samples(DENSE))
+        return LayerIndex(_with_blocks(number, {DENSE: dense}, tensors), maxima)
     ffns = {}
     for expert, routed in enumerate(entry["expert_tokens"]):
         expert_core = core[core // entry["width"] == expert] % entry["width"]
@@ -346,4 +361,15 @@ def layer_from(
         if f"layers.{number}.{key}.loss_proxy" in tensors:
             shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
             ffns[key] = FfnIndex(load(f"{key}."), shared, tokens, *samples(key), key)
-    return LayerIndex(ffns, maxima)
+    return LayerIndex(_with_blocks(number, ffns, tensors), maxima)
+
+
+def _with_blocks(
+    number: int, ffns: dict[str, FfnIndex], tensors: dict[str, torch.Tensor]
+) -> dict[str, FfnIndex]:
+    """The FFNs of a layer, given what is stored of their sums by block."""
+    for name, ffn in ffns.items():
+        prefix = "" if name == DENSE or ffn.expert is not None else f"{name}."
+        ffn.block_sums = restored(f"layers.{number}.{prefix}", tensors, ffn.expert)
+        ffn.by_block = tensors.get(sample_name(number, name, "blocks"))
+    return ffns
