@@ -6,6 +6,7 @@ import re
 from importlib import resources
 from typing import Any
 
+from surgery.card.perplexity_change import perplexity_change
 from surgery.card.source_card import inherited_metadata
 
 HEALED_TAGS = ["distilled", "surgeon"]
@@ -29,9 +30,9 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class` and `load_from`; for a pruned model also `method`,
-    `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`
-    and `repaired`.
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from` and `perplexity_change`; for a pruned
+    model also `method`, `lp_intervals`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`,
+    `padded`, `repair`, `repair_label` and `repaired`.
     """
     import jinja2
 
@@ -49,6 +50,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "auto_class": manifest.get("auto_class", "AutoModelForCausalLM"),
         "load_from": manifest.get("repo") or "path/to/this/folder",
         "heals": manifest.get("heals") or [],
+        "perplexity_change": perplexity_change,
         **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
@@ -79,7 +81,18 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
         "repair": plan.get("repair", "none"),
         "repair_label": manifest.get("repair_label", ""),
         "repaired": describe_repair(manifest),
+        "lp_intervals": lp_interval_note(plan),
     }
+
+
+def lp_interval_note(plan: dict[str, Any]) -> str:
+    """What the intervals of the plan's LP shares are, or why it has none."""
+    if any(layer.get("lp_kept_interval") for layer in plan["layers"]):
+        return (
+            "Lines and bands are 95% intervals over the calibration blocks; the kept channels were chosen on "
+            "the same blocks."
+        )
+    return plan.get("no_intervals") or "No intervals: this was pruned by a version that computed none."
 
 
 def describe_repair(manifest: dict[str, Any]) -> str:

@@ -62,11 +62,15 @@ def _block_loss(stream: TokenStream, block: int, with_gradient: bool) -> torch.T
 
 @dataclass(frozen=True)
 class LossAndDivergence:
-    """Sums in nats over `tokens` predicted tokens: cross-entropy `nats`, KL(dense || this) `divergence`."""
+    """Sums in nats over `tokens` predicted tokens: cross-entropy `nats`, KL(dense || this) `divergence`.
+
+    `block_nats` is the cross-entropy of each block.
+    """
 
     nats: float
     divergence: float
     tokens: int
+    block_nats: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -85,12 +89,15 @@ def measure_divergence(
 ) -> list[LossAndDivergence]:
     """Loss and KL divergence of each of `streams` from `dense`.
 
-    All streams hold the last layer's output. The blocks of each are the first blocks of `dense`.
+    All streams hold the last layer's output. The blocks of each are the first blocks of `dense`. A stream
+    that is listed several times is measured once.
     """
-    sums = torch.zeros(2, len(streams), dtype=torch.float64, device="cpu")
+    listed, streams = streams, list(dict.fromkeys(streams))
+    blocks = max((len(stream.ids) for stream in streams), default=0)
+    sums = torch.zeros(2, len(streams), blocks, dtype=torch.float64, device="cpu")
     tokens = [0] * len(streams)
     with model.other_weights():
-        for block in range(max((len(stream.ids) for stream in streams), default=0)):
+        for block in range(blocks):
             part = slice(block, block + 1)
             dense_hidden = dense.store.get(0, part, model.device)[0]
             targets = dense.ids[block, 1:].to(model.device)
@@ -104,12 +111,16 @@ def measure_divergence(
                 dense_p = dense_log_p.exp()
                 for i, hidden in compared:
                     log_p = functional.log_softmax(model.logits(hidden[rows]).float(), -1)
-                    sums[0, i] += functional.nll_loss(log_p, targets[rows], reduction="sum").double().cpu()
-                    sums[1, i] += (dense_p * (dense_log_p - log_p)).sum().double().cpu()
+                    sums[0, i, block] += (
+                        functional.nll_loss(log_p, targets[rows], reduction="sum").double().cpu()
+                    )
+                    sums[1, i, block] += (dense_p * (dense_log_p - log_p)).sum().double().cpu()
             for i, _ in compared:
                 tokens[i] += len(targets)
             model.malloc.trim()
-    return [
-        LossAndDivergence(nats, divergence, count)
-        for (nats, divergence), count in zip(sums.T.tolist(), tokens, strict=True)
-    ]
+    totals = sums.sum(2).tolist()
+    measured = {
+        stream: LossAndDivergence(totals[0][i], totals[1][i], tokens[i], tuple(sums[0, i].tolist()))
+        for i, stream in enumerate(streams)
+    }
+    return [measured[stream] for stream in listed]

@@ -27,6 +27,7 @@ from surgery.model.families import check_prunable
 from surgery.plan.prune_plan import PrunePlan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.jobs import prune_job
+from surgery.pruning.plan_intervals import with_intervals
 from surgery.pruning.prune_pass import PrunePass, prune_fingerprint
 from surgery.pruning.verify import verify_pruned
 from surgery.repair.methods import REPAIRS
@@ -149,7 +150,7 @@ def make_manifest(
             "parameters": sum(spec.numel for spec in specs.values()),
             "bytes": sum(spec.nbytes for spec in specs.values()),
         },
-        "plan": plan.as_json(),
+        "plan": with_intervals(plan, index),
         "calibration": index.calibration,
         "index_run": index.run,
         "versions": versions(),
