@@ -112,9 +112,8 @@ def paired_ratio(first: torch.Tensor, second: torch.Tensor, tokens: int) -> Inte
     """
     change = (second.double() - first.double()) / tokens
     mean = studentized(lambda weights: (weights @ change) / weights.sum(1), len(change))
-    return Interval(
-        *(math.exp(min(700.0, value)) for value in (mean.estimate, mean.low, mean.high)), len(change)
-    )
+    low, middle, high = (math.exp(min(700.0, x)) for x in (mean.low, mean.estimate, mean.high))
+    return Interval(middle, low, high, len(change))
 
 
 def resampled(blocks: int, replicates: int = REPLICATES, seed: int = SEED) -> torch.Tensor:
