@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.bootstrap import Interval as Interval
     from surgery.engine.open_model import Model as Model
     from surgery.engine.open_model import open_model as open_model
     from surgery.errors import SurgeonError as SurgeonError
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from surgery.index.channel_index import FfnIndex as FfnIndex
     from surgery.index.merge import merge_indexes as merge_indexes
     from surgery.index.open_index import open_index as open_index
+    from surgery.index.questions import common_supernodes as common_supernodes
+    from surgery.index.questions import concentration as concentration
+    from surgery.index.questions import differing_layers as differing_layers
+    from surgery.index.questions import lp_against_movement as lp_against_movement
+    from surgery.index.questions import supernode_outliers as supernode_outliers
+    from surgery.index.questions import supernode_overlap as supernode_overlap
     from surgery.plan.methods import Method as Method
     from surgery.plan.methods import register_method as register_method
     from surgery.plan.prune_plan import PrunePlan as PrunePlan
@@ -30,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ChannelIndex": "surgery.index.channel_index",
     "FfnIndex": "surgery.index.channel_index",
+    "Interval": "surgery.bootstrap",
     "Method": "surgery.plan.methods",
     "Model": "surgery.engine.open_model",
     "Perplexity": "surgery.evaluate.perplexity",
@@ -37,6 +45,10 @@ _HOMES = {
     "RepairMethod": "surgery.repair.methods",
     "SurgeonError": "surgery.errors",
     "build_index": "surgery.index.build",
+    "common_supernodes": "surgery.index.questions",
+    "concentration": "surgery.index.questions",
+    "differing_layers": "surgery.index.questions",
+    "lp_against_movement": "surgery.index.questions",
     "merge_indexes": "surgery.index.merge",
     "open_index": "surgery.index.open_index",
     "open_model": "surgery.engine.open_model",
@@ -46,6 +58,8 @@ _HOMES = {
     "plan_vocabulary": "surgery.pruning.vocabulary",
     "prune": "surgery.pruning.prune",
     "register_method": "surgery.plan.methods",
+    "supernode_outliers": "surgery.index.questions",
+    "supernode_overlap": "surgery.index.questions",
 }
 __all__ = sorted(_HOMES)
 

@@ -5,6 +5,7 @@ The same data gives the same bytes on every run. matplotlib is imported when som
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,10 +55,11 @@ class Series:
     """One line, one group of points or one colour of bars.
 
     `points` are the (x, y) of lines and scatters, `values` hold one value for each category of bars, None for
-    no bar. `of` is the number of points before sampling. `style` sets colour and marker: "line" takes the
-    next colour of the cycle; "core" is the subject of the figure, "control" the reference, "dashed" one more
-    line, "points" markers without a line; "companion" is a dashed line in the colour of the series before it
-    (not drawn in the HTML page). A series without a name is not in the legend.
+    no bar. `spread` holds the interval [low, high] of each point or value, None where it has none; empty
+    where none has. `of` is the number of points before sampling. `style` sets colour and marker: "line" takes
+    the next colour of the cycle; "core" is the subject of the figure, "control" the reference, "dashed" one
+    more line, "points" markers without a line; "companion" is a dashed line in the colour of the series
+    before it (not drawn in the HTML page). A series without a name is not in the legend.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Series:
     values: list[Any] = field(default_factory=list)
     of: int | None = None
     style: str = "line"
+    spread: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,13 @@ class Figure:
     mark: float | None = None
 
 
-def layer_line(name: str, values: list[float | None], style: str = "line") -> Series:
+def layer_line(
+    name: str, values: list[float | None], style: str = "line", spread: list[Any] | None = None
+) -> Series:
     """A line with one value per decoder layer; layers without a value are left out."""
     points = [(float(number), value) for number, value in enumerate(values) if value is not None]
-    return Series(name, points=points, style=style)
+    drawn = [ends for ends, value in zip(spread or [], values, strict=bool(spread)) if value is not None]
+    return Series(name, points=points, style=style, spread=drawn if any(drawn) else [])
 
 
 def save_chart(figures: Sequence[Figure], *paths: Path) -> None:
@@ -172,6 +178,11 @@ def _lines(axes: Any, figure: Figure) -> None:
             linewidth=1.5,
             label=series.name,
         )
+        if series.spread:
+            x = [place for place, _ in series.points]
+            ends = [interval or (math.nan, math.nan) for interval in series.spread]
+            low, high = zip(*ends, strict=True)
+            axes.fill_between(x, low, high, color=axes.lines[-1].get_color(), alpha=0.2, linewidth=0)
     _scales(axes, figure)
     if figure.categories:
         axes.set_xticks(range(len(figure.categories)), figure.categories, rotation=30, ha="right")
@@ -198,6 +209,9 @@ def _stacked(axes: Any, figure: Figure) -> None:
     for series in figure.series:
         axes.bar(places, series.values, bottom=bottom, color=STYLE_COLOURS[series.style], label=series.name)
         bottom = [low + value for low, value in zip(bottom, series.values, strict=True)]
+        for place, interval in enumerate(series.spread):
+            if interval is not None:
+                axes.vlines(place, *interval, color="black", linewidth=0.8)
     axes.margins(x=0.01)
     _scales(axes, figure)
 
@@ -217,6 +231,9 @@ def _bars(axes: Any, figure: Figure) -> None:
             label=series.name,
         )
         for place, _ in own:
+            if series.spread and series.spread[place]:
+                height = place + (drawn[place] + 0.5) * thickness - 0.4
+                axes.hlines(height, *series.spread[place], color="black", linewidth=0.8)
             drawn[place] += 1
     _rows(axes, figure)
 
@@ -250,7 +267,9 @@ def _matrix(axes: Any, figure: Figure) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             colour = "white" if value > 0.6 else "black"
-            axes.text(column, row, f"{100 * value:.0f}%", ha="center", va="center", color=colour)
+            interval = figure.series[row].spread[column] if figure.series[row].spread else None
+            ends = f"\n{100 * interval[0]:.0f} to {100 * interval[1]:.0f}%" if interval else ""
+            axes.text(column, row, f"{100 * value:.0f}%{ends}", ha="center", va="center", color=colour)
     names = figure.categories
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), [series.name for series in figure.series])

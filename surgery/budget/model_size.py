@@ -130,7 +130,7 @@ class ModelSize:
         """
         outer = self.other_resident + HEAD_COPIES * 4 * HEAD_ELEMENTS
         sampled = self.met * min(blocks * self.block_size, CORRELATION_TOKENS + blocks)
-        sums = 4 * (5 * blocks * self.channels + 3 * sampled)
+        sums = 4 * (8 * blocks * self.channels + 3 * sampled)  # five, and copies while some are kept by block
         squares = DENSE_MATRICES * 8 * self.widest**2 if second_order else 0
         return max(outer, 2 * self.layer + self.merging * merging + sums + 8 * self.matrix + squares)
 

@@ -17,24 +17,25 @@ PROMPT_LENGTH = 40  # characters of a prompt in a legend
 def save_figures(folder: Path, manifest: dict[str, Any]) -> None:
     """Write lp_concentration.png and cut.png, from the per-layer shares in the manifest's plan."""
     plan = manifest["plan"]
-    shares = [layer["lp_share_top"] for layer in plan["layers"]]
     title = "Loss proxy held by each layer's top 1% of FFN channels"
-    save_chart([_layer_bars("lp-concentration", title, shares)], folder / CONCENTRATION)
-    kept = [layer["lp_kept"] for layer in plan["layers"]]
+    save_chart([_layer_bars("lp-concentration", title, plan, "lp_share_top")], folder / CONCENTRATION)
     title = "Loss proxy held by the channels that pruning kept"
     if plan.get("allocation", "uniform") == "uniform":
         title += f" ({plan['width_before']} → {plan['width_after']} per layer)"
-    save_chart([_layer_bars("cut", title, kept)], folder / CUT)
+    save_chart([_layer_bars("cut", title, plan, "lp_kept")], folder / CUT)
 
 
-def _layer_bars(name: str, title: str, shares: list[float]) -> Figure:
+def _layer_bars(name: str, title: str, plan: dict[str, Any], key: str) -> Figure:
+    """One bar per layer for an entry of the plan's layers, with its interval where the plan has one."""
+    shares = [layer[key] for layer in plan["layers"]]
+    spread = [layer.get(f"{key}_interval") for layer in plan["layers"]]
     return Figure(
         name,
         title,
         "stacked",
         LAYER_AXIS,
         LP_SHARE_AXIS,
-        series=[Series("share", values=shares, style="core")],
+        series=[Series("share", values=shares, style="core", spread=spread if any(spread) else [])],
         categories=[str(number) for number in range(len(shares))],
     )
 

@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from surgery.card.hub_metadata import base_model, is_gguf, own_tags, trials
+from surgery.card.perplexity_change import perplexity_change
 from surgery.card.source_card import inherited_metadata
 from surgery.card.speed import speed_section
 from surgery.plan.layer_rows import cut_lines, search_line
@@ -29,9 +30,10 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     `manifest` is the content of surgeon.json. License, language and tags are taken from `source_card`, the
     README.md of the source model. `template` is jinja2 text used in place of the shipped template. It sees
-    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals`, `trials` and `speed`; for
-    a pruned model also `method`, `paper`, `percent`, `saved`, `widths`, `widths_differ`, `per_layer`,
-    `padded`, `repair`, `repair_label`, `repaired`, `cuts` and `search`.
+    `manifest`, `front_matter`, `obligation`, `auto_class`, `load_from`, `heals`, `trials`, `speed` and
+    `perplexity_change`; for a pruned model also `method`, `lp_intervals`, `paper`, `percent`, `saved`,
+    `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`, `repaired`, `cuts` and
+    `search`.
     """
     import jinja2
 
@@ -51,6 +53,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
         "heals": manifest.get("heals") or [],
         "trials": trials(manifest),
         "speed": speed_section(manifest),
+        "perplexity_change": perplexity_change,
         **(_pruned_variables(manifest) if pruned and not quantized else {}),
     }
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
@@ -85,7 +88,18 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
         "repair": plan.get("repair", "none"),
         "repair_label": manifest.get("repair_label", ""),
         "repaired": describe_repair(manifest),
+        "lp_intervals": lp_interval_note(plan),
     }
+
+
+def lp_interval_note(plan: dict[str, Any]) -> str:
+    """What the intervals of the plan's LP shares are, or why it has none."""
+    if any(layer.get("lp_kept_interval") for layer in plan["layers"]):
+        return (
+            "Lines and bands are 95% intervals over the calibration blocks; the kept channels were chosen on "
+            "the same blocks."
+        )
+    return plan.get("no_intervals") or "No intervals: this was pruned by a version that computed none."
 
 
 def describe_repair(manifest: dict[str, Any]) -> str:

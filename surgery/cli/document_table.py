@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from surgery.cli.terminal import bare_table
 from surgery.report.document import Document, Table
-from surgery.report.page import shown
+from surgery.report.page import between, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,8 @@ def show_document(document: Document, console: Console) -> None:
             continue
         console.print(f"\n[bold]{escape(section.title)}[/bold]")
         for fact in section.facts:
-            console.print(f"{escape(fact.label)}: {escape(shown(fact.value, fact.unit))}")
+            interval = f" {between(fact.interval, fact.unit)}" if fact.interval else ""
+            console.print(f"{escape(fact.label)}: {escape(shown(fact.value, fact.unit))}{interval}")
         for table in section.tables:
             _show_table(table, console)
         if section.code:

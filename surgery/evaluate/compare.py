@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from surgery.bootstrap import LEAST_BLOCKS, paired_ratio
 from surgery.budget.budget import largest_micro_batch
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
 from surgery.card.figures import save_comparison
@@ -20,7 +22,7 @@ from surgery.cut.model_cut import model_cut
 from surgery.cut.slice_edits import mask_cut
 from surgery.cut.tensors import edited_specs
 from surgery.engine.hooks import preserved
-from surgery.engine.loss import measure_divergence
+from surgery.engine.loss import LossAndDivergence, measure_divergence
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
@@ -41,7 +43,9 @@ class ComparisonRow:
 
     `perplexity` and `bits_per_byte` are defined as for `surgeon eval`. `kl` is the mean over tokens of
     KL(dense || pruned) in nats. `parameters` counts those of the written checkpoint. `seconds` is the time
-    that pruning and repair take if the plan runs alone, without the measurement.
+    that pruning and repair take if the plan runs alone, without the measurement. `factor_low` and
+    `factor_high` are the 95% interval of its perplexity over the dense model's, over the text's blocks; None
+    for the dense model and for fewer than LEAST_BLOCKS blocks.
     """
 
     method: str
@@ -54,6 +58,8 @@ class ComparisonRow:
     kl: float
     parameters: int
     seconds: float
+    factor_low: float | None = None
+    factor_high: float | None = None
 
 
 class Comparison:
@@ -159,8 +165,9 @@ class Comparison:
             seconds.insert(0, 0.0)
             parameters.insert(0, self.opened.checkpoint.parameters)
             columns.insert(0, dense)
+        # The dense model is measured in every pass: intervals compare with its loss of the same blocks.
         found = [
-            measure_divergence(model, dense[place], [streams[place] for streams in columns])
+            measure_divergence(model, dense[place], [*(streams[place] for streams in columns), dense[place]])
             for place in range(len(self.texts))
         ]
         for place, name in enumerate(names):
@@ -168,7 +175,19 @@ class Comparison:
                 loss = measured[place]
                 bits = loss.nats / math.log(2) / blocks.predicted_bytes
                 row = (*name, blocks.name, loss.perplexity, bits, loss.kl, parameters[place], seconds[place])
-                self.rows.append(ComparisonRow(*row))
+                interval = (None, None) if name[0] == "dense" else _factor(measured[-1], loss, blocks)
+                self.rows.append(ComparisonRow(*row, *interval))
+
+
+def _factor(
+    dense: LossAndDivergence, pruned: LossAndDivergence, blocks: TokenBlocks
+) -> tuple[float | None, float | None]:
+    """95% interval of the pruned model's perplexity over the dense model's; (None, None) for few blocks."""
+    if len(blocks.ids) < LEAST_BLOCKS:
+        return None, None
+    nats = [torch.tensor(one.block_nats, dtype=torch.float64) for one in (dense, pruned)]
+    found = paired_ratio(nats[0], nats[1], blocks.ids.shape[1] - 1)
+    return found.low, found.high
 
 
 class _MeasuredCut:

@@ -27,7 +27,8 @@ CONVENTION = (
 class Perplexity:
     """Perplexity of a model on a text.
 
-    `nats` is the summed cross-entropy over `tokens` predicted tokens, which are `utf8_bytes` bytes of text.
+    `nats` is the summed cross-entropy over `tokens` predicted tokens, which are `utf8_bytes` bytes of text;
+    `block_nats` is that of each block, from which `surgery.bootstrap` makes intervals.
     """
 
     nats: float
@@ -36,6 +37,7 @@ class Perplexity:
     block_size: int
     text: str
     digest: str
+    block_nats: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -60,6 +62,7 @@ class Perplexity:
             "text": self.text,
             "sha256": self.digest,
             "convention": CONVENTION.format(block_size=self.block_size),
+            "block_nats": list(self.block_nats),
         }
 
     def __str__(self) -> str:
@@ -93,9 +96,17 @@ def perplexity(
     count = len(streamed.layers)
     for number, layer in progress(streamed.stream_layers(range(count)), "forward", count):
         stream.forward(number, layer)
-    nats = float(next_token_loss(stream).sum())
+    nats = next_token_loss(stream)
     rows, size = drawn.ids.shape
-    return Perplexity(nats, rows * (size - 1), drawn.predicted_bytes, size, drawn.name, drawn.digest)
+    return Perplexity(
+        nats=float(nats.sum()),
+        tokens=rows * (size - 1),
+        utf8_bytes=drawn.predicted_bytes,
+        block_size=size,
+        text=drawn.name,
+        digest=drawn.digest,
+        block_nats=tuple(nats.tolist()),
+    )
 
 
 def perplexity_cost(model: Model, blocks: int, block_size: int, *, edits: bool = False) -> PassCost:

@@ -242,7 +242,7 @@ def _index_layer(
             stream.backward(number, layer, observe, moments.gradients)
     else:
         stream.backward(number, layer, sums.add)
-    finished = sums.finish(with_positions=save_samples)
+    finished = sums.finish(for_merging=save_samples)
     for name, values in (moments.finish() if second_order else {}).items():
         finished[name].values.update(values)
     found = {}
@@ -258,6 +258,7 @@ def _index_layer(
         if save_samples:
             ffn_index.sample = statistics.sampled_q.cpu()
             ffn_index.positions = None if statistics.positions is None else statistics.positions.cpu()
+            ffn_index.by_block = None if statistics.by_block is None else statistics.by_block.cpu()
         if ffn.stacked:
             model.malloc.trim()  # each expert frees matrices that malloc would otherwise not return
     return LayerIndex(found, maxima)
@@ -279,4 +280,11 @@ def index_ffn(ffn: Ffn, statistics: FfnStatistics, block_size: int) -> FfnIndex:
     values["halo_redundancy"] = supernodes.redundancy(q, device_core).cpu()
     published = supernodes.redundancy(q / (block_size - 1), device_core, supernodes.PUBLISHED_EPSILON)
     values["halo_redundancy_published"] = published.cpu()
-    return FfnIndex(values, core, statistics.tokens, kind=ffn.kind, expert=ffn.expert)
+    return FfnIndex(
+        values,
+        core,
+        statistics.tokens,
+        kind=ffn.kind,
+        expert=ffn.expert,
+        block_sums=statistics.block_sums,
+    )

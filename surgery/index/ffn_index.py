@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from surgery.index.block_sums import BlockSums
 from surgery.index.codes import rounded
 from surgery.index.lazy_statistics import LazyStatistics
 from surgery.index.supernodes import halo
@@ -41,7 +42,9 @@ class FfnIndex:
     calibration tokens that reached the FFN; an expert that no token was routed to has no supernodes. `sample`
     [S, F] is q = u * dL/du of every `sample_stride`-th token, with --save-samples. For an expert, `positions`
     [S] are the positions of these tokens in their blocks. `channels` is F where it is known before
-    `statistics` are read.
+    `statistics` are read. `by_block` [2, N, F] are LP and activation power summed over each block, with
+    --save-samples too. `block_sums` is what intervals are computed from; None in published indexes and in
+    those of earlier versions.
     """
 
     statistics: MutableMapping[str, torch.Tensor]
@@ -52,6 +55,8 @@ class FfnIndex:
     kind: str = DENSE
     expert: int | None = None
     channels: int = 0
+    by_block: torch.Tensor | None = None
+    block_sums: BlockSums | None = None
 
     @property
     def width(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from surgery.index import supernodes as supernode_module
+from surgery.index.block_sums import restored, stored
 from surgery.index.ffn_index import HALO_ONLY, LATER, SECOND_ORDER, STATISTICS, FfnIndex
 from surgery.index.lazy_statistics import LazyStatistics
 from surgery.index.published_form import StoredTensors, left_out
@@ -36,6 +37,11 @@ class LayerIndex:
     def others(self) -> dict[str, FfnIndex]:
         """The FFNs that process every token."""
         return {name: ffn for name, ffn in self.ffns.items() if ffn.expert is None}
+
+    @property
+    def main(self) -> list[FfnIndex]:
+        """The FFNs that a layer's figures are of: its routed experts, or its dense FFN."""
+        return self.experts or list(self.ffns.values())[:1]
 
     @property
     def statistics(self) -> MutableMapping[str, torch.Tensor]:
@@ -69,8 +75,7 @@ class LayerIndex:
                 "overlap": {},
                 "halo": {"channels": 0, "redundancy_mean": 0.0},
             }
-        main = self.experts or [next(iter(self.ffns.values()))]
-        fields = _summary(main)
+        fields = _summary(self.main)
         fields["supernodes"] = self.supernodes.tolist()
         fields["prompt_max"] = self.maxima
         if self.experts:
@@ -132,23 +137,28 @@ def layer_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
     groups = {"": layer.statistics} if layer.ffns else {}
     if layer.experts:
         groups |= {f"{key}.": ffn.statistics for key, ffn in layer.others.items()}
-    return {
+    found = {
         f"layers.{number}.{prefix}{name}": value.contiguous()
         for prefix, statistics in groups.items()
         for name, value in statistics.items()
     }
+    for prefix in groups:
+        ffns = [layer.ffns[prefix[:-1]]] if prefix else layer.main
+        sums = [ffn.block_sums for ffn in ffns]
+        found |= stored(f"layers.{number}.{prefix}", sums, stacked=not prefix and bool(layer.experts))
+    return found
 
 
 def sample_name(number: int, ffn: str, kind: str = "q") -> str:
-    """Stored name of one FFN's sample (`kind` "q"), or of its tokens' positions (`kind` "position")."""
+    """Stored name of one FFN's sample (`kind` "q"), its tokens' positions ("position"), or its "blocks"."""
     return f"layers.{number}.{ffn}.{kind}"
 
 
 def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
-    """Samples of one layer and their positions, by stored name."""
+    """Samples of one layer, their positions and the sums by block, by stored name."""
     found = {}
     for name, ffn in layer.ffns.items():
-        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions)):
+        for kind, tensor in (("q", ffn.sample), ("position", ffn.positions), ("blocks", ffn.by_block)):
             if tensor is not None:
                 found[sample_name(number, name, kind)] = tensor.contiguous()
     return found
@@ -168,12 +178,12 @@ def layer_from(
 
     core = torch.tensor(entry["supernodes"], dtype=torch.long)
     maxima, width = entry.get("prompt_max", {}), entry["width"]
-    stored = entry if left_out(tensors) else None  # can't be computed from what is left
+    kept_entry = entry if left_out(tensors) else None  # can't be computed from what is left
     if width == 0:
         return LayerIndex({}, maxima)
     if "experts" not in entry:
         dense = FfnIndex(load("", width), core, tokens, *samples(DENSE), channels=width)
-        return LayerIndex({DENSE: dense}, maxima, stored)
+        return LayerIndex(_with_blocks(number, {DENSE: dense}, tensors), maxima, kept_entry)
     ffns = {}
     for expert, routed in enumerate(entry["expert_tokens"]):
         expert_core = core[core // width == expert] % width
@@ -185,7 +195,18 @@ def layer_from(
             shared = torch.tensor(entry[key]["supernodes"], dtype=torch.long)
             values = load(f"{key}.", entry[key]["width"])
             ffns[key] = FfnIndex(values, shared, tokens, *samples(key), key, channels=entry[key]["width"])
-    return LayerIndex(ffns, maxima, stored)
+    return LayerIndex(_with_blocks(number, ffns, tensors), maxima, kept_entry)
+
+
+def _with_blocks(
+    number: int, ffns: dict[str, FfnIndex], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, FfnIndex]:
+    """The FFNs of a layer, given what is stored of their sums by block."""
+    for name, ffn in ffns.items():
+        prefix = "" if name == DENSE or ffn.expert is not None else f"{name}."
+        ffn.block_sums = restored(f"layers.{number}.{prefix}", tensors, ffn.expert)
+        ffn.by_block = tensors.get(sample_name(number, name, "blocks"))
+    return ffns
 
 
 def _statistics(

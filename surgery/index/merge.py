@@ -3,8 +3,9 @@
 Means over tokens are averaged in float64, weighted by the calibration tokens of each index; this holds for
 experts too, because their means are over all tokens and not only over routed ones. Maxima are the largest of
 all indexes. Supernodes and halo are recomputed: redundancy from the sampled q of all indexes, reduced to the
-tokens that one index of all blocks would have sampled; connectivity from the weights, one layer resident. The
-result differs from the index of all blocks by rounding only, since stored means are float32.
+tokens that one index of all blocks would have sampled; connectivity from the weights, one layer resident.
+Sums by block are selected and grouped anew; where one index has none, the result has none. The result differs
+from the index of all blocks by rounding only, since stored means are float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from surgery.engine.open_model import Model
 from surgery.engine.run_options import RunOptions
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import IndexMismatchError, UsageError
+from surgery.index.block_sums import block_sums
 from surgery.index.build import index_ffn
 from surgery.index.channel_index import SAMPLE_FILE, TENSOR_FILE, ChannelIndex
 from surgery.index.layer_index import LayerIndex, sample_name
@@ -59,6 +61,12 @@ def merge_indexes(folders: list[Path], opened: Model, progress: Progress[Any] = 
             ]
             ffn_tokens = sum(part.tokens for part in parts)
             merged = FfnStatistics(values, torch.cat(samples), ffn_tokens)
+            found = [_by_block(folder, number, ffn.name) for folder in folders]
+            by_block = [sums for sums in found if sums is not None]
+            if len(by_block) == len(folders):
+                lp, power = torch.cat(by_block, 1)[:, None]
+                ranks = values["loss_proxy"][None], values["activation_power"][None]
+                (merged.block_sums,) = block_sums(*ranks, lp, power)
             ffns[ffn.name] = index_ffn(ffn, merged, ids.shape[1])
         layers.append(LayerIndex(ffns, first.layers[number].maxima))
     return ChannelIndex(
@@ -158,6 +166,13 @@ def _averaged(
     }
     merged["max_abs"] = torch.stack([one["max_abs"] for one in statistics]).amax(0)
     return merged
+
+
+def _by_block(folder: Path, number: int, ffn: str) -> torch.Tensor | None:
+    """Sums [2, N, F] over each block of one index; None where an earlier version made it."""
+    name = sample_name(number, ffn, "blocks")
+    with safe_open(folder / SAMPLE_FILE, framework="pt") as stored:
+        return stored.get_tensor(name) if name in stored.keys() else None  # noqa: SIM118
 
 
 def _sample(folder: Path, number: int, ffn: str, index: ChannelIndex, ids: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from surgery.budget.model_size import CORRELATION_TOKENS
 from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
 from surgery.engine.token_stream import FfnActivations
+from surgery.index.block_sums import BlockSums, block_sums
 from surgery.model.ffn import Ffn
 
 SUMMED = ("loss_proxy", "activation_power", "curvature", "taylor", "mean")  # means over tokens
@@ -91,30 +93,43 @@ class ChannelStatistics:
         """q of the sampled tokens of all processes, [sampled, F]."""
         return distributed.all_gather_rows(self.sampled_q)
 
+    def by_block(self) -> torch.Tensor:
+        """LP and activation power summed over each block of this process, [2, n, F]."""
+        return torch.stack([self.sums[0] / 2, self.sums[1]])
+
 
 class ExpertStatistics:
     """Per-channel sums of the E experts of one layer, each over its routed tokens; means are over all tokens.
 
     Each micro-batch is summed in float32 and micro-batches are added in float64, regardless of block
-    boundaries. `blocks` counts the blocks of all processes.
+    boundaries; LP and activation power are also summed by block, in float32. `blocks` counts the blocks of
+    this process, `all_blocks` those of all processes.
     """
 
-    def __init__(self, experts: int, width: int, blocks: int, block_size: int, device: torch.device) -> None:
-        self.tokens = blocks * block_size  # of all processes
+    def __init__(
+        self, experts: int, width: int, blocks: int, block_size: int, device: torch.device, all_blocks: int
+    ) -> None:
+        self.tokens = all_blocks * block_size  # of all processes
         self.block_size = block_size
         self.stride = sample_stride(self.tokens)
         self.sums = torch.zeros(5, experts, width, dtype=wide_dtype(device), device=device)
         self.largest = torch.zeros(experts, width, dtype=torch.float32, device=device)
+        self.block_sums = torch.zeros(2, experts, blocks, width, dtype=torch.float32, device=device)
         self.routed = torch.zeros(experts, dtype=torch.long, device=device)
         self.sampled_q: list[list[torch.Tensor]] = [[] for _ in range(experts)]
         self.positions: list[list[torch.Tensor]] = [[] for _ in range(experts)]
 
     def add(self, expert: int, tokens: torch.Tensor, u: torch.Tensor, s: torch.Tensor) -> None:
-        """Add u, s [routed, F] of one expert; `tokens` are their positions in all calibration tokens."""
+        """Add u, s [routed, F] of one expert; `tokens` are their positions in this process's tokens."""
         u, s = u.float(), s.float()
         q = u * s
         rows = (q.square(), u.square(), s.square(), u, q.abs())
         self.sums[:, expert] += torch.stack([row.sum(0) for row in rows])
+        blocks, place = torch.unique(tokens // self.block_size, return_inverse=True)
+        # A product with a 0/1 matrix: unlike index_add_, it adds in the same order on every run on a GPU.
+        in_block = functional.one_hot(place, len(blocks)).T.float()
+        self.block_sums[0, expert, blocks] += in_block @ rows[0] / 2
+        self.block_sums[1, expert, blocks] += in_block @ rows[1]
         torch.maximum(self.largest[expert], u.abs().amax(0), out=self.largest[expert])
         self.routed[expert] += len(u)
         positions = tokens % self.block_size
@@ -145,13 +160,16 @@ class FfnStatistics:
     """Statistics of one FFN: `values` [F] by name, q of sampled tokens [S, F], and the number of its tokens.
 
     `positions` [S] are those of the sampled tokens in their blocks. Only experts have them, because other
-    FFNs process all tokens in order.
+    FFNs process all tokens in order. `by_block` [2, N, F] are LP and activation power summed over each block,
+    and `block_sums` what an index keeps of them.
     """
 
     values: dict[str, torch.Tensor]
     sampled_q: torch.Tensor
     tokens: int
     positions: torch.Tensor | None = None
+    by_block: torch.Tensor | None = None
+    block_sums: BlockSums | None = None
 
 
 class LayerStatistics:
@@ -175,7 +193,9 @@ class LayerStatistics:
         }
         widths = [ffn.width for ffn in ffns if ffn.expert is not None]
         self.experts = (
-            ExpertStatistics(len(widths), widths[0], total_blocks, block_size, device) if widths else None
+            ExpertStatistics(len(widths), widths[0], blocks, block_size, device, total_blocks)
+            if widths
+            else None
         )
 
     def add(self, flow: FfnActivations) -> None:
@@ -187,20 +207,43 @@ class LayerStatistics:
         positions = flow.tokens + flow.first_block * self.block_size
         self.experts.add(self.numbers[flow.ffn], positions, flow.u, flow.s)
 
-    def finish(self, with_positions: bool = False) -> dict[str, FfnStatistics]:
-        """Statistics by FFN name; `with_positions` adds the positions of experts' samples, to be saved."""
-        found = {
-            name: FfnStatistics(sums.finish(), sums.correlation_sample(), sums.tokens)
-            for name, sums in self.alone.items()
-        }
+    def finish(self, for_merging: bool = False) -> dict[str, FfnStatistics]:
+        """Statistics by FFN name; `for_merging` adds positions of experts' samples and the sums by block."""
+        found = {}
+        for name, sums in self.alone.items():
+            values, by_block = sums.finish(), sums.by_block()
+            found[name] = FfnStatistics(values, sums.correlation_sample(), sums.tokens)
+            kept = _kept({key: value[None] for key, value in values.items()}, by_block[:, None])
+            found[name].block_sums = kept[0]
+            if for_merging:
+                found[name].by_block = _all_blocks(by_block)
         if self.experts is not None:
-            stacked, routed = self.experts.finish(), self.experts.routed.tolist()
-            for name, expert in self.numbers.items():
-                values = {statistic: value[expert] for statistic, value in stacked.items()}
-                sample = self.experts.correlation_sample(expert)
-                positions = self.experts.sample_positions(expert) if with_positions else None
-                found[name] = FfnStatistics(values, sample, routed[expert], positions)
+            found |= self._finish_experts(self.experts, for_merging)
         return found
+
+    def _finish_experts(self, experts: ExpertStatistics, for_merging: bool) -> dict[str, FfnStatistics]:
+        stacked, routed = experts.finish(), experts.routed.tolist()
+        kept = _kept(stacked, experts.block_sums)
+        found = {}
+        for name, expert in self.numbers.items():
+            values = {statistic: value[expert] for statistic, value in stacked.items()}
+            sample = experts.correlation_sample(expert)
+            own = FfnStatistics(values, sample, routed[expert], block_sums=kept[expert])
+            if for_merging:
+                own.positions = experts.sample_positions(expert)
+                own.by_block = _all_blocks(experts.block_sums[:, expert])
+            found[name] = own
+        return found
+
+
+def _kept(values: dict[str, torch.Tensor], by_block: torch.Tensor) -> list[BlockSums]:
+    """Block sums of E FFNs, from statistics [E, F] and sums [2, E, n, F] of this process's blocks."""
+    return block_sums(values["loss_proxy"], values["activation_power"], by_block[0], by_block[1])
+
+
+def _all_blocks(by_block: torch.Tensor) -> torch.Tensor:
+    """Sums [2, n, F] of all processes' blocks, [2, N, F]."""
+    return distributed.all_gather_rows(by_block.transpose(0, 1)).transpose(0, 1)
 
 
 def weight_range(gate: torch.Tensor | None, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

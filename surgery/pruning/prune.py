@@ -35,6 +35,7 @@ from surgery.model.families import check_prunable
 from surgery.plan.prune_plan import PrunePlan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.jobs import prune_job
+from surgery.pruning.plan_intervals import with_intervals
 from surgery.pruning.prune_pass import PrunePass, prune_fingerprint
 from surgery.pruning.verify import verification_ids, verify_pruned
 from surgery.pruning.verify_tokenizer import check_tokenizer
@@ -164,7 +165,7 @@ def make_manifest(
             "parameters": sum(spec.numel for spec in specs.values()),
             "bytes": sum(spec.nbytes for spec in specs.values()),
         },
-        "plan": plan.as_json(),
+        "plan": with_intervals(plan, index),
         "calibration": index.calibration,
         "index_run": index.run,
         **index.published_json(),

@@ -13,6 +13,7 @@ import torch
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
+from surgery.index.intervals import bounds, median_top_share, outlier_overlap, top_share, why_none
 from surgery.index.supernodes import SUPERNODE_FRACTION
 from surgery.report.channel_sample import (
     DIGITS,
@@ -61,28 +62,50 @@ def channel_sections(index: ChannelIndex) -> list[Section]:
     pools = {number: pool(layer) for number, layer in enumerate(index.layers) if layer.ffns}
     shares = {n: summaries[n]["lp_share"]["0.01"] for n in pools}
     focus = max(shares, key=lambda n: shares[n])
-    sections = [_concentration(summaries, pools, shares, focus)]
-    sections.append(_outliers(summaries, pools, focus))
+    sections = [_concentration(index, summaries, pools, shares, focus)]
+    sections.append(_outliers(index, summaries, pools, focus))
     sections.append(_halo(summaries, pools, focus))
     return sections
 
 
+def interval_note(index: ChannelIndex) -> str:
+    """What the intervals of an index's figures are, or why it has none."""
+    groups = next((f.block_sums.groups for x in index.layers for f in x.main if f.block_sums), 0)
+    return why_none(index) or (
+        f"Bands, and values in parentheses: 95% intervals over {groups} groups of calibration blocks, by "
+        "the bootstrap. "
+        "They say how much depends on the blocks drawn from this text, not on the choice of the text."
+    )
+
+
 def _concentration(
-    summaries: list[dict[str, Any]], pools: dict[int, Pool], shares: dict[int, float], focus: int
+    index: ChannelIndex,
+    summaries: list[dict[str, Any]],
+    pools: dict[int, Pool],
+    shares: dict[int, float],
+    focus: int,
 ) -> Section:
     def line(name: str, key: str, style: str) -> Series:
-        return layer_line(name, [s["lp_share"].get(key) for s in summaries], style)
+        spread = [bounds(top_share(layer, float(key))) for layer in index.layers]
+        return layer_line(name, [s["lp_share"].get(key) for s in summaries], style, spread)
 
-    values = list(shares.values())
+    top = line("top 1% (supernodes)", "0.01", "core")
+    ends = dict(zip(shares, top.spread or [None] * len(shares), strict=True))
+    low = min(shares, key=lambda n: shares[n])
     return Section(
         "concentration",
         "Concentration of the loss proxy",
         "The loss proxy (LP) of a channel estimates how much removing it raises the loss. Supernodes are the "
         "1% of a layer's channels with the largest LP.",
         facts=[
-            Fact("LP share of the top 1%, median of layers", statistics.median(values), "percent"),
-            Fact("smallest of all layers", min(values), "percent"),
-            Fact("largest of all layers", max(values), "percent"),
+            Fact(
+                "LP share of the top 1%, median of layers",
+                statistics.median(shares.values()),
+                "percent",
+                bounds(median_top_share(index)),
+            ),
+            Fact("smallest of all layers", shares[low], "percent", ends[low]),
+            Fact("largest of all layers", shares[focus], "percent", ends[focus]),
             Fact("layer with the largest", focus, "count"),
         ],
         figures=[
@@ -94,11 +117,11 @@ def _concentration(
                 LP_SHARE_AXIS,
                 series=[
                     line("top 5%", "0.05", "control"),
-                    line("top 1% (supernodes)", "0.01", "core"),
+                    top,
                     line("top 0.1%", "0.001", "dashed"),
                 ],
                 text="The next figure shows the whole curve of one layer: point at the layer here or choose "
-                "it there.",
+                f"it there. {interval_note(index)}",
             ),
             Figure(
                 "lp-curve",
@@ -131,9 +154,12 @@ def mass_curve(loss_proxy: torch.Tensor) -> list[tuple[float, float]]:
     return [(rounded(rank / count), rounded(float(ordered[rank - 1]) / total)) for rank in ranks]
 
 
-def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: int) -> Section:
+def _outliers(
+    index: ChannelIndex, summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: int
+) -> Section:
     def line(name: str, key: str, style: str) -> Series:
-        return layer_line(name, [s["overlap"].get(key) for s in summaries], style)
+        spread = [bounds(outlier_overlap(layer, key)) for layer in index.layers]
+        return layer_line(name, [s["overlap"].get(key) for s in summaries], style, spread)
 
     def scatter(key: str, title: str, axis: str, other: str) -> Figure:
         return Figure(
@@ -165,7 +191,7 @@ def _outliers(summaries: list[dict[str, Any]], pools: dict[int, Pool], focus: in
                     line("top by weight norm", "weight_norm", "control"),
                 ],
                 text="u is the input of down_proj. The weight norm is the sum of the L2 norms of gate row, "
-                "up row and down column.",
+                f"up row and down column. {interval_note(index)}",
             ),
             scatter(
                 "activation_power",

@@ -18,11 +18,12 @@ Unit = Literal["text", "count", "number", "percent", "bytes", "millions", "figur
 
 @dataclass(frozen=True)
 class Fact:
-    """A label with a value; `unit` says how the value is formatted."""
+    """A label with a value; `unit` says how the value is formatted, and its 95% interval [low, high]."""
 
     label: str
     value: Any
     unit: Unit = "text"
+    interval: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from surgery.index.channel_index import ChannelIndex, LayerIndex
+from surgery.index.intervals import bounds, held_share
 from surgery.plan.methods import METHODS
 from surgery.plan.prune_plan import FfnPlan, plan_ffn, rank_channels
 
@@ -16,7 +17,8 @@ from surgery.plan.prune_plan import FfnPlan, plan_ffn, rank_channels
 class Survival:
     """What a method keeps when nothing is protected: supernodes, super weights, and LP.
 
-    `lp_kept` is the share of a layer's LP held by the kept channels, mean of layers, in [0, 1].
+    `lp_kept` is the share of a layer's LP held by the kept channels, mean of layers, in [0, 1]. `lp_interval`
+    is its 95% interval over calibration blocks, for the kept channels as they are.
     """
 
     method: str
@@ -25,6 +27,7 @@ class Survival:
     super_weights_kept: int
     super_weights: int
     lp_kept: float
+    lp_interval: list[float] | None = None
 
 
 def survivals(index: ChannelIndex, manifest: dict[str, Any]) -> list[Survival]:
@@ -63,6 +66,9 @@ def _survival(index: ChannelIndex, method: str, counts: list[dict[str, int]], se
     seen = [
         plan for plan in plans.values() if plan.supernodes
     ]  # experts without calibration tokens have none
+    kept = [
+        [(index.layers[number].ffns[name], plan.kept)] for (number, name), plan in plans.items()
+    ]  # the mean is over FFNs
     weights = index.super_weights
     return Survival(
         method=method,
@@ -71,4 +77,5 @@ def _survival(index: ChannelIndex, method: str, counts: list[dict[str, int]], se
         super_weights_kept=sum(w.column in plans[w.layer, w.ffn].kept.tolist() for w in weights),
         super_weights=len(weights),
         lp_kept=sum(plan.lp_kept for plan in seen) / max(1, len(seen)),
+        lp_interval=bounds(held_share(kept)),
     )

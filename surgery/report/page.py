@@ -25,6 +25,7 @@ def render_page(document: Document, json_name: str) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["shown"] = shown
+    environment.filters["between"] = between
     style, script = _read("page.css"), _read("page.js")
     library = re.sub(r"//# sourceMappingURL=\S+\s*$", "", _read("chart.umd.min.js"))
     fields = document.as_json()
@@ -65,6 +66,16 @@ def shown(value: Any, unit: Unit) -> str:
             return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:,.{_decimals(value)}f}"
         case _:
             return str(value)
+
+
+def between(interval: list[float], unit: Unit) -> str:
+    """An interval formatted for reading, both ends as `shown`."""
+    return f"({shown(interval[0], unit)} to {shown(interval[1], unit)})"
+
+
+def interval_text(interval: list[float] | None) -> str:
+    """An interval of a share or a ratio, in percent."""
+    return f"{100 * interval[0]:.1f}% to {100 * interval[1]:.1f}%" if interval else ""
 
 
 def _decimals(value: float) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from surgery.card.perplexity_change import perplexity_change
+from surgery.card.render import lp_interval_note
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
+from surgery.index.intervals import why_none
 from surgery.plan.layer_rows import cut_lines, layer_rows
 from surgery.plan.methods import METHODS
 from surgery.report.document import Fact, Section, Table, Unit
 from surgery.report.method_overlap import survivals
+from surgery.report.page import interval_text
 
 
 def pruned_sections(manifest: dict[str, Any], index: ChannelIndex | None) -> list[Section]:
@@ -30,19 +34,32 @@ def _sizes(manifest: dict[str, Any]) -> Section:
         widest = ", widest layer" if "per_layer" in change else ""
         lines.append((f"{key}{widest}", "count", change["before"], change["after"]))
     measured = manifest["measurements"]
+    between = None
     note = "Perplexity was not measured: `surgeon prune --eval` measures it before and after."
     if "dense" in measured and "pruned" in measured:
         for key, name in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
             lines.append((name, "number", measured["dense"][key], measured["pruned"][key]))
         pruned = measured["pruned"]
+        factor = perplexity_change(measured["dense"], pruned)
+        between = factor.interval
         note = (
-            f"Perplexity on {pruned['text']}, {pruned['tokens']:,} predicted tokens: {pruned['convention']}."
+            f"Perplexity on {pruned['text']}, {pruned['tokens']:,} predicted tokens: {pruned['convention']}. "
+            f"{factor.note}"
         )
     table = Table(
         "dense-pruned",
         "Dense and pruned",
-        [("", "text"), ("dense", "row"), ("pruned", "row"), ("pruned / dense", "percent")],
-        [[name, dense, pruned, pruned / dense] for name, _, dense, pruned in lines],
+        [
+            ("", "text"),
+            ("dense", "row"),
+            ("pruned", "row"),
+            ("pruned / dense", "percent"),
+            ("95% interval", "text"),
+        ],
+        [
+            [name, dense, pruned, pruned / dense, interval_text(between) if name == "perplexity" else ""]
+            for name, _, dense, pruned in lines
+        ],
         note=note,
         row_units=[unit for _, unit, *_ in lines],
     )
@@ -84,10 +101,11 @@ def _layers(manifest: dict[str, Any], index: ChannelIndex | None) -> Section:
             LAYER_AXIS,
             LP_SHARE_AXIS,
             series=[
-                layer_line("kept channels", [layer.get("lp_kept") for layer in own], "core"),
-                layer_line("supernodes (top 1%)", [layer.get("lp_share_top") for layer in own], "control"),
+                _held("kept channels", own, "lp_kept", "core"),
+                _held("supernodes (top 1%)", own, "lp_share_top", "control"),
             ],
-            text="Loss proxies of the index, from before pruning: an estimate, not the measured loss.",
+            text="Loss proxies of the index, from before pruning: an estimate, not the measured loss. "
+            + lp_interval_note(plan),
         )
     )
     figures.append(_repair(manifest))
@@ -109,6 +127,12 @@ def _layers(manifest: dict[str, Any], index: ChannelIndex | None) -> Section:
         tables=[*_kinds(plan), *_moved(manifest)],
         figures=[figure for figure in figures if figure is not None],
     )
+
+
+def _held(name: str, layers: list[dict[str, Any]], key: str, style: str) -> Series:
+    """A share of LP by layer, with its interval."""
+    spread = [layer.get(f"{key}_interval") for layer in layers]
+    return layer_line(name, [layer.get(key) for layer in layers], style, spread)
 
 
 def _named(name: str, label: str | None) -> str:
@@ -239,6 +263,7 @@ def _survival(manifest: dict[str, Any], index: ChannelIndex) -> Section:
             s.supernodes_kept / s.supernodes if s.supernodes else None,
             f"{s.super_weights_kept} of {s.super_weights}",
             s.lp_kept,
+            interval_text(s.lp_interval),
         ]
         for s in found
     ]
@@ -253,16 +278,23 @@ def _survival(manifest: dict[str, Any], index: ChannelIndex) -> Section:
             ("share", "percent"),
             ("super weights kept", "text"),
             ("LP kept, mean of layers", "percent"),
+            ("95% interval", "text"),
         ],
         rows,
         note=f"This model kept {actual:,} of {total:,} supernodes and {_super_weights_kept(manifest)} super "
         "weights. The table shows the ranking alone, with nothing protected. A method that protects by "
-        "default keeps all supernodes and super weights when it is used.",
+        "default keeps all supernodes and super weights when it is used. "
+        + (why_none(index) or "Two methods differ in LP kept where their intervals part."),
     )
     share = [s.supernodes_kept / s.supernodes if s.supernodes else 0.0 for s in found]
     series = [
         Series("supernodes", values=share, style="core"),
-        Series("loss proxy, mean of layers", values=[s.lp_kept for s in found], style="control"),
+        Series(
+            "loss proxy, mean of layers",
+            values=[s.lp_kept for s in found],
+            style="control",
+            spread=[s.lp_interval for s in found] if any(s.lp_interval for s in found) else [],
+        ),
     ]
     if index.super_weights:
         kept = [s.super_weights_kept / s.super_weights for s in found]

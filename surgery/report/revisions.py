@@ -9,7 +9,9 @@ import torch
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
-from surgery.report.document import Section, Table
+from surgery.index.intervals import bounds, median_top_share, overlap_intervals, top_share, why_none
+from surgery.index.questions import differing_layers
+from surgery.report.document import Fact, Section, Table
 
 Named = list[tuple[str, ChannelIndex]]
 MOST_LINES = 7  # of one figure; more are hard to tell apart
@@ -87,15 +89,23 @@ def _table(indexes: Named) -> Section:
 
 def _concentration(indexes: Named) -> Section:
     own = [[value for value in shares(index) if value is not None] for _, index in indexes]
+    spread = [[bounds(top_share(layer)) for layer in index.layers] for _, index in indexes]
+    medians = [bounds(median_top_share(index)) for _, index in indexes]
 
     def line(name: str, of: Any, style: str) -> Series:
-        return Series(name, points=[(float(n), of(values)) for n, values in enumerate(own)], style=style)
+        points = [(float(n), of(values)) for n, values in enumerate(own)]
+        ends: list[Any] = medians
+        if of is not statistics.median:  # the interval of the layer whose share is drawn
+            places = zip(indexes, points, spread, strict=True)
+            ends = [s[shares(index).index(point[1])] for (_, index), point, s in places]
+        return Series(name, points=points, style=style, spread=ends if any(ends) else [])
 
     drawn = indexes if len(indexes) <= MOST_LINES else _spread(indexes)
     left = len(indexes) - len(drawn)
     return Section(
         "over-training",
         "Concentration of the loss proxy",
+        facts=_differing(indexes),
         figures=[
             Figure(
                 "concentration-over-indexes",
@@ -116,11 +126,28 @@ def _concentration(indexes: Named) -> Section:
                 "lines",
                 LAYER_AXIS,
                 LP_SHARE_AXIS,
-                series=[layer_line(name, shares(index)) for name, index in drawn],
+                series=[
+                    layer_line(name, shares(index), spread=spread[place])
+                    for place, (name, index) in enumerate(indexes)
+                    if (name, index) in drawn
+                ],
                 reduction=f"{left} of {len(indexes)} indexes, evenly spaced, are not drawn." if left else "",
             ),
         ],
     )
+
+
+def _differing(indexes: Named) -> list[Fact]:
+    """Layers whose concentration differs between the first and the last index, or why that can't be said."""
+    (first_name, first), (last_name, last) = indexes[0], indexes[-1]
+    if len(first.layers) != len(last.layers):
+        return []
+    label = f"layers whose share differs between {first_name} and {last_name}"
+    reason = why_none(first) or why_none(last)
+    if reason:
+        return [Fact(label, reason)]
+    numbers = ", ".join(map(str, differing_layers(first, last)))
+    return [Fact(f"{label}: their 95% intervals part", numbers or "none")]
 
 
 def _spread(indexes: Named) -> Named:
@@ -134,6 +161,8 @@ def _shared(indexes: Named) -> Section:
     title = "Supernodes that indexes share"
     if not all(same_shape(index, first) for _, index in indexes):
         return Section("shared", title, "The models differ in shape, so their channels can't be matched.")
+    overlaps = overlap_intervals([index for _, index in indexes])
+    spread = [[bounds(interval) for interval in row] for row in overlaps]
     return Section(
         "shared",
         title,
@@ -145,12 +174,26 @@ def _shared(indexes: Named) -> Section:
                 Axis("supernodes of"),
                 Axis("found in"),
                 series=[
-                    Series(name, values=[supernodes_shared(index, other) for _, other in indexes])
-                    for name, index in indexes
+                    Series(
+                        name,
+                        values=[supernodes_shared(index, other) for _, other in indexes],
+                        spread=ends if any(ends) else [],
+                    )
+                    for (name, index), ends in zip(indexes, spread, strict=True)
                 ],
                 categories=[name for name, _ in indexes],
                 text="Rows: the index whose supernodes are looked up. Columns: the index they are looked up "
-                f"in. Over all layers; supernodes chosen at random would share {chance(first):.1%}.",
+                f"in. Over all layers; supernodes chosen at random would share {chance(first):.1%}. "
+                + _overlap_note(indexes),
             )
         ],
+    )
+
+
+def _overlap_note(indexes: Named) -> str:
+    """What the intervals of overlaps are, or which index gives none."""
+    without = [f"{name}: {reason}" for name, index in indexes if (reason := why_none(index))]
+    return " ".join(without) or (
+        "In parentheses: 95% intervals over calibration blocks; indexes of the same blocks are resampled "
+        "together."
     )

@@ -49,6 +49,29 @@ def test_read_index(indexed: Path) -> None:
     assert found == pytest.approx([layer["lp_share"]["0.01"] for layer in fields["layers"]], abs=1e-6)
 
 
+def test_questions(indexed: Path, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    """The lines of docs/library.md, which are those of the script, on two texts and two revisions."""
+    more = ["--calibration", "text.txt", "--blocks", "8", "--block-size", "32"]
+    for seed in ("1", "2"):
+        surgeon("index", "tiny", "--out", f"index-{seed}", *more, "--seed", seed)
+    save_tiny("llama", name="later", seed=3)
+    lines = run(indexed.parent, "questions.py", "index-1", "index-2", "tiny", "later")
+    one, other = (ChannelIndex.load(indexed.parent / f"index-{seed}") for seed in ("1", "2"))
+    both = {
+        n: [*{*a.supernodes.tolist()} & {*b.supernodes.tolist()}]
+        for n, (a, b) in enumerate(zip(one.layers, other.layers, strict=True))
+    }
+    assert lines[0] == f"supernodes in both: {both}"
+    share = sum(map(len, both.values())) / len(both)
+    assert lines[1].startswith(f"their share: {share:.4g} [")
+    assert -1 <= float(lines[2].split()[-1]) <= 1
+    assert f"{one.layers[0].summary()['lp_share']['0.01']:.4g} [" in lines[4] and len(lines) == 6
+    table = (ROOT / "docs" / "library.md").read_text()
+    script = (ROOT / "examples" / "questions.py").read_text()
+    for name in re.findall(r"\| `surgery\.(\w+)\(", table):
+        assert f"surgery.{name}(" in script
+
+
 def test_custom_score(indexed: Path) -> None:
     folder = indexed.parent
     lines = run(folder, "custom_score.py", "tiny", "index", "smaller")

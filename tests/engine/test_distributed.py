@@ -19,6 +19,7 @@ from helpers.tiny_models import CALIBRATION, ROOT
 from surgery.engine import distributed
 from surgery.engine.device import pick_device
 from surgery.errors import DistributedError, UsageError
+from surgery.index.block_sums import stored
 from surgery.index.channel_index import SECOND_ORDER, STATISTICS, ChannelIndex
 
 INDEX = ["index", "tiny", *CALIBRATION[:2], "--blocks", "5", "--block-size", "32", "--dtype", "float32"]
@@ -46,6 +47,12 @@ def test_two_processes_make_the_index_of_one(
             ), name
         proxies = [layer.statistics["loss_proxy"].double() for layer in (mine, theirs)]
         assert ((proxies[0] - proxies[1]).abs() <= 1e-6 * proxies[0] + 1e-30).all()
+        for ours, others in zip(mine.ffns.values(), theirs.ffns.values(), strict=True):
+            assert ours.block_sums is not None and others.block_sums is not None
+            assert ours.block_sums.groups == others.block_sums.groups == 5
+            for name, sums in stored("", [ours.block_sums], stacked=False).items():
+                other = getattr(others.block_sums, name)
+                assert torch.allclose(sums.double(), other.double(), rtol=2e-3, atol=1e-6), name
     assert one.loss["nats"] == pytest.approx(two.loss["nats"], rel=1e-7)
     for file in ("index.json", "index.safetensors"):
         assert (where / "two" / file).read_bytes() == (where / "again" / file).read_bytes()

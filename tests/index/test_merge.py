@@ -12,6 +12,7 @@ import torch
 from helpers.tiny_models import CALIBRATION, byte_tokenizer, opened, token_blocks
 
 from surgery.errors import UsageError
+from surgery.index.block_sums import stored
 from surgery.index.build import build_index
 from surgery.index.calibration import Calibration
 from surgery.index.channel_index import ChannelIndex
@@ -50,6 +51,11 @@ def test_parts_make_the_whole(
             assert torch.equal(ours.ffns[unit].supernodes, whole_ffn.supernodes)
             assert ours.ffns[unit].tokens == whole_ffn.tokens
             assert ours.ffns[unit].statistics.keys() == whole_ffn.statistics.keys()
+            sums, whole_sums = ours.ffns[unit].block_sums, whole_ffn.block_sums
+            assert sums is not None and whole_sums is not None and sums.groups == 8
+            for name, value in stored("", [whole_sums], stacked=False).items():
+                # a channel whose power is that of the next may stand in its place
+                assert torch.allclose(getattr(sums, name).float(), value.float(), rtol=1e-3, atol=1e-4), name
             for name, value in whole_ffn.statistics.items():
                 limit = 1e-4 if name.startswith("halo_redundancy") else 1e-6
                 found = ours.ffns[unit].statistics[name]

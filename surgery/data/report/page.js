@@ -30,6 +30,8 @@
   const share = (value) => `${(100 * value).toLocaleString("en", { maximumSignificantDigits: 3 })}%`;
   const shown = (value, axis) => (axis.percent ? share(value) : number(value));
 
+  const between = (spread, axis) => (spread ? ` (${shown(spread[0], axis)} to ${shown(spread[1], axis)})` : "");
+
   function tick(axis) {
     return function callback(value, index, ticks) {
       if (!axis.log) return axis.percent ? share(value) : Number(value.toPrecision(6)).toLocaleString("en");
@@ -107,7 +109,9 @@
           const name = item.dataset.label;
           if (figure.kind === "spans") return `${name}: layers ${item.raw[0]} to ${item.raw[1]}`;
           const across = figure.kind === "bars";
-          return `${name}: ${shown(across ? item.parsed.x : item.parsed.y, across ? figure.x : figure.y)}`;
+          const spread = seriesOf(figure)[item.datasetIndex].spread[item.dataIndex];
+          const axis = across ? figure.x : figure.y;
+          return `${name}: ${shown(across ? item.parsed.x : item.parsed.y, axis)}${between(spread, axis)}`;
         },
       },
     };
@@ -132,6 +136,32 @@
       pen.font = "12px sans-serif";
       pen.fillText(shown(figure.mark, figure.x), at + 4, top + 12);
       pen.restore();
+    },
+  };
+
+  // A line from low to high, along the axis of values, at every point or bar that has an interval.
+  const whiskers = {
+    id: "whiskers",
+    afterDatasetsDraw(chart) {
+      const { figure, colours } = chart.config.options.surgeon;
+      const pen = chart.ctx;
+      seriesOf(figure).forEach((series, place) => {
+        if (!series.spread.length || !chart.isDatasetVisible(place)) return;
+        pen.save();
+        pen.strokeStyle = figure.kind === "lines" ? colourOf(series, place, colours) : colours.text;
+        pen.lineWidth = 1.5;
+        chart.getDatasetMeta(place).data.forEach((point, n) => {
+          const spread = series.spread[n];
+          if (!spread) return;
+          const scale = figure.kind === "bars" ? chart.scales.x : chart.scales.y;
+          const [low, high] = spread.map((end) => scale.getPixelForValue(end));
+          pen.beginPath();
+          pen.moveTo(...(figure.kind === "bars" ? [low, point.y] : [point.x, low]));
+          pen.lineTo(...(figure.kind === "bars" ? [high, point.y] : [point.x, high]));
+          pen.stroke();
+        });
+        pen.restore();
+      });
     },
   };
 
@@ -210,7 +240,7 @@
       known.options = options(figure, colours);
       known.update("none");
     } else {
-      charts.set(figure.id, new Chart(canvas, { type: bars ? "bar" : "scatter", data, options: options(figure, colours), plugins: [markLine] }));
+      charts.set(figure.id, new Chart(canvas, { type: bars ? "bar" : "scatter", data, options: options(figure, colours), plugins: [markLine, whiskers] }));
     }
   }
 
@@ -249,18 +279,20 @@
         const row = body.insertRow();
         cell(row, "td", name);
         const axis = figure.kind === "stacked" ? figure.y : figure.x;
-        figure.series.forEach(({ values }) => {
+        figure.series.forEach(({ values }, n) => {
           const value = values[place];
-          cell(row, "td", value === null ? "" : Array.isArray(value) ? value.join(" to ") : shown(value, axis));
+          const spread = between(figure.series[n].spread[place], axis);
+          cell(row, "td", value === null ? "" : Array.isArray(value) ? value.join(" to ") : shown(value, axis) + spread);
         });
       });
     } else {
       ["series", figure.x.label, figure.y.label].forEach((name) => cell(head, "th", name));
       for (const series of seriesOf(figure)) {
-        for (const [x, y] of series.points) {
+        series.points.forEach(([x, y], n) => {
           const row = body.insertRow();
-          [series.name, figure.categories[x] ?? shown(x, figure.x), shown(y, figure.y)].forEach((text) => cell(row, "td", text));
-        }
+          const value = shown(y, figure.y) + between(series.spread[n], figure.y);
+          [series.name, figure.categories[x] ?? shown(x, figure.x), value].forEach((text) => cell(row, "td", text));
+        });
       }
     }
     details.querySelector(".scroll").replaceChildren(table);
