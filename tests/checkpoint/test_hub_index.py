@@ -54,7 +54,7 @@ def stored(files: dict[str, bytes], last_word: str) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-ROUND = ["quantize", "org/tiny", "--out", "int8", "--bits", "8", "--simulate", "--no-clip", "--quiet"]
+ROUND = ["quantize", "org/tiny", "--out", "int8", "--per-channel", "--simulate", "--no-clip", "--quiet"]
 
 
 def test_an_index_is_published_found_used_and_refused(world: World) -> None:
