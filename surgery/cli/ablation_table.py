@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from surgery.cli.terminal import bare_table, short_number
+from surgery.cli.terminal import WIDE, bare_table, short_number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 def show_outcomes(fields: dict[str, Any], console: Console) -> None:
     """Print the conditions and, if measured, the super activation's trace and next-token probabilities."""
-    table = bare_table(
-        ("condition", "changed", "perplexity", "factor", "nats/token [95%]", "bits/byte", "KL"),
-        left=("condition",),
-    )
+    wide = console.width >= WIDE
+    headings = ("condition", "changed", "perplexity", "factor", *(["nats/token [95%]"] if wide else []))
+    table = bare_table((*headings, "bits/byte", "KL"), left=("condition",))
     for row in fields["conditions"]:
         table.add_row(
             row["condition"],
             f"{row['changed']:,}",
             short_number(row["perplexity"]),
             f"x{row['factor']:.3g}",
-            escape(_effect(row)),
+            *([escape(_effect(row))] if wide else []),
             f"{row['bits_per_byte']:.3f}",
             f"{row['kl']:.4f}",
         )

@@ -14,6 +14,7 @@ import torch
 
 LEVEL = 0.95  # of the interval
 RESAMPLES = 4000
+DRAWN_TOGETHER = 1 << 13  # pairs drawn at a time, so that many blocks take little memory
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ def paired_interval(differences: torch.Tensor, seed: int = 0) -> Interval:
         return Interval(mean, -math.inf, math.inf)
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_quantile((1 + LEVEL) / 2, count - 1))
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
-    means = values[drawn].mean(1)
+    step = max(1, DRAWN_TOGETHER // count)
+    means = torch.cat(
+        [
+            values[torch.randint(count, (min(step, RESAMPLES - start), count), generator=generator)].mean(1)
+            for start in range(0, RESAMPLES, step)
+        ]
+    )
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(mean, low, high)
 
