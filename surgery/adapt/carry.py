@@ -38,7 +38,7 @@ class KeptChannels:
 def kept_channels(model: Model) -> dict[GroupKey, KeptChannels]:
     """(Layer, FFN) -> the channels that a folder kept of its dense model, from its surgeon.json.
 
-    Raises UsageError for a folder that was not cut, CheckpointError when surgeon.json tells another cut.
+    Raises UsageError for a folder that was not cut or lost more than channels, CheckpointError when surgeon.json tells another cut.
     """
     plan = _plan(model)
     meta_model = model.meta_model
@@ -70,6 +70,13 @@ def _plan(model: Model) -> dict[str, Any]:
             where=model.name,
             expected=f"a {MANIFEST} with a plan",
             next_step="name a folder that `surgeon prune` wrote; an adapter fits any other as it is",
+        )
+    if plan.get("cuts"):
+        raise UsageError(
+            "only FFN channels may be cut, for an adapter to be carried",
+            where=model.name,
+            found=", ".join(plan["cuts"]),
+            next_step="name a folder that was cut with --sparsity alone",
         )
     if len(plan["layers"]) != len(model.meta_model.layers):
         raise CheckpointError(

@@ -251,6 +251,8 @@ def test_bad_inputs_are_refused_before_anything_is_written(
     (folder / "pickled" / TENSORS).rename(folder / "pickled" / "adapter_model.bin")
     (folder / "broken" / TENSORS).write_bytes((folder / "lora" / TENSORS).read_bytes()[:200])
     surgeon("quantize", "dense", "--simulate", "--group-size", "16", "--no-clip", "--out", "rounded")
+    cut = ("--sparsity", "0.5", "--multiple-of", "8", "--repair", "none", *CALIBRATION)
+    surgeon("prune", "dense", "--drop-layers", "1", *cut, "--out", "shallow", "--quiet")
     before = sorted(folder.iterdir())
     cases = [
         ("lora-wider", "cut", 1, "does not fit the model that this folder was cut from"),
@@ -263,6 +265,7 @@ def test_bad_inputs_are_refused_before_anything_is_written(
         ("broken", "cut", 1, "damaged"),
         ("lora", "dense", 2, "did not cut this folder"),
         ("lora", "rounded", 2, "did not cut this folder"),
+        ("lora", "shallow", 2, "only FFN channels may be cut, for an adapter to be carried"),
     ]
     for adapter, onto, code, message in cases:
         found = surgeon("adapt", adapter, "--onto", onto, "--out", "carried", "--no-refit", code=code)
