@@ -38,7 +38,8 @@ class KeptChannels:
 def kept_channels(model: Model) -> dict[GroupKey, KeptChannels]:
     """(Layer, FFN) -> the channels that a folder kept of its dense model, from its surgeon.json.
 
-    Raises UsageError for a folder that was not cut or lost more than channels, CheckpointError when surgeon.json tells another cut.
+    Raises UsageError for a folder that was not cut or lost more than channels, CheckpointError when
+    surgeon.json tells another cut.
     """
     plan = _plan(model)
     meta_model = model.meta_model
