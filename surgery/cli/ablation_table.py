@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from surgery.cli.terminal import WIDE, bare_table, short_number
+from surgery.cli.terminal import bare_table, short_number
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+WITH_INTERVALS = 140  # columns a terminal needs for long conditions and the interval of their effect
+
 
 def show_outcomes(fields: dict[str, Any], console: Console) -> None:
     """Print the conditions and, if measured, the super activation's trace and next-token probabilities."""
-    wide = console.width >= WIDE
+    wide = console.width >= WITH_INTERVALS
     headings = ("condition", "changed", "perplexity", "factor", *(["nats/token [95%]"] if wide else []))
     table = bare_table((*headings, "bits/byte", "KL"), left=("condition",))
     for row in fields["conditions"]:
