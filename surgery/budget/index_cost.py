@@ -15,10 +15,7 @@ from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
 from surgery.engine.run_options import RunOptions
 from surgery.model.meta_model import MetaModel
 
-PROOF_BLOCKS, PROOF_TOKENS = (
-    8,
-    256,
-)  # calibration blocks, and their first tokens, that structures are measured on
+PROOF_BLOCKS, PROOF_TOKENS = 8, 64  # calibration blocks, and their first tokens, to measure structures on
 PROOF_CONDITIONS = 64  # structures that run beside each other in one pass
 
 
@@ -29,11 +26,13 @@ class IndexCost(Cost):
 
     `cache_bytes` may be spent on activations that the backward pass would recompute, which is expected to be
     enough for `cached_layers` layers. `flops` are one forward pass, one backward pass to the activations, and
-    the recomputation.
+    the recomputation. `proof_flops` are those of one structure that is measured, at most; how many there are
+    is known when the spikes are.
     """
 
     cache_bytes: int
     cached_layers: int
+    proof_flops: float
 
 
 def index_cost(
@@ -70,6 +69,7 @@ def index_cost(
     cache *= per_layer > 0  # no operation of the model is expensive
     cached = min(size.layers, cache // max(1, per_layer))
     used += cached * per_layer
+    proved = min(blocks, PROOF_BLOCKS) * min(block_size, PROOF_TOKENS)
     forward = 2.0 * tokens * (size.active + size.attention)
     spared = (forward - 2.0 * tokens * size.again) * cached / max(1, size.layers)
     return IndexCost(
@@ -82,6 +82,7 @@ def index_cost(
         read_bytes=2 * size.layers_stored + 2 * size.other_stored,
         write_bytes=hidden if place == "disk" else 0,
         flops=3 * forward - spared + 4.0 * tokens * size.head,
+        proof_flops=(forward / tokens + 2.0 * size.head) * proved,
     )
 
 

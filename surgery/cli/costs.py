@@ -22,6 +22,8 @@ def index_cost_lines(cost: IndexCost, layers: int) -> list[str]:
         f"blocks in a layer at once: {cost.micro_batch}; "
         f"activations cached for {cost.cached_layers} of {layers} layers",
         f"Weights read: {format_bytes(cost.read_bytes)}; {cost.flops / 1e12:,.1f} TFLOP",
+        f"Before that, not counted: spikes are found and measured, {cost.proof_flops / 1e12:,.2f} TFLOP at "
+        "most for each structure",
     ]
 
 

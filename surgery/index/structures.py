@@ -12,7 +12,7 @@ from surgery.index.spikes import RowSpike
 from surgery.index.super_weights import SuperWeight
 
 MAX_SCALARS, MAX_ROWS = 16, 16  # candidates measured: those of the most prompts, then of the largest output
-MAX_PAIRED = 8  # candidates of which every two are measured
+MAX_PAIRED = 6  # candidates of which every two are measured
 
 
 @dataclass(frozen=True)
