@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.bench.settings import RUNTIMES, BenchSettings
+from surgery.checkpoint.gguf_file import GgufFile
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.transformers_model import text_config
@@ -125,7 +126,8 @@ def _result(what: Subject, settings: BenchSettings, runtime: str, kind: FileType
                 job["gguf"] = str(what.gguf or _exported(what, kind, folder))
             except SurgeonError as error:
                 return {"failed": error.message}
-            job["file_bytes"] = Path(job["gguf"]).stat().st_size
+            file = GgufFile(Path(job["gguf"]))
+            job |= {"file_bytes": file.size, "vocabulary": len(file.metadata["tokenizer.ggml.tokens"])}
         found = run_child(job, folder)
         return {**found, "file_bytes": job["file_bytes"]} if "file_bytes" in job else found
 

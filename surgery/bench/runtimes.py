@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from surgery.bench.loaded import Generate, Loaded
@@ -63,10 +62,8 @@ def _transformers_generate(model: Any, job: dict[str, Any], compiled: bool) -> G
 
 
 def load_llama_cpp(job: dict[str, Any]) -> Loaded:
-    """The model's GGUF file in llama.cpp, by the bindings of xllamacpp; a batch is one request a sequence."""
+    """The model's GGUF file in llama.cpp, by the bindings of xllamacpp; torch would count as memory."""
     import xllamacpp
-
-    from surgery.checkpoint.gguf_file import GgufFile
 
     most = max(job["batches"])
     options = xllamacpp.CommonParams()
@@ -93,8 +90,7 @@ def load_llama_cpp(job: dict[str, Any]) -> Loaded:
         # of several answers in one, the usage is that of the first
         _check_count(answer["usage"]["completion_tokens"] * sum(found), tokens * len(prompts))
 
-    vocabulary = len(GgufFile(Path(job["gguf"])).metadata["tokenizer.ggml.tokens"])
-    return Loaded(generate, {"xllamacpp": xllamacpp.__version__}, vocabulary)
+    return Loaded(generate, {"xllamacpp": xllamacpp.__version__}, job["vocabulary"])
 
 
 def load_vllm(job: dict[str, Any]) -> Loaded:

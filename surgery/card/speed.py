@@ -15,7 +15,8 @@ def speed_section(manifest: dict[str, Any]) -> str:
         return ""
     settings, machine = found["settings"], found["machine"]
     where = machine["accelerator"] or machine["processor"]
-    threads = f", {settings['threads']} threads" if settings["threads"] and not machine["accelerator"] else ""
+    count = 0 if machine["accelerator"] else settings["threads"]
+    threads = f", {count} thread{'s' * (count > 1)}" if count else ""
     sizes = f"prompts of {settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones"
     versions = {k: v for one in found["results"] for k, v in one.get("versions", {}).items()}
     lines = [

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from surgery.bench import bench as bench_module
 from surgery.bench.bench import subject, why_not
 from surgery.bench.child import timed_batch
 from surgery.bench.loaded import Loaded
+from surgery.bench.runtimes import LOADERS
 from surgery.errors import UsageError
 
 SMALL = [
@@ -38,34 +42,40 @@ def test_prefill_and_decode_follow_from_two_times() -> None:
     assert {*calls} == {(4, 100, 1), (4, 100, 11)}
 
 
-def test_two_runtimes_are_measured_and_recorded(
+def test_a_folder_and_a_file_are_measured_and_recorded(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    source = save_tiny("llama", intermediate_size=64)
-    calibration = ["--calibration", "text.txt", "--blocks", "2", "--block-size", "32"]
-    surgeon(
-        "prune", str(source), "--intermediate-size", "32", "--repair", "none", "--out", "cut", *calibration
-    )
-    runtimes = ["--runtime", "transformers", "--runtime", "llama.cpp", "--gguf-type", "f32"]
-    against = str(Path("dense.gguf").absolute())
-    surgeon("export", str(source), "--gguf", "--type", "f32", "--out", against)
-    shown = surgeon("bench", "cut", "--against", against, *SMALL, *runtimes, "--json")
+    source = save_tiny("llama")
+    surgeon("export", str(source), "--gguf", "--type", "q8_0")
+    only = ["--runtime", "llama.cpp", "--gguf-type", "f32", "--json"]
+    shown = surgeon("bench", "tiny-GGUF", "--against", str(source), *SMALL, *only)
     found = json.loads(shown.stdout)
-    assert json.loads(Path("cut/surgeon.json").read_text())["bench"] == found
-    assert [(one["model"], one["runtime"], one.get("failed")) for one in found["results"]] == [
-        ("cut", "transformers", None),
-        ("cut", "llama.cpp", None),
-        ("dense", "transformers", "the model is a GGUF file"),
-        ("dense", "llama.cpp", None),
+    assert json.loads(Path("tiny-GGUF/surgeon.json").read_text())["bench"] == found
+    assert [(one["model"], one["type"], one.get("failed")) for one in found["results"]] == [
+        ("tiny-Q8_0", None, None),
+        ("tiny", "f32", None),
     ]
-    for one in (one for one in found["results"] if "failed" not in one):
+    for one in found["results"]:
         assert one["load_seconds"] > 0 and one["peak_bytes"] > 1 << 20 and one["versions"]
         assert [batch["batch"] for batch in one["batches"]] == [1, 2]
         assert all(batch["prefill"]["median"] > 0 for batch in one["batches"])
-    card = Path("cut/README.md").read_text()
-    assert "## Speed" in card and "| cut | llama.cpp, f32 | 2 |" in card and "xllamacpp" in card
-    surgeon("card", "cut")
-    assert Path("cut/README.md").read_text() == card
+    assert found["results"][0]["file_bytes"] < found["results"][1]["file_bytes"]
+    card = Path("tiny-GGUF/README.md").read_text()
+    assert "## Speed" in card and "xllamacpp" in card
+    assert "| tiny | llama.cpp, f32 | 2 |" in card
+    surgeon("card", "tiny-GGUF")
+    assert Path("tiny-GGUF/README.md").read_text() == card
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "transformers-compiled"])
+def test_transformers_generates_as_many_tokens_as_asked(
+    runtime: str, save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)  # compiling takes a minute
+    job = {"runtime": runtime, "model": str(save_tiny("llama")), "threads": 0, "dtype": "float32"}
+    loaded = LOADERS[runtime]({**job, "device": "cpu", "prompt_tokens": 8, "new_tokens": 3})
+    assert loaded.vocabulary == 258 and "torch" in loaded.versions
+    loaded.generate([[1] * 8, [2] * 8], 4)  # raises where it stops early
 
 
 def test_what_can_not_run_says_why(
@@ -86,8 +96,20 @@ def test_what_can_not_run_says_why(
     surgeon("bench", "no-such-folder", *SMALL, code=1)
 
 
+def test_the_process_of_llama_cpp_does_not_hold_torch() -> None:
+    code = "import sys, surgery.bench.child; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_process_that_fails_says_so(tmp_path: Path) -> None:
-    job = {"runtime": "llama.cpp", "batches": [1], "prompt_tokens": 4, "new_tokens": 1, "threads": 1}
+    job = {
+        "runtime": "llama.cpp",
+        "batches": [1],
+        "prompt_tokens": 4,
+        "new_tokens": 1,
+        "threads": 1,
+        "vocabulary": 9,
+    }
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     found = bench_module.run_child({**job, "gguf": str(tmp_path / "broken.gguf")}, tmp_path)
     assert "llama.cpp can't load the file" in found["failed"]

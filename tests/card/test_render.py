@@ -158,3 +158,19 @@ def test_only_registered_benchmarks_run_whole_become_eval_results() -> None:
 
 def test_golden_manifests_are_plain_json() -> None:
     assert json.loads(json.dumps(manifest("llama"))) == manifest("llama")
+
+
+def test_measured_speed_is_on_the_card() -> None:
+    speed = {"median": 1234.5, "min": 1000.0, "max": 2000.0, "runs": 3}
+    batch = {"batch": 4, "prefill": speed, "decode": None, "warm_up_seconds": 1.0}
+    measured = {"load_seconds": 2.0, "peak_bytes": 3 << 30, "device_bytes": None, "versions": {"torch": "2"}}
+    results = [
+        {"model": "m", "runtime": "transformers", "type": None, **measured, "batches": [batch]},
+        {"model": "m", "runtime": "vllm", "type": None, "failed": "vllm is not installed"},
+    ]
+    settings = {"threads": 1, "prompt_tokens": 512, "new_tokens": 64, "repeats": 3}
+    machine = {"processor": "some CPU", "accelerator": None}
+    bench = {"settings": settings, "machine": machine, "results": results}
+    text = render_card({**manifest("llama"), "bench": bench}, SOURCE_CARDS["llama"])
+    assert "| m | transformers | 4 | 2.0 s | 3.0 GiB | 1,234.5 (1,000.0 to 2,000.0) | – |" in text
+    assert "On some CPU, 1 thread: prompts of 512 tokens" in text and "vllm" not in text
