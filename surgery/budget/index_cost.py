@@ -79,7 +79,7 @@ def index_cost(
         cache_bytes=cache,
         cached_layers=cached,
         **budget.peaks(used, smallest, hidden, place, host=2 * size.layer + size.merging),
-        read_bytes=2 * size.layers_stored + 2 * size.other_stored,
+        read_bytes=3 * (size.layers_stored + size.other_stored),  # spikes, forward, backward
         write_bytes=hidden if place == "disk" else 0,
         flops=3 * forward - spared + 4.0 * tokens * size.head,
         proof_flops=(forward / tokens + 2.0 * size.head) * proved,
