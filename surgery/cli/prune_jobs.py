@@ -35,7 +35,7 @@ NOT_PASSED_ON = (
     "push_to",
     "index_folder",
 )
-FILES = ("calibration", "eval_text")  # options whose values may be files of this machine
+FILES = ("calibration", "eval_text", "vocabulary_text")  # options whose values may be files of this machine
 INDEX_AT, BUCKET_AT = "/surgeon/index", "/surgeon/run"
 
 
@@ -140,8 +140,11 @@ def job_needs(
 def job_command(context: click.Context, model: Model, job: JobOptions) -> tuple[list[str], list[str]]:
     """(Words of the command that the job runs, volumes it mounts), from the options that were given here.
 
-    A local index is mounted. Raises UsageError for other things that only this machine has.
+    A local index is mounted, a published one is read by the job itself. Raises UsageError for other things
+    that only this machine has.
     """
+    from surgery.index.open_index import published_address
+
     if model.folder is not None or "/" not in model.name:
         raise UsageError(
             "a job can't see a local model",
@@ -153,7 +156,9 @@ def job_command(context: click.Context, model: Model, job: JobOptions) -> tuple[
     if model.checkpoint.revision and "--revision" not in words:
         words += ["--revision", model.checkpoint.revision]
     index = context.params["index_folder"]
-    if index is not None:
+    if index is not None and published_address(index) is not None:
+        words += ["--index", index]
+    elif index is not None:
         volumes.append(f"{Path(index).as_posix()}:{INDEX_AT}")
         words += ["--index", INDEX_AT]
     if job.bucket is not None:
