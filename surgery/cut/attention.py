@@ -38,7 +38,9 @@ class NoAttention(nn.Module):
         self.layer = layer
 
     def forward(self, hidden_states, *args, **kwargs):
-        cache = kwargs.get("past_key_values") or kwargs.get("layer_past")
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = kwargs.get("layer_past")
         if cache is not None:
             none = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
             cache.update(none, none, self.layer)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.cuts import IDS, write
 from helpers.tiny_models import opened, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from surgery.cut.attention import attentions
+from surgery.cut.attention import MODELING_TEMPLATE, attentions
 from surgery.cut.groups import Cut
 from surgery.cut.kinds import KINDS
 from surgery.errors import UnsupportedModelError
@@ -60,6 +61,17 @@ def test_attention_that_goes_adds_nothing(family: str, tmp_path: Path) -> None:
     assert torch.equal(*texts)
     left = sum(one.numel() for one in model.parameters())
     assert left < sum(one.numel() for one in dense.parameters()) - 3 * 32 * 32
+
+
+def test_the_written_code_counts_tokens_in_an_empty_cache_too() -> None:
+    code: dict[str, Any] = {}
+    exec(
+        MODELING_TEMPLATE.format(name="LlamaForCausalLM", layers="model.layers", attention="self_attn"), code
+    )
+    cache = DynamicCache()
+    assert not cache  # an empty cache is falsy
+    code["NoAttention"](0)(torch.zeros(1, 3, 8), past_key_values=cache)
+    assert cache.get_seq_length(0) == 3
 
 
 def test_a_model_without_attention_in_its_layers_is_refused(tmp_path: Path) -> None:
