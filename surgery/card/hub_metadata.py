@@ -52,15 +52,19 @@ def base_model(manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def layers_differ(plan: dict[str, Any]) -> bool:
+    """Whether a plan leaves layers of different width, or without attention, which surgeon's loader loads."""
+    widths = plan.get("allocation", "uniform") != "uniform" and not plan.get("padded")
+    return widths or "attention" in plan.get("cuts", {})
+
+
 def trials(manifest: dict[str, Any]) -> list[str]:
     """Command lines that run the published model, of the runtimes that load this form of it.
 
-    Layers of different width need surgeon's loader, which neither `transformers serve` nor vLLM imports.
+    Layers that differ need surgeon's loader, which neither `transformers serve` nor vLLM imports.
     """
     repo = manifest.get("repo")
-    plan = manifest.get("plan") or {}
-    per_layer = plan.get("allocation", "uniform") != "uniform" and not plan.get("padded")
-    if repo is None or per_layer:
+    if repo is None or layers_differ(manifest.get("plan") or {}):
         return []
     if is_gguf(manifest):
         return [f"llama-cli -hf {repo}", f"llama-server -hf {repo}"]

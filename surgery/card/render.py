@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from surgery.card.hub_metadata import base_model, is_gguf, own_tags, trials
+from surgery.card.hub_metadata import base_model, is_gguf, layers_differ, own_tags, trials
 from surgery.card.perplexity_change import perplexity_change
 from surgery.card.source_card import inherited_metadata
 from surgery.card.speed import speed_section
@@ -73,7 +73,6 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
     plan, source, result = manifest["plan"], manifest["source"], manifest["result"]
     one_width = {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}}
     widths_differ = plan.get("allocation", "uniform") != "uniform"
-    padded = bool(plan.get("padded"))
     return {
         "method": plan.get("method_label") or plan["method"],
         "paper": plan.get("paper", ""),
@@ -81,10 +80,10 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
         "saved": f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
         "widths": plan.get("widths") or one_width,
         "widths_differ": widths_differ,
-        "per_layer": (widths_differ and not padded) or "attention" in plan.get("cuts", {}),
+        "per_layer": layers_differ(plan),
         "cuts": cut_lines(plan),
         "search": search_line(plan),
-        "padded": padded,
+        "padded": bool(plan.get("padded")),
         "repair": plan.get("repair", "none"),
         "repair_label": manifest.get("repair_label", ""),
         "repaired": describe_repair(manifest),

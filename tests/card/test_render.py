@@ -11,6 +11,7 @@ from helpers.tiny_models import ROOT
 from huggingface_hub import ModelCard
 
 from surgery.card.eval_results import eval_results
+from surgery.card.hub_metadata import trials
 from surgery.card.render import render_card
 from surgery.repair.methods import REPAIRS
 
@@ -158,6 +159,14 @@ def test_only_registered_benchmarks_run_whole_become_eval_results() -> None:
 
 def test_golden_manifests_are_plain_json() -> None:
     assert json.loads(json.dumps(manifest("llama"))) == manifest("llama")
+
+
+def test_no_runtime_is_named_that_does_not_load_layers_that_differ() -> None:
+    fields = {**manifest("no-card"), "repo": "me/cut"}
+    fields["source"] = {**fields["source"], "model_type": "llama"}
+    assert trials(fields) == ["hf download me/cut", "vllm serve me/cut"]
+    fields["plan"] = {**fields["plan"], "cuts": {"attention": {"removed": [1]}}}
+    assert trials(fields) == []
 
 
 def test_measured_speed_is_on_the_card() -> None:
