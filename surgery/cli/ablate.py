@@ -137,7 +137,7 @@ def ablate(
     opened = how.open(model)
     folder = out or Path(f"{opened.short_name}-ablation")
     check_destination(folder, overwrite=overwrite, source=local_path(model))
-    found = read_index(index_folder, opened)
+    found = read_index(index_folder, opened.checkpoint)
     blocks = evaluation_blocks(opened, text, text_blocks)
     sentences = (
         prompts_of(open_text(text).start(STOP_WORD_TEXT), stop_words) if stop_words else []

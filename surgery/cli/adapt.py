@@ -17,6 +17,7 @@ from surgery.cli.options import (
     PATH,
     ModelOptions,
     collected,
+    drawing_options,
     model_options,
     output_options,
     talk_options,
@@ -74,11 +75,7 @@ refit_options = collected(
             metavar="NAME|FILE|DATASET",
             help="Text to refit on; best the adapter's own. Give it several times for a mixture.",
         ),
-        click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
-        click.option(
-            "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
-        ),
-        click.option("--seed", default=defaults.SEED, show_default=True, help="Which blocks are drawn."),
+        *drawing_options,
     ],
 )
 

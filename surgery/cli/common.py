@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from surgery.budget.budget import Cost
+    from surgery.checkpoint.reader import Checkpoint
     from surgery.engine.open_model import Model
     from surgery.engine.resume import Journal
     from surgery.index.calibration import Calibration
@@ -48,14 +49,14 @@ def local_path(model: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def read_index(source: str | None, model: Model) -> ChannelIndex | None:
+def read_index(source: str | None, checkpoint: Checkpoint) -> ChannelIndex | None:
     """The index of `--index`, where that is given: a folder or a data set. Refuses one of another model."""
     if source is None:
         return None
     from surgery.index.open_index import open_index
 
     index = open_index(source)
-    index.check_source(model.checkpoint)
+    index.check_source(checkpoint)
     return index
 
 

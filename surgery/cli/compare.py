@@ -32,6 +32,7 @@ from surgery.cli.options import (
     calibration_options,
     index_option,
     model_options,
+    multiple_of_option,
     output_options,
     resume_option,
     talk_options,
@@ -117,7 +118,7 @@ def words(allowed: Collection[str]) -> Callable[[click.Context, click.Parameter,
     metavar="METHOD[:REPAIR[:ALLOCATION]]",
     help="Measure only this, at every sparsity, in place of all combinations; repeat for several.",
 )
-@click.option("--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]")
+@multiple_of_option
 @calibration_options
 @output_options
 @resume_option
@@ -164,7 +165,7 @@ def compare(
     if not dry_run:
         check_destination(folder, overwrite=overwrite, source=local_path(model))
     blocks = [evaluation_blocks(opened, text, text_blocks) for text in texts]
-    found = read_index(index_folder, opened)
+    found = read_index(index_folder, opened.checkpoint)
     shape = calibration_shape(found, text_options)
     together, cost = estimate(opened, variants, blocks, shape, multiple_of)
     passes = -(-len(variants) // together)

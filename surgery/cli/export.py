@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.common import bars, local_path, say
+from surgery.cli.common import bars, local_path, read_index, say
 from surgery.cli.help import GroupedCommand
-from surgery.cli.options import output_options, talk_options
+from surgery.cli.options import output_options, super_weights_index_option, talk_options
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Leave the matrix of a super weight in its stored type, or round it like the others.",
 )
-@click.option("--index", "index_folder", metavar="DIR", help="Take super weights from this index.")
+@super_weights_index_option
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
 @output_options
 @talk_options
@@ -98,11 +98,9 @@ def _super_weights(
 ) -> list[dict[str, Any]] | None:
     """Super weights of an index or of the folder's surgeon.json; says where nobody has looked for them."""
     from surgery.export.write import known_super_weights
-    from surgery.index.channel_index import ChannelIndex
 
-    if index_folder is not None:
-        index = ChannelIndex.load(index_folder)
-        index.check_source(checkpoint)
+    index = read_index(index_folder, checkpoint)
+    if index is not None:
         return [weight.as_json() for weight in index.super_weights]
     found = known_super_weights(checkpoint)
     if found is None:

@@ -24,6 +24,7 @@ from surgery.cli.options import (
     CalibrationOptions,
     ModelOptions,
     calibration_options,
+    index_option,
     model_options,
     output_options,
     resume_option,
@@ -36,7 +37,7 @@ JOURNAL = "frontier"  # kind of the journal
 
 @click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--index", "index_folder", metavar="DIR", help="Index to use. [default: made on the fly]")
+@index_option
 @point_options
 @measure_options
 @calibration_options
@@ -73,7 +74,7 @@ def frontier(
     check_targets(measured)
     job = FrontierJob.prepare(how, model, chosen, measured, text_options)
     folder = out or Path(f"{job.model.short_name}-frontier")
-    found = read_index(index_folder, job.model)
+    found = read_index(index_folder, job.model.checkpoint)
     plan = job.plan(found, text_options)
     if dry_run:
         show_plan(plan, as_json)

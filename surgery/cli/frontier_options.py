@@ -9,7 +9,7 @@ import click
 
 from surgery import defaults
 from surgery.byte_units import parse_bytes
-from surgery.cli.options import METHOD_NAME, REPAIR_NAME, collected
+from surgery.cli.options import collected, method_option, multiple_of_option, repair_option
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,23 +78,9 @@ point_options = collected(
             help="Also heal every cut on so many tokens of the calibration texts, as 1M.",
         ),
         click.option("--against", metavar="MODEL", help="Another model, as the next smaller one."),
-        click.option(
-            "--method",
-            type=METHOD_NAME,
-            default=defaults.METHOD,
-            show_default=True,
-            metavar="NAME",
-            help="How channels are ranked.",
-        ),
-        click.option(
-            "--repair",
-            type=REPAIR_NAME,
-            default=defaults.REPAIR,
-            show_default=True,
-            metavar="NAME",
-            help="How weights that stay are refitted.",
-        ),
-        click.option("--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]"),
+        method_option,
+        repair_option,
+        multiple_of_option,
     ],
 )
 

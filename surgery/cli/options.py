@@ -222,6 +222,36 @@ model_options = collected(
     ],
 )
 
+drawing_options = [
+    click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
+    click.option("--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."),
+    click.option("--seed", default=defaults.SEED, show_default=True, help="Which blocks are drawn."),
+]
+
+method_option = click.option(
+    "--method",
+    type=METHOD_NAME,
+    default=defaults.METHOD,
+    show_default=True,
+    metavar="NAME",
+    help=f"How channels are ranked: {', '.join(METHOD_NAME.registry)}.",
+)
+
+repair_option = click.option(
+    "--repair",
+    type=REPAIR_NAME,
+    default=defaults.REPAIR,
+    show_default=True,
+    metavar="NAME",
+    help="How weights that stay are refitted on the calibration text: "
+    f"{', '.join(REPAIR_NAME.registry)}. lstsq refits each layer by itself, lstsq-acc makes up for "
+    "the layers before it too, bias puts back only the mean.",
+)
+
+multiple_of_option = click.option(
+    "--multiple-of", type=int, help="Round widths to this. [default: 128, 64 below 4096]"
+)
+
 text_column_option = click.option(
     "--text-column",
     metavar="NAME",
@@ -248,11 +278,7 @@ calibration_options = collected(
             help="Shares of the texts of a mixture. [default: equal]",
         ),
         text_column_option,
-        click.option("--blocks", default=defaults.BLOCKS, show_default=True, help="Calibration blocks."),
-        click.option(
-            "--block-size", default=defaults.BLOCK_SIZE, show_default=True, help="Tokens in a block."
-        ),
-        click.option("--seed", default=defaults.SEED, show_default=True, help="Which blocks are drawn."),
+        *drawing_options,
         click.option(
             "--spike-prompt", help="One more prompt to look for super weights in, besides five of surgeon's."
         ),
@@ -264,6 +290,13 @@ index_option = click.option(
     "index_folder",
     metavar="INDEX",
     help="Index to use: a folder, or ORG/NAME[@REVISION] of the Hub. [default: made on the fly]",
+)
+
+super_weights_index_option = click.option(
+    "--index",
+    "index_folder",
+    metavar="INDEX",
+    help="Take super weights from it: a folder, or ORG/NAME[@REVISION] of the Hub.",
 )
 
 talk_options = _add(

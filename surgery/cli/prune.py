@@ -122,7 +122,7 @@ def prune(
     job.check(dry_run, searches=target.target is not None)
     template = read_template(card_template)
     opened = how.open(model)
-    found = read_index(index_folder, opened)
+    found = read_index(index_folder, opened.checkpoint)
     cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
     target.check_model(opened)
     kinds.check_model(opened)

@@ -9,7 +9,7 @@ import click
 
 from surgery import defaults
 from surgery.cli.common import bars
-from surgery.cli.options import ALLOCATION_NAMES, METHOD_NAME, REPAIR_NAME, collected
+from surgery.cli.options import ALLOCATION_NAMES, collected, method_option, multiple_of_option, repair_option
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,14 +85,7 @@ cut_options = collected(
             "--sparsity", type=float, help="Fraction of FFN channels to remove, 0 to 1. [default: 0.5]"
         ),
         click.option("--intermediate-size", type=int, help="Exact width to keep, in place of --sparsity."),
-        click.option(
-            "--method",
-            type=METHOD_NAME,
-            default=defaults.METHOD,
-            show_default=True,
-            metavar="NAME",
-            help=f"How channels are ranked: {', '.join(METHOD_NAME.registry)}.",
-        ),
+        method_option,
         click.option(
             "--allocation",
             type=click.Choice(ALLOCATION_NAMES),
@@ -106,25 +99,14 @@ cut_options = collected(
             is_flag=True,
             help="With widths per layer: zero-pad to the widest, which loads everywhere.",
         ),
-        click.option(
-            "--repair",
-            type=REPAIR_NAME,
-            default=defaults.REPAIR,
-            show_default=True,
-            metavar="NAME",
-            help="How weights that stay are refitted on the calibration text: "
-            f"{', '.join(REPAIR_NAME.registry)}. lstsq refits each layer by itself, lstsq-acc makes up for "
-            "the layers before it too, bias puts back only the mean.",
-        ),
+        repair_option,
         click.option(
             "--protect/--no-protect",
             default=None,
             help="Never remove supernodes and super-weight columns. "
             "[default: for the scar, lp and obs-loss methods]",
         ),
-        click.option(
-            "--multiple-of", type=int, help="Round the width to this. [default: 128, 64 below 4096]"
-        ),
+        multiple_of_option,
     ],
 )
 eval_options = collected(

@@ -18,6 +18,7 @@ from surgery.cli.options import (
     calibration_options,
     model_options,
     output_options,
+    super_weights_index_option,
     talk_options,
 )
 from surgery.cli.quantize_comparison import compared, save_comparison, show_comparison_cost
@@ -57,12 +58,7 @@ HANDLING_NAMES = ("restore", "module", "none")
     help="Hold them out and put them back, leave their module whole, or round them too. "
     "[default: module; with --simulate, restore]",
 )
-@click.option(
-    "--index",
-    "index_folder",
-    metavar="INDEX",
-    help="Take super weights from it: a folder, or ORG/NAME of the Hub.",
-)
+@super_weights_index_option
 @click.option(
     "--simulate", is_flag=True, help="Write the rounded values in the source's dtype, for measuring."
 )
@@ -120,7 +116,7 @@ def quantize(
     check_model(opened.checkpoint)
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
-    index = read_index(index_folder, opened)
+    index = read_index(index_folder, opened.checkpoint)
     if compare:
         on = (text or defaults.EVALUATION_TEXT, text_blocks)
         if dry_run:

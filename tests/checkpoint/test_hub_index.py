@@ -131,15 +131,18 @@ def test_an_index_is_published_found_used_and_refused(world: World) -> None:
         ["show", f"me/tiny-index@{commit}", "--json"],
         ["report", "me/tiny-index", "--out", "page.html", "--quiet"],
         [*ROUND, "--revision", source, "--index", "me/tiny-index"],
+        ["export", "org/tiny", "--gguf", "--out", "f16", "--revision", source, "--index", "me/tiny-index"],
     )
     for (words, message), result in zip(cases, results, strict=False):
         assert result["code"] == 1 and message in result["stderr"], (words, result)
     used = results[len(cases) :]
-    assert [result["code"] for result in used] == [0] * 5, used
+    assert [result["code"] for result in used] == [0] * 6, used
     assert used[1]["stderr"].count("names no commit") == 1
     assert json.loads(used[2]["stdout"]) == index
     manifest = json.loads((world.folder / "int8" / "surgeon.json").read_text())
     assert manifest["index"] == {"repo": "me/tiny-index", "revision": commit}
+    exported = json.loads((world.folder / "f16" / "surgeon.json").read_text())["super_weights"]
+    assert exported == index["super_weights"]
     assert hub.files("me/theirs") == {"data.csv": b"precious"}
 
     hub.repos["me/tiny-index"].private = True
