@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from surgery.budget.kv_cache import cached_numbers, unpredictable
 from surgery.byte_units import format_bytes
 from surgery.checkpoint.shard_writer import TensorSpec
 from surgery.checkpoint.transformers_model import build_config
-from surgery.errors import UnsupportedModelError
 
 PARAMS, SIZE, MEMORY = "params", "size", "memory"
-CACHED = ("full_attention", "sliding_attention", "chunked_attention", "attention")
-# Config keys of latent attention, of one head for all queries, and of recurrent states.
-OTHER_CACHES = ("kv_lora_rank", "multi_query", "mamba_d_state", "mamba_n_heads", "ssm_state_size")
+OTHER_CACHES = ("kv_lora_rank", "multi_query")  # config keys of caches that differ between runtimes
 
 
 @dataclass(frozen=True)
@@ -54,25 +52,11 @@ class Target:
 def cached_values(config: dict[str, Any], context: int, where: str) -> int:
     """Keys and values that a model of this config.json caches for `context` tokens of one sequence.
 
-    A layer with a sliding window caches that many tokens at most. Raises UnsupportedModelError for a model
-    with latent attention, recurrent states, or Falcon's heads.
+    Raises UnsupportedModelError for a model with recurrent states, and for one with latent attention or
+    Falcon's heads, which runtimes cache in different forms.
     """
     text = build_config(config, where).get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or [])
-    other = next((kind for kind in kinds if kind not in CACHED), None)
-    other = other or next((key for key in OTHER_CACHES if getattr(text, key, None) is not None), None)
+    other = next((key for key in OTHER_CACHES if getattr(text, key, None) is not None), None)
     if other is not None:
-        raise UnsupportedModelError(
-            "the memory of this model's cache is not that of keys and values, and can't be foretold",
-            where=f"{where}, config.json",
-            found=other,
-            next_step="use --target-params or --target-size",
-        )
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    window = getattr(text, "sliding_window", None) or context
-    used = getattr(text, "use_sliding_window", True)
-    count = int(text.num_hidden_layers)
-    sliding = [kind == "sliding_attention" for kind in kinds] or [bool(used)] * count
-    tokens = sum(min(context, window) if slides else context for slides in sliding)
-    return 2 * heads * width * tokens
+        raise unpredictable(where, other)
+    return cached_numbers(config, context, where)

@@ -45,7 +45,7 @@ def table_rows(fields: dict[str, Any]) -> list[list[Any]]:
             [
                 row.name,
                 row.bytes,
-                row.bytes + point["cache_bytes"],
+                _used(point),
                 row.bits_per_byte,
                 _mean(point, "kl"),
                 _mean(point, "top1"),
@@ -55,6 +55,11 @@ def table_rows(fields: dict[str, Any]) -> list[list[Any]]:
             ]
         )
     return found
+
+
+def _used(point: dict[str, Any]) -> int | None:
+    """Bytes of weights and KV cache; None where the cache of this model is not known."""
+    return None if point["cache_bytes"] is None else point["bytes"] + point["cache_bytes"]
 
 
 def _range(speed: dict[str, float]) -> str:
@@ -72,8 +77,8 @@ def markdown(fields: dict[str, Any]) -> str:
     """The table and the sentence as Markdown."""
     lines = [f"| {' | '.join(name for name, _ in COLUMNS)} |", "|---|" + "---|" * (len(COLUMNS) - 1)]
     for name, size, used, bits, kl, top1, decode, prefill, best in table_rows(fields):
-        cells = [name, f"{size / 2**20:,.1f} MiB", f"{used / 2**20:,.1f} MiB", f"{bits:.4f}"]
-        cells += ["" if kl is None else f"{kl:.4f}", "" if top1 is None else f"{top1:.1%}"]
+        cells = [name, f"{size / 2**20:,.1f} MiB", "" if used is None else f"{used / 2**20:,.1f} MiB"]
+        cells += [f"{bits:.4f}", "" if kl is None else f"{kl:.4f}", "" if top1 is None else f"{top1:.1%}"]
         cells += [decode or "", "" if prefill is None else f"{prefill:,.0f}"]
         lines.append(f"| {' | '.join([*cells, best])} |")
     return "\n".join([*lines, "", NOTE, "", fields["answer"], ""])
@@ -90,6 +95,10 @@ def document(fields: dict[str, Any]) -> Document:
         Fact("Computed in", f"{fields['run']['dtype']} on {fields['run']['device']}"),
     ]
     facts += [Fact(f"Left out: {one['name']}", one["why"]) for one in fields["left_out"]]
+    uncounted = {
+        point["name"]: point["cache_missing"] for point in fields["points"] if "cache_missing" in point
+    }
+    facts += [Fact(f"No memory in use of {name}", why) for name, why in uncounted.items()]
     missing = {
         point["name"]: point["speed_missing"] for point in fields["points"] if "speed_missing" in point
     }
@@ -110,12 +119,12 @@ def figures(fields: dict[str, Any]) -> list[Figure]:
     """Bits per byte against bytes of weights, memory in use, and measured decode speed."""
     points = fields["points"]
     size = [(point, point["bytes"] / 2**20) for point in points]
-    used = [(point, (point["bytes"] + point["cache_bytes"]) / 2**20) for point in points]
+    used = [(point, total / 2**20) for point in points if (total := _used(point)) is not None]
     speed = [(point, point["speed"]["decode"]) for point in points if point["speed"]]
-    found = [
-        _figure("size", "Quality against bytes of weights", Axis("MiB of weights"), size),
-        _figure("memory", "Quality against memory in use", Axis("MiB of weights and KV cache"), used),
-    ]
+    found = [_figure("size", "Quality against bytes of weights", Axis("MiB of weights"), size)]
+    if used:
+        axis = Axis("MiB of weights and KV cache")
+        found.append(_figure("memory", "Quality against memory in use", axis, used))
     if speed:
         axis = Axis("tokens a second, decoding")
         found.append(_figure("speed", "Quality against measured speed", axis, speed))
@@ -144,5 +153,4 @@ def write_page(fields: dict[str, Any], folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(render_page(document(fields), FILE), encoding="utf-8")
     (folder / TABLE).write_text(markdown(fields), encoding="utf-8")
-    found = figures(fields)
-    save_chart([found[0], *found[2:]], folder / PLOT)
+    save_chart([one for one in figures(fields) if one.id != "memory"], folder / PLOT)

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from surgery.checkpoint.transformers_model import text_config
 from surgery.cut.ffn_channels import planned_cut
+from surgery.cut.groups import Cut
 from surgery.cut.tensors import edited_specs
 from surgery.engine.open_model import Model
 from surgery.errors import UsageError
 from surgery.plan.widths import width_changes
-from surgery.quantize.compressed_tensors import packed_tensors
+from surgery.quantize.packed_size import packed_specs
 from surgery.quantize.plan import check_roundable, plan_quantization
 from surgery.quantize.rounding import Scheme
 
 GROUPS = (128, 64, 32, 16)  # group sizes tried, largest first
-SLIDING = ("sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -132,61 +129,26 @@ def _columns(model: Model, sparsities: Sequence[float], multiple_of: int | None)
     """Row lengths of the matrices that are rounded, of the model and of every cut."""
     check_roundable(model.meta_model)
     names = plan_quantization(model.meta_model, [], Scheme(4, symmetric=True), "none").tensors
-    specs = [_specs(model, sparsity, multiple_of) for sparsity in (None, *sparsities)]
-    return {each[name][0][1] for each in specs for name in names}
+    cuts = [_cut(model, sparsity, multiple_of) for sparsity in (None, *sparsities)]
+    specs = [edited_specs(model.checkpoint, cut.edits) for cut in cuts]
+    return {each[name].shape[1] for each in specs for name in names}
 
 
-def _specs(
-    model: Model, sparsity: float | None, multiple_of: int | None
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor that is written, from the widths alone. Raises PlanError."""
-    edits: dict[str, Any] = {}
-    if sparsity is not None:
-        changes = width_changes(model.meta_model.widths(), sparsity, None, multiple_of)
-        edits = planned_cut(model.meta_model, changes).edits
-    specs = edited_specs(model.checkpoint, edits)
-    return {name: (tuple(spec.shape), spec.dtype) for name, spec in specs.items()}
+def _cut(model: Model, sparsity: float | None, multiple_of: int | None) -> Cut:
+    """The cut of a point with the right widths; its channels are not chosen yet. Raises PlanError."""
+    if sparsity is None:
+        return Cut((), {}, {}, model.checkpoint.config)
+    changes = width_changes(model.meta_model.widths(), sparsity, None, multiple_of)
+    return planned_cut(model.meta_model, changes)
 
 
 def predicted_bytes(
     model: Model, point: Point, weights: list[dict[str, Any]], multiple_of: int | None
 ) -> int:
     """Bytes of a point's tensors before it is made. `weights` are the super weights, whose modules stay."""
-    specs = _specs(model, point.sparsity, multiple_of)
-    chosen: set[str] = set()
-    if point.scheme is not None:
-        chosen = set(plan_quantization(model.meta_model, weights, point.scheme, "module").tensors)
-    packed: dict[tuple[Any, ...], int] = {}
-    total = 0
-    for name, (shape, dtype) in specs.items():
-        if name not in chosen:
-            total += torch.Size(shape).numel() * dtype.itemsize
-            continue
-        assert point.scheme is not None
-        if (shape, dtype) not in packed:
-            parts = packed_tensors(torch.zeros(shape, dtype=dtype), point.scheme)
-            packed[shape, dtype] = sum(part.nbytes for part in parts.values())
-        total += packed[shape, dtype]
-    return total
-
-
-def cache_bytes(config: dict[str, Any], context: int, itemsize: int) -> int:
-    """Bytes of keys and values of one sequence of `context` tokens, at `itemsize` bytes a number.
-
-    Per layer: 2 x tokens x key-value heads x dimensions of a head; a layer with a sliding window has at most
-    the window's tokens. Of multi-head latent attention, the latent and the rotary key are cached.
-    """
-    text = text_config(config)
-    layers = int(text.get("num_hidden_layers") or text.get("n_layer") or 0)
-    heads = int(text.get("num_attention_heads") or text.get("n_head") or 0)
-    hidden = int(text.get("hidden_size") or text.get("n_embd") or 0)
-    shared = 1 if text.get("multi_query") else heads
-    key_value_heads = int(text.get("num_key_value_heads") or text.get("num_kv_heads") or shared)
-    size = int(text.get("head_dim") or hidden // max(1, heads))
-    numbers = 2 * key_value_heads * size
-    if text.get("kv_lora_rank"):
-        numbers = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
-    kinds = text.get("layer_types") or ["full_attention"] * layers
-    window = int(text.get("sliding_window") or context)
-    tokens = sum(min(context, window) if kind in SLIDING else context for kind in kinds)
-    return tokens * numbers * itemsize
+    cut = _cut(model, point.sparsity, multiple_of)
+    if point.scheme is None:
+        specs = edited_specs(model.checkpoint, cut.edits)
+    else:
+        specs = packed_specs(model.meta_model, cut, point.scheme, weights)
+    return sum(spec.nbytes for spec in specs.values())

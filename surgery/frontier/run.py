@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from surgery import defaults
+from surgery.budget.kv_cache import cached_numbers
 from surgery.budget.pass_cost import ROUNDING_BYTES, PassCost
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.engine.open_model import Model
@@ -26,7 +27,7 @@ from surgery.evaluate.agreement import (
     measure_agreement,
 )
 from surgery.evaluate.perplexity import default_block_size, evaluation_blocks
-from surgery.frontier.points import Point, cache_bytes, predicted_bytes
+from surgery.frontier.points import Point, predicted_bytes
 from surgery.frontier.speed import measure_speeds
 from surgery.heal.heal import heal
 from surgery.heal.heal_text import HealText
@@ -143,7 +144,6 @@ class Frontier:
         if point.other is None:
             predicted = predicted_bytes(self.model, point, self.weights, self.options.multiple_of)
         size = base.checkpoint.nbytes if folder is None else _files_bytes(folder)
-        cache = cache_bytes(base.checkpoint.config, self.options.context, base.run.dtype.itemsize)
         row = {
             "name": point.name,
             "slug": point.slug,
@@ -152,12 +152,20 @@ class Frontier:
             "scheme": None if point.scheme is None else point.scheme.name,
             "bytes": size,
             "predicted_bytes": predicted,
-            "cache_bytes": cache,
+            **self._cache(base),
             "texts": texts,
         }
         self.journal.save(name, row)
         self.journal.mark(step)
         return row
+
+    def _cache(self, base: Model) -> dict[str, Any]:
+        """`cache_bytes` of the context in the dtype that is computed in; None, and why, where not known."""
+        try:
+            numbers = cached_numbers(base.checkpoint.config, self.options.context, base.name)
+        except UnsupportedModelError as error:
+            return {"cache_bytes": None, "cache_missing": f"{error.message}: {error.found}"}
+        return {"cache_bytes": numbers * base.run.dtype.itemsize}
 
     def _folder(self, name: str) -> Path:
         return self.journal.path(f"{name}-checkpoint")

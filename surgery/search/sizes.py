@@ -14,7 +14,7 @@ from surgery.errors import PlanError
 from surgery.plan.kind_plan import KindPlan
 from surgery.plan.prune_plan import PrunePlan
 from surgery.plan.widths import default_multiple
-from surgery.search.packed_size import GROUP, packed_specs
+from surgery.quantize.packed_size import GROUP, packed_specs
 
 MEAN_STEPS = 8  # steps of the mean width within a multiple
 STEPS = 64  # shares of the channels that are tried where a model has several widths

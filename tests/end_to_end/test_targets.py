@@ -119,12 +119,12 @@ def test_what_does_not_make_sense_is_refused_before_any_work(
 @pytest.mark.parametrize("family", ["falcon-alibi", "deepseek_v3", "jamba", "lfm2"])
 def test_a_cache_of_another_form_is_refused(family: str, save_tiny: Callable[..., Path]) -> None:
     config = opened(save_tiny(family)).checkpoint.config
-    with pytest.raises(UnsupportedModelError, match="can't be foretold"):
+    with pytest.raises(UnsupportedModelError, match="can't be predicted"):
         cached_values(config, 24, "tiny")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "qwen3"])
-def test_the_cache_is_as_large_as_foretold(family: str, save_tiny: Callable[..., Path]) -> None:
+def test_the_cache_is_as_large_as_predicted(family: str, save_tiny: Callable[..., Path]) -> None:
     source = save_tiny(family)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.no_grad():
@@ -132,11 +132,11 @@ def test_the_cache_is_as_large_as_foretold(family: str, save_tiny: Callable[...,
     found = sum(one.keys.numel() + one.values.numel() for one in cache.layers)
     # transformers keeps one token less of a window than the window has
     config = opened(source).checkpoint.config
-    foretold = cached_values(config, IDS.shape[1], "tiny")
-    assert found <= foretold <= found * 8 / 7
+    predicted = cached_values(config, IDS.shape[1], "tiny")
+    assert found <= predicted <= found * 8 / 7
     checkpoint = opened(source).checkpoint
     amount = Target(MEMORY, 1, IDS.shape[1]).measure(edited_specs(checkpoint, {}), config, "tiny")
-    assert amount == checkpoint.nbytes + 4 * foretold
+    assert amount == checkpoint.nbytes + 4 * predicted
 
 
 def test_card_report_and_later_steps_know_what_went(

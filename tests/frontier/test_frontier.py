@@ -13,11 +13,15 @@ import torch
 from helpers.tiny_models import CALIBRATION, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from surgery.budget.kv_cache import cached_numbers
+from surgery.errors import UnsupportedModelError
 from surgery.frontier import run as frontier_run
 from surgery.frontier import speed as frontier_speed
 from surgery.frontier.decide import Row, TextLoss, best_row, difference, not_dominated, sentence
-from surgery.frontier.points import Point, all_points, cache_bytes
+from surgery.frontier.page import document, figures, markdown
+from surgery.frontier.points import Point, all_points
 from surgery.quantize.rounding import Scheme
+from surgery.report.page import render_page
 
 TEXT = ["--text", "text.txt", "--text-blocks", "3", "--text-block-size", "32"]
 POINTS = ["--sparsity", "0.5", "--multiple-of", "16", "--round", "4:16", "--dtype", "float32"]
@@ -79,6 +83,20 @@ def test_points_are_what_other_commands_make(
     }
     assert found["answer"] in (front / "frontier.md").read_text()
     assert "cut 50%, INT4 sym group 16" in (front / "frontier.html").read_text()
+    assert [one.id for one in figures(found)] == ["size", "memory", "speed"]
+    used = f"{(points['other']['bytes'] + points['other']['cache_bytes']) / 2**20:,.1f} MiB"
+    assert f"| other | {points['other']['bytes'] / 2**20:,.1f} MiB | {used} |" in markdown(found)
+    for point in found["points"]:  # as of a model with recurrent states
+        point |= {"cache_bytes": None, "cache_missing": "can't be predicted: mamba"}
+    assert [one.id for one in figures(found)] == ["size", "speed"]
+    assert f"| other | {points['other']['bytes'] / 2**20:,.1f} MiB |  |" in markdown(found)
+    assert "No memory in use of other" in render_page(document(found), "frontier.json")
+
+
+@pytest.mark.parametrize("family", ["jamba", "lfm2"])
+def test_recurrent_states_are_not_counted_as_keys_and_values(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="can't be predicted"):
+        cached_numbers(tiny_model(family).config.to_dict(), 6, family)
 
 
 def interrupted(*_: Any) -> None:
@@ -153,7 +171,7 @@ def test_cache_is_what_transformers_caches() -> None:
         with torch.no_grad():
             cache = model(torch.zeros(1, 6, dtype=torch.long), use_cache=True).past_key_values
         stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert cache_bytes(model.config.to_dict(), 6, 4) == stored, family
+        assert 4 * cached_numbers(model.config.to_dict(), 6, family) == stored, family
 
 
 def test_points_follow_their_bases() -> None:

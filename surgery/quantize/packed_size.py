@@ -1,6 +1,9 @@
-"""The size of a result after `surgeon quantize` with its defaults: packed symmetric INT4 in groups of 128."""
+"""The size of a result after `surgeon quantize`, before anything is written."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from surgery.checkpoint.shard_writer import TensorSpec
 from surgery.cut.groups import Cut
@@ -11,16 +14,18 @@ from surgery.quantize.rounding import Scheme
 from surgery.quantize.write import kept_tensors, quantized_specs
 
 GROUP = 128
-SCHEME = Scheme(bits=4, symmetric=True, granularity="group", size=GROUP)
+SCHEME = Scheme(bits=4, symmetric=True, granularity="group", size=GROUP)  # the default of the command
 
 
-def packed_specs(meta_model: MetaModel, cut: Cut) -> dict[str, TensorSpec]:
+def packed_specs(
+    meta_model: MetaModel, cut: Cut, scheme: Scheme = SCHEME, weights: Sequence[dict[str, Any]] = ()
+) -> dict[str, TensorSpec]:
     """Dtype and shape of every tensor of the packed result of a cut.
 
-    Matrices that `surgeon quantize` leaves whole because a super weight is in them are counted as packed.
+    The matrices of the super weights `weights`, whose layers are numbered as the result's, are left whole.
     Raises UnsupportedModelError for a model whose matrices can't be packed, UsageError for a width that the
     groups don't divide.
     """
     planned = MetaModel(PlannedCheckpoint(meta_model.checkpoint, cut), meta_model.dtype)
-    plan = plan_quantization(planned, [], SCHEME, handling="none")
+    plan = plan_quantization(planned, list(weights), scheme, handling="module")
     return quantized_specs(kept_tensors(planned), plan, packed=True)
