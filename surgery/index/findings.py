@@ -28,7 +28,7 @@ class Finding:
 
     structure: Structure
     effect: Interval
-    gain: Interval | None
+    gain: Interval
     perplexity: float
     perplexity_without: float
     blocks: int
@@ -62,8 +62,8 @@ class Finding:
             "parts": self.structure.as_json(),
             "effect": self.effect.mean,
             "interval": self.effect.as_json(),
-            "gain": None if self.gain is None else self.gain.mean,
-            "gain_interval": None if self.gain is None else self.gain.as_json(),
+            "gain": self.gain.mean,
+            "gain_interval": self.gain.as_json(),
             "mean_effect": None if self.mean is None else self.mean.mean,
             "mean_interval": None if self.mean is None else self.mean.as_json(),
             "controls": self.controls,
@@ -76,21 +76,16 @@ class Finding:
     def from_json(cls, fields: dict[str, Any]) -> Finding:
         """Inverse of `as_json`."""
 
-        def interval(mean: str, bounds: str) -> Interval | None:
-            return None if fields[mean] is None else Interval.from_json(fields[mean], fields[bounds])
-
-        effect = interval("effect", "interval")
-        assert effect is not None
-        ablation = fields["ablation"]
+        ablation, mean = fields["ablation"], fields["mean_effect"]
         return cls(
             structure=Structure(tuple(Part(**part) for part in fields["parts"])),
-            effect=effect,
-            gain=interval("gain", "gain_interval"),
+            effect=Interval.from_json(fields["effect"], fields["interval"]),
+            gain=Interval.from_json(fields["gain"], fields["gain_interval"]),
             perplexity=ablation["perplexity"],
             perplexity_without=ablation["perplexity_without"],
             blocks=fields["blocks"],
             tokens=ablation["tokens"],
-            mean=interval("mean_effect", "mean_interval"),
+            mean=None if mean is None else Interval.from_json(mean, fields["mean_interval"]),
             controls=fields["controls"],
             is_super=fields["super"],
             seen=fields["seen"],

@@ -28,10 +28,6 @@ class Interval:
     low: float
     high: float
 
-    def exceeds(self, margin: float) -> bool:
-        """Whether the whole interval lies more than `margin` from zero, on one side."""
-        return self.low > margin or self.high < -margin
-
     def as_json(self) -> list[float | None]:
         """[low, high]; null for infinity, which JSON does not have."""
         return [bound if math.isfinite(bound) else None for bound in (self.low, self.high)]

@@ -201,6 +201,6 @@ def _compared(findings: list[Finding], known: Measurements) -> list[Finding]:
         mean = paired_interval(own.pop("mean")) if "mean" in own else None
         controls = {like: float(effect.mean()) for like, effect in own.items()}
         proved = found.effect.low > MIN_EFFECT and found.effect.low > max(controls.values(), default=0.0)
-        nested = found.gain is None or found.gain.low > MIN_EFFECT
-        compared.append(replace(found, mean=mean, controls=controls, is_super=proved and nested))
+        is_super = proved and found.gain.low > MIN_EFFECT
+        compared.append(replace(found, mean=mean, controls=controls, is_super=is_super))
     return sorted(compared, key=lambda one: -one.effect.mean)

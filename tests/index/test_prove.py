@@ -10,6 +10,8 @@ import torch
 from helpers.planted import FAMILIES, ROW, Planted
 from torch.nn import functional
 
+from surgery.errors import SurgeonWarning
+from surgery.index import structures
 from surgery.index.findings import Finding
 from surgery.index.paired_bootstrap import paired_interval
 
@@ -83,6 +85,19 @@ def test_the_largest_spike_without_effect_is_ranked_last(family: str, save_tiny:
     assert all(part.layer == 3 for part in found.structures[-1].structure.parts)
     decoy = next(one for one in found.structures if one.structure.name == "layer 3 [17, 12]")
     assert abs(decoy.effect.mean) < 0.01 and not decoy.is_super
+
+
+def test_spikes_that_are_not_measured_are_said(
+    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = Planted(save_tiny(FAMILIES[0]))
+    for layer in (1, 3):
+        planted.channel(layer, 11)
+        planted.write(layer, ROW, 11, SIZE * layer)
+    monkeypatch.setattr(structures, "MAX_SCALARS", 1)
+    with pytest.warns(SurgeonWarning, match="found but not measured: 1;"):
+        found = planted.found()
+    assert len([*found.super_weights, *found.echoes]) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
