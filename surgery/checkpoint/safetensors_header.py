@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,26 @@ def read_header(source: ByteSource, file: str) -> dict[str, TensorEntry]:
             next_step="download it again",
         )
     return {entry.name: entry for entry in entries}
+
+
+def make_header(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+) -> tuple[bytes, dict[str, int], int]:
+    """The start of a file that holds tensors (name, dtype, shape) in this order.
+
+    Returns the bytes before the tensors, the place of each tensor in the file, and the file's size in bytes.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        places[name] = start
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: start + p for n, p in places.items()}, start + end
 
 
 def _entry(name: str, file: str, fields: dict[str, Any], data_start: int) -> TensorEntry:

@@ -17,7 +17,7 @@ import torch
 
 from surgery.checkpoint.file_roles import INDEX_FILE
 from surgery.checkpoint.reader import Checkpoint
-from surgery.checkpoint.safetensors_header import DTYPE_NAMES, TensorEntry
+from surgery.checkpoint.safetensors_header import TensorEntry, make_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -81,26 +81,12 @@ class ShardWriter:
         return self
 
     def _start(self, file: str, names: list[str]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name in sorted(names, key=lambda n: (-self.specs[n].dtype.itemsize, n)):
-            spec = self.specs[name]
-            offsets = [position, position + spec.nbytes]
-            header[name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": offsets,
-            }
-            self.offsets[name] = position
-            position += spec.nbytes
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        handle = os.open(self.folder / file, self.flags, 0o644)
-        self.handles[file] = handle
-        os.ftruncate(handle, 8 + len(text) + position)
-        _write_at(handle, len(text).to_bytes(8, "little") + text, 0)
-        for name in names:
-            self.offsets[name] += 8 + len(text)
+        ordered = sorted(names, key=lambda n: (-self.specs[n].dtype.itemsize, n))
+        start, places, size = make_header((n, self.specs[n].dtype, self.specs[n].shape) for n in ordered)
+        self.offsets |= places
+        self.handles[file] = os.open(self.folder / file, self.flags, 0o644)
+        os.ftruncate(self.handles[file], size)
+        _write_at(self.handles[file], start, 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from surgery.errors import UsageError
 from surgery.export.architecture import GgufModel, GgufTensorPlan
@@ -185,8 +186,6 @@ def block_weights(kind: str) -> int:
 
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of a type."""
-    from math import prod
-
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

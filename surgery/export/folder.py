@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.card.publish import write_card
-from surgery.checkpoint.manifest import MANIFEST, dump_manifest, source_json, versions
-from surgery.checkpoint.output_folder import complete_folder, flush
+from surgery.checkpoint.manifest import MANIFEST, SCHEMA_VERSION, dump_manifest, source_json, versions
+from surgery.checkpoint.output_folder import check_destination, check_disk, check_file, complete_folder, flush
 from surgery.checkpoint.reader import Checkpoint
 from surgery.export.write import GgufPlan, write_gguf
 from surgery.progress import Progress, no_progress
@@ -61,7 +61,7 @@ def gguf_manifest(
     if cut.get("repo"):
         source["name"] = cut["repo"]
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "source": source,
         "result": {"parameters": checkpoint.parameters, "bytes": plan.nbytes},
         "gguf": {
@@ -86,8 +86,6 @@ def gguf_manifest(
 
 def check_gguf_destination(path: Path, *, overwrite: bool, source: Path | None, needs_bytes: int) -> None:
     """Raise DestinationError when the folder or the .gguf file `path` can't be written."""
-    from surgery.checkpoint.output_folder import check_destination, check_disk, check_file
-
     if path.suffix != ".gguf":
         check_destination(path, overwrite=overwrite, source=source, needs_bytes=needs_bytes)
         return

@@ -15,6 +15,8 @@ from typing import Any
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.transformers_model import load_tokenizer
 from surgery.errors import UnsupportedModelError
+from surgery.vocabulary.merges import merge_pairs
+from surgery.vocabulary.tokenizer_json import BYTE_TOKEN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -58,7 +60,7 @@ def vocabulary(checkpoint: Checkpoint, rows: int) -> Vocabulary:
     if model.get("type") != "BPE":
         raise _refused(checkpoint, "a tokenizer that is not BPE", str(model.get("type")))
     tokens = _tokens(checkpoint, parts, rows)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    merges = [" ".join(pair) for pair in merge_pairs(model)]
     keys: dict[str, Any] = {"ggml.tokens": [text for text, _ in tokens]}
     notes: list[str] = []
     if model.get("byte_fallback"):
@@ -94,7 +96,7 @@ def _types(tokens: list[tuple[str, int]], sentencepiece: bool, unknown: int | No
     types = [kind for _, kind in tokens]
     if sentencepiece:
         for i, (text, kind) in enumerate(tokens):
-            if kind == NORMAL and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            if kind == NORMAL and BYTE_TOKEN.fullmatch(text):
                 types[i] = BYTE
         if unknown is not None:
             types[unknown] = UNKNOWN
@@ -137,7 +139,7 @@ def _sentencepiece(checkpoint: Checkpoint, parts: dict[str, Any], tokens: list[s
     every such pair is in the list of merges, and all pairs of a piece follow each other there.
     """
     vocab = parts["model"]["vocab"]
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in parts["model"]["merges"]]
+    pairs = merge_pairs(parts["model"])
     scores: dict[str, float] = {}
     last = None
     for place, (left, right) in enumerate(pairs):

@@ -102,8 +102,7 @@ class ChannelIndex:
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
             groups = {f"{key}.": [ffn] for key, ffn in layer.others.items()} if layer.experts else {}
-            main = layer.experts or list(layer.ffns.values())[:1]
-            for prefix, ffns in {"": main, **groups}.items():
+            for prefix, ffns in {"": layer.main, **groups}.items():
                 if ffns:
                     stem = f"layers.{number}.{prefix}"
                     tensors |= coded_tensors(stem, ffns, stacked=ffns[0].expert is not None)

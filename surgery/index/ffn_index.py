@@ -64,6 +64,11 @@ class FfnIndex:
         return self.channels or len(self.statistics["loss_proxy"])
 
     @property
+    def weight_norm(self) -> torch.Tensor:
+        """Sum of the L2 norms of gate row, up row and down column, [F]."""
+        return sum((self.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")), torch.zeros(()))
+
+    @property
     def halo(self) -> torch.Tensor:
         """Sorted indices of the halo: the top 10% of the other channels by connectivity."""
         if len(self.supernodes) == 0:

@@ -184,10 +184,8 @@ def bounds(interval: Interval | None) -> list[float] | None:
 
 
 def channel_values(ffn: FfnIndex, name: str) -> torch.Tensor:
-    """A statistic [F] by name; weight_norm is the sum of the L2 norms of gate row, up row and down column."""
-    if name != "weight_norm":
-        return ffn.statistics[name]
-    return ffn.statistics["gate_norm"] + ffn.statistics["up_norm"] + ffn.statistics["down_norm"]
+    """A statistic [F] by name, or weight_norm (`FfnIndex.weight_norm`)."""
+    return ffn.weight_norm if name == "weight_norm" else ffn.statistics[name]
 
 
 @dataclass(frozen=True)

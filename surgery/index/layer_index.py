@@ -61,7 +61,7 @@ class LayerIndex:
     @property
     def width(self) -> int:
         """Channels of the dense FFN, or of one expert; 0 without an FFN."""
-        return (self.experts or list(self.ffns.values()))[0].width if self.ffns else 0
+        return self.main[0].width if self.ffns else 0
 
     def summary(self) -> dict[str, Any]:
         """The entry of `layers` in index.json."""
@@ -93,7 +93,6 @@ def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
     channels.
     """
     seen = [ffn for ffn in ffns if len(ffn.supernodes)]
-    norms = [sum(f.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")) for f in seen]
     mass = [float(f.statistics["loss_proxy"].double().sum()) for f in seen]
     cores = [len(f.supernodes) for f in seen]
     halos = [f.halo for f in seen]
@@ -117,7 +116,7 @@ def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
         "overlap": {
             "activation_power": overlaps([f.statistics["activation_power"] for f in seen]),
             "max_abs": overlaps([f.statistics["max_abs"] for f in seen]),
-            "weight_norm": overlaps(norms),
+            "weight_norm": overlaps([f.weight_norm for f in seen]),
         },
         "halo": {
             "channels": sum(len(members) for members in halos),

@@ -7,14 +7,13 @@ plan reads. Tensors are ordered by statistic, so that one byte range holds a sta
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from surgery.checkpoint.safetensors_header import DTYPE_NAMES, TensorEntry, read_header
+from surgery.checkpoint.safetensors_header import TensorEntry, make_header, read_header
 from surgery.checkpoint.source import ByteSource
 from surgery.index.codes import decode, encode
 from surgery.index.ffn_index import HALO_ONLY, LEFT_OUT, FfnIndex, as_planned
@@ -57,17 +56,9 @@ def save_by_statistic(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """
     order = {name: number for number, name in enumerate(tensors)}
     names = sorted(tensors, key=lambda n: (-tensors[n].element_size(), _statistic(n), order[n]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        fields = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**fields, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    start, _, _ = make_header((name, tensors[name].dtype, tensors[name].shape) for name in names)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(start)
         for name in names:
             file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 

@@ -54,8 +54,7 @@ def scar_conn(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
 
 def magnitude(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:
     """L2 norm of the gate row, plus that of the up row, plus that of the down column."""
-    values = ffn.statistics
-    return values["gate_norm"] + values["up_norm"] + values["down_norm"]
+    return ffn.weight_norm
 
 
 def activation(ffn: FfnIndex, _: torch.Generator) -> torch.Tensor:

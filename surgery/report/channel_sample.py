@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.chart import Series
-from surgery.index.channel_index import FfnIndex, LayerIndex
+from surgery.index.channel_index import LayerIndex
 
 DRAWN = 150  # points of each group in the scatter plot of one layer
 SEED = 12345
@@ -33,15 +33,14 @@ class Pool:
 
 def pool(layer: LayerIndex) -> Pool:
     """The channels of a layer's routed experts, concatenated, or of its main FFN if it has no experts."""
-    parts = layer.experts or list(layer.ffns.values())[:1]
     names = ("loss_proxy", "activation_power", "weight_norm", "halo_connectivity", "halo_redundancy")
     values: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     core: list[torch.Tensor] = []
     halo: list[torch.Tensor] = []
     top: dict[str, list[torch.Tensor]] = {"activation_power": [], "weight_norm": []}
     start = 0
-    for part in parts:
-        own = {**part.statistics, "weight_norm": weight_norm(part)}
+    for part in layer.main:
+        own = {**part.statistics, "weight_norm": part.weight_norm}
         for name in names:
             values[name].append(own[name].float())
         core.append(part.supernodes + start)
@@ -55,11 +54,6 @@ def pool(layer: LayerIndex) -> Pool:
         torch.cat(halo),
         {name: torch.cat(found) for name, found in top.items()},
     )
-
-
-def weight_norm(ffn: FfnIndex) -> torch.Tensor:
-    """Sum of the L2 norms of gate row, up row and down column, [F]."""
-    return sum((ffn.statistics[n] for n in ("gate_norm", "up_norm", "down_norm")), torch.zeros(ffn.width))
 
 
 def drawn_note() -> str:
