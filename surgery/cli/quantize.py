@@ -225,6 +225,8 @@ def show_plan(
         f"{plan.scheme.name}: {len(plan.tensors)} matrices, {plan.scheme.bits_per_weight:.3g} bits a weight",
         f"Bytes {model.checkpoint.nbytes / 2**20:,.1f} MiB → {after / 2**20:,.1f} MiB",
     ]
+    if model.checkpoint.stored_form:
+        lines.append(f"Rounded a second time: the source is {model.checkpoint.stored_form}")
     for name, places in plan.places.items():
         lines.append(f"Super weights put back in {name}: {', '.join(map(str, places))}")
     lines += [f"Left as it is, for its super weight: {name}" for name in plan.whole]

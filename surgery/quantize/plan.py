@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.checkpoint.gguf import GgufCheckpoint
 from surgery.errors import UnsupportedModelError, UsageError
 from surgery.model.families import DENSE
 from surgery.model.ffn import ffn_named
@@ -50,8 +49,8 @@ def plan_quantization(
     """Plan to round every matrix of a linear in the decoder layers.
 
     Norms, embeddings, routers and the head are not rounded. `weights` are super weights (`layer`, `ffn`,
-    `row`, `column`). Raises UnsupportedModelError for a model whose linears are stored transposed, whose
-    experts are stored as one tensor, or that is a GGUF file, and UsageError for an unknown `handling`.
+    `row`, `column`). Raises UnsupportedModelError for a model whose linears are stored transposed or whose
+    experts are stored as one tensor, and UsageError for an unknown `handling`.
     """
     check_roundable(meta_model)
     if handling not in HANDLINGS:
@@ -97,8 +96,6 @@ def check_roundable(meta_model: MetaModel) -> None:
         for ffn in ffns:
             if ffn.stacked and len(meta_model.stored_parameter(number, ffn.down_name).stored) == 1:
                 reason = "experts stored as one tensor are not quantised yet"
-    if isinstance(meta_model.checkpoint, GgufCheckpoint):
-        reason = "GGUF files are quantised already: write one out first, with `surgeon prune`"
     if reason:
         raise UnsupportedModelError(reason, where=name)
 

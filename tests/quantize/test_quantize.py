@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_gguf import surgeon_model, write_gguf
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery.card.publish import name_repo, record_tasks
+from surgery.engine.open_model import open_model
 from surgery.errors import UsageError
 from surgery.quantize.rounding import CLIPS, Scheme, choose_clip, round_excluding, round_to_nearest
 from surgery.quantize.w8a8 import round_tokens
@@ -335,3 +337,31 @@ def test_small_weights_keep_their_scale_in_float16() -> None:
     weight = (1e-3 * normal(8, 128)).half()
     back = round_to_nearest(weight, Scheme(8, True, "group", 128)).dequantised()
     assert float((back - weight).float().norm() / weight.float().norm()) < 0.01
+
+
+@pytest.mark.parametrize("how", [("--simulate",), ()])
+def test_a_gguf_file_is_rounded_as_the_folder_of_its_values(
+    how: tuple[str, ...], tmp_path: Path, surgeon: Callable[..., Any]
+) -> None:
+    write_gguf(tmp_path / "whole.gguf", "qwen2", quantise=lambda _: "Q8_0")
+    options = ["--bits", "8", "--group-size", "32", "--symmetric", "--no-clip", *how]
+    said = surgeon("quantize", "whole.gguf", *options, "--out", "rounded")
+    assert "Rounded a second time: the source is GGUF (" in said.stdout
+    opened = open_model(tmp_path / "whole.gguf")
+    values = {name: opened.checkpoint.read(name) for name in opened.checkpoint.tensors}
+    scheme, stored = Scheme(8, True, "group", 32), load_file("rounded/model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    expected = round_to_nearest(values[f"{name}.weight"], scheme)
+    assert torch.equal(stored["model.norm.weight"], values["model.norm.weight"])
+    if how:
+        assert torch.equal(stored[f"{name}.weight"].float(), expected.dequantised().float())
+    else:
+        assert torch.equal(
+            stored[f"{name}.weight_scale"], expected.scale.view(values[f"{name}.weight"].shape[0], -1)
+        )
+    ids = torch.randint(0, 256, (2, 24), generator=GENERATOR)
+    with torch.no_grad():
+        whole = surgeon_model(tmp_path / "whole.gguf").model(ids).logits
+        cut = AutoModelForCausalLM.from_pretrained("rounded")(ids, use_cache=False).logits.float()
+    assert float((whole - cut).norm() / whole.norm()) < 0.1
+    assert AutoTokenizer.from_pretrained("rounded")("ab")["input_ids"]
