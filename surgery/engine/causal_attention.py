@@ -1,11 +1,14 @@
-"""The gradient of causal attention on a CPU, at the machine's rate.
+"""Causal attention on a CPU, forward and backward, at the machine's rate.
 
-PyTorch's fused kernel for CPUs is fast forward, but its backward pass runs at a tenth of the rate of the
-machine's bfloat16 products. Here the fused kernel computes the output, bit for bit as before, and the
-gradient comes from plain matrix products, a few rows and heads at a time so that the scores stay in the
-processor's cache. Measured with `tests/benchmarks/attention.py`.
+PyTorch's fused kernel for CPUs runs at a tenth of the rate of the machine's bfloat16 products. Here the
+output and the gradient come from plain matrix products, a few rows and heads at a time so that the scores
+stay in the processor's cache. Measured with `tests/benchmarks/attention.py`.
 
-With scores S = s Q K' (s the scale), P = softmax(S) row by row and the output's gradient G:
+With queries Q, keys K, values V [T, d] of a head, s the scale, and j <= i for every row i:
+
+    S = s Q K',   P = softmax(S) row by row,   output = P V
+
+S and P are float32, of bfloat16 factors; P is rounded to bfloat16 as a factor. With the output's gradient G:
 
     dV = P' G,   dP = G V',   dS = P * (dP - rowsum(dP * P)),   dQ = s dS K,   dK = s dS' Q
 
@@ -22,9 +25,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-LONGEST = 1023  # tokens; for longer blocks the fused kernel is as fast, as scores don't fit in the cache
+from surgery.engine.fast_products import fast_products
+
+LONGEST = (
+    1023  # tokens; in longer blocks the fused kernel's gradient is as fast: scores don't fit in the cache
+)
 ROWS = 256  # of the scores that are computed together
-SCORES = 1 << 20  # elements of them
+SCORES = 1 << 20  # elements of them, bfloat16 for the gradient
+OUTPUT_SCORES = 3 << 17  # the same for the output, where they are float32
 
 
 class CausalAttention(torch.autograd.Function):
@@ -34,13 +42,10 @@ class CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """The output [B, H, T, d] of PyTorch's fused kernel."""
-        output: torch.Tensor = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        """The output [B, H, T, d]."""
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        return output
+        return attention_output(query, key, value, scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -49,16 +54,47 @@ class CausalAttention(torch.autograd.Function):
         return (*attention_gradients(query, key, value, gradients[0], ctx.scale), None)
 
 
+@torch.no_grad()
+def attention_output(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention [B, H, T, d] of bfloat16 queries [B, H, T, d], keys and values [B, H / g, T, d]."""
+    batch, heads, tokens, width = query.shape
+    q, k, v = _by_head(query, key, value)
+    output = torch.empty_like(q)
+    rows = min(ROWS, tokens)
+    step = max(1, OUTPUT_SCORES // (rows * tokens))
+    later = torch.full((rows, rows), -math.inf).triu_(1)  # what a row of the diagonal part must not see
+    with fast_products(query, key, value):
+        for first in range(0, len(q), step):
+            part = slice(first, first + step)
+            rows_q, keys, values = q[part].float(), k[part].float().transpose(1, 2), v[part].float()
+            for start in range(0, tokens, rows):
+                end = min(start + rows, tokens)
+                scores = torch.bmm(rows_q[:, start:end], keys[:, :, :end]).mul_(scale)
+                scores[:, :, start:] += later[: end - start, : end - start]
+                output[part, start:end] = torch.bmm(torch.softmax(scores, -1), values[:, :end])
+    return output.view(batch, heads, tokens, width)
+
+
+def _by_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys and values as [B H, T, d]; a key's or value's head is repeated for its g heads."""
+    batch, heads, tokens, width = tensors[0].shape
+    return [
+        (one if one.shape[1] == heads else one.repeat_interleave(heads // one.shape[1], 1)).reshape(
+            batch * heads, tokens, width
+        )
+        for one in tensors
+    ]
+
+
 def attention_gradients(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV, shaped as query, key and value, from dL/d(output) [B, H, T, d]."""
     batch, heads, tokens, width = query.shape
     groups = heads // key.shape[1]
-    q, g = (tensor.reshape(batch * heads, tokens, width) for tensor in (query, gradient))
-    k, v = (
-        tensor.repeat_interleave(groups, 1).reshape(batch * heads, tokens, width) for tensor in (key, value)
-    )
+    q, k, v, g = _by_head(query, key, value, gradient)
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     step = max(1, SCORES // (min(ROWS, tokens) * tokens))
     for start in range(0, tokens, ROWS):
@@ -78,27 +114,35 @@ def attention_gradients(
     return d_q.view_as(query), shared[0].view_as(key), shared[1].view_as(value)
 
 
-def fast_gradients(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """FastGradients where a layer on this device, in this dtype, is about to take gradients; else nothing."""
-    useful = device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
-    return FastGradients() if useful else nullcontext()
+def fast_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """FastAttention where a layer is about to run on this device, in this dtype, and gains by it."""
+    useful = device.type == "cpu" and dtype == torch.bfloat16
+    return FastAttention() if useful else nullcontext()
 
 
-class FastGradients(TorchFunctionMode):
-    """Within the block, attention that takes gradients has those of `CausalAttention`, where it can.
+class FastAttention(TorchFunctionMode):
+    """Within the block, attention is computed by plain products, where it can be.
 
-    That is: bfloat16 on a CPU, causal without another mask, no dropout, blocks of LONGEST tokens at most.
+    That is: bfloat16 on a CPU, causal without another mask, no dropout; with gradients, LONGEST tokens at
+    most.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is scaled_dot_product_attention and _fits(*args, **kwargs):
-            query, key, value = args
-            scale = kwargs.get("scale")
-            return CausalAttention.apply(  # type: ignore[no-untyped-call]
-                query, key, value, query.shape[-1] ** -0.5 if scale is None else scale
-            )
-        return func(*args, **kwargs)
+        if func is not scaled_dot_product_attention or not _fits(*args, **kwargs):
+            return func(*args, **kwargs)
+        query, key, value = args
+        scale = kwargs.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if not _takes_gradients(*args):
+            return attention_output(query, key, value, scale)
+        if query.shape[2] > LONGEST:
+            return func(*args, **kwargs)
+        return CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+
+
+def _takes_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _fits(
@@ -111,15 +155,13 @@ def _fits(
     **_: Any,
 ) -> bool:
     return (
-        torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-        and query.device.type == "cpu"
+        query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and attn_mask is None
         and bool(is_causal)
         and dropout_p == 0
         and query.dim() == 4
-        and query.shape[2] == key.shape[2] <= LONGEST
+        and query.shape[2] == key.shape[2]
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and query.shape[1] % key.shape[1] == 0
     )

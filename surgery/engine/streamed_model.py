@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from surgery.engine.causal_attention import fast_gradients
+from surgery.engine.causal_attention import fast_attention
 from surgery.engine.disk_errors import in_layer
 from surgery.engine.malloc import Malloc
 from surgery.engine.open_model import Model
@@ -299,7 +299,7 @@ class StreamedModel:
         Raises UnsupportedModelError when the layer's own code fails, as it does on a config that does not
         fit.
         """
-        with model_code(self.checkpoint.name), fast_gradients(hidden.device, hidden.dtype):
+        with model_code(self.checkpoint.name), fast_attention(hidden.device, hidden.dtype):
             output = layer(hidden, *call.args, **call.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
