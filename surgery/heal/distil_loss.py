@@ -49,7 +49,7 @@ class TopTokens:
 
 def top_tokens(logits: torch.Tensor, count: int, temperature: float = 1.0) -> TopTokens:
     """The `count` most likely tokens of float32 logits [n, V] at a temperature; float16 digits of ln p."""
-    scaled = logits / temperature
+    scaled = _tempered(logits, temperature)
     found, ids = scaled.topk(min(count, logits.shape[-1]), dim=-1)
     log_p = found - scaled.logsumexp(-1, keepdim=True)
     return TopTokens(ids, log_p.half().float())
@@ -63,24 +63,34 @@ def token_losses(
     `following` [n] are the ids of the tokens that come next.
     """
     temperature, share = loss.temperature, loss.cross_entropy
-    log_q = torch.log_softmax(logits / temperature, -1)
+    log_q = torch.log_softmax(_tempered(logits, temperature), -1)
     log_q_top = log_q.gather(-1, teacher.ids)
-    gradient = log_q.exp()
+    log_q_next = log_q.gather(-1, following[:, None])[:, 0]
+    q = log_q.exp_()  # in place: whole logits are the largest tensors here
+    plain = None
+    if share:
+        plain = q.clone()
+        if temperature != 1:
+            log_q1 = torch.log_softmax(logits, -1)
+            log_q_next, plain = log_q1.gather(-1, following[:, None])[:, 0], log_q1.exp_()
+        plain[torch.arange(len(following), device=logits.device), following] -= 1
     p_top, p_rest = teacher.log_p.exp(), teacher.rest
-    gradient.scatter_(-1, teacher.ids, 0.0)
-    q_rest = gradient.sum(-1).clamp_min(TINY)
+    q.scatter_(-1, teacher.ids, 0.0)
+    q_rest = q.sum(-1).clamp_min(TINY)
     nats = (p_top * (teacher.log_p - log_q_top)).sum(-1)
     nats += p_rest * (p_rest.clamp_min(TINY).log() - q_rest.log())
-    gradient *= (1 - p_rest / q_rest)[:, None]
+    nats = temperature**2 * (1 - share) * nats - share * log_q_next
+    weight = temperature * (1 - share)
+    gradient = q.mul_((1 - p_rest / q_rest)[:, None])
     gradient.scatter_(-1, teacher.ids, log_q_top.exp() - p_top)
-    if share == 0:
-        return temperature**2 * nats, gradient.mul_(temperature)
-    log_q1 = log_q if temperature == 1 else torch.log_softmax(logits, -1)
-    plain = log_q1.exp()
-    rows = torch.arange(len(following), device=logits.device)
-    plain[rows, following] -= 1
-    nats = temperature**2 * (1 - share) * nats - share * log_q1[rows, following]
-    return nats, gradient.mul_(temperature * (1 - share)).add_(plain, alpha=share)
+    if weight != 1:
+        gradient.mul_(weight)
+    return nats, gradient if plain is None else gradient.add_(plain, alpha=share)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits / temperature, without a copy where that is 1."""
+    return logits if temperature == 1 else logits / temperature
 
 
 def counted_tokens(counted: torch.Tensor) -> int:
@@ -125,7 +135,7 @@ def distil(
                 with torch.no_grad():
                     teacher = TopTokens(ids[rows], log_p[rows])
                     nats, found = token_losses(logits.float(), teacher, following[rows], loss)
-                    found = (found / tokens).to(logits.dtype)
+                    found = found.div_(tokens).to(logits.dtype)
                 (gradient[rows],) = torch.autograd.grad(logits, states, found)
                 total += nats.double().sum().cpu()
             stream.put_last_gradient(part, gradient[None])

@@ -21,7 +21,7 @@ from surgery.heal.targets import Teacher
 from surgery.heal.train import Division, HeldOut, Schedule, Trainer
 from surgery.heal.trainable import A, B, Trainables, TrainMode
 
-STEPS, BATCH, SIZE, TOP, RATE = 3, 3, 16, 32, 1e-3
+STEPS, BATCH, SIZE, TOP, RATE = 3, 3, 16, 32, 5e-4
 LOSS = DistilLoss(temperature=2.0, cross_entropy=0.25)
 
 
