@@ -28,6 +28,11 @@ COPY_BYTES = 64 << 20
 SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")  # a folder of the Hub's cache
 
 
+def config_digest(config: dict[str, Any]) -> str:
+    """sha256 of a config.json in canonical form."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 class Checkpoint:
     """The tensors and the config of one safetensors checkpoint, read-only.
 
@@ -151,8 +156,7 @@ class Checkpoint:
     @cached_property
     def config_digest(self) -> str:
         """sha256 of config.json in canonical form."""
-        text = json.dumps(self.config, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return config_digest(self.config)
 
     @cached_property
     def shape_digest(self) -> str:

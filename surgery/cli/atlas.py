@@ -137,10 +137,11 @@ def slug(member: str) -> str:
 
 
 def write_atlas(out: Path, found: Named, failures: list[Failure], as_json: bool) -> None:
-    """Write atlas.html, atlas.json and atlas.parquet into the folder, each complete or as it was."""
+    """Write page, numbers, tables and catalogue into the folder, each complete or as it was."""
     from pyarrow import parquet
 
-    from surgery.report.atlas import atlas_document, atlas_table
+    from surgery.report.atlas import atlas_catalogue, atlas_document, atlas_table
+    from surgery.report.markdown import markdown_tables
     from surgery.report.page import render_page
 
     document = atlas_document(found, failures)
@@ -151,5 +152,7 @@ def write_atlas(out: Path, found: Named, failures: list[Failure], as_json: bool)
     partial.replace(out / "atlas.parquet")
     replace_text(out / "atlas.json", numbers + "\n")
     replace_text(out / "atlas.html", page)
+    replace_text(out / "atlas.md", markdown_tables(document))
+    replace_text(out / "super_weights.json", json.dumps(atlas_catalogue(found), indent=1) + "\n")
     if as_json:
         click.echo(numbers)

@@ -22,7 +22,7 @@ def show_structures(fields: dict[str, Any], console: Console) -> None:
         show_weights("Echoes (spikes that are not super weights)", fields.get("echoes", []), console)
         return
     proved = [one for one in structures if one["super"]]
-    others = [one for one in structures if not one["super"] and len(one["parts"]) == 1]
+    others = [one for one in structures if not one["super"]]
     _show("Super weights", proved, console)
     _show("Spikes (no super weight by their effect)", others[:SPIKES_SHOWN], console)
     if len(others) > SPIKES_SHOWN:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,11 @@ from surgery.budget.index_cost import PROOF_BLOCKS, PROOF_TOKENS, proof_cost
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
-from surgery.errors import SurgeonWarning
 from surgery.index.calibration import Calibration
 from surgery.index.findings import Finding, sort_weights, with_sightings
 from surgery.index.prove import prove
 from surgery.index.spike_detector import SuperWeightDetector
-from surgery.index.structures import MAX_ROWS, MAX_SCALARS, Candidates
+from surgery.index.structures import Candidates
 from surgery.index.super_weights import SuperWeight
 from surgery.progress import Progress
 
@@ -62,8 +60,7 @@ def find_structures(
     """Search the prompts for spikes and measure what they are worth.
 
     They are measured on the first PROOF_TOKENS tokens of the first PROOF_BLOCKS calibration blocks.
-    `finished` is a journal that holds the result already. Warns of spikes that are not measured. Raises
-    MemoryBudgetError, before any pass.
+    `finished` is a journal that holds the result already. Raises MemoryBudgetError, before any pass.
     """
     if finished is not None:
         return FoundStructures.from_json(finished.load("structures")[0])
@@ -76,17 +73,9 @@ def find_structures(
         detector.forward(number, layer)
     lasting, passing = detector.finish(model.checkpoint.config)
     candidates = Candidates.of([*lasting, *passing], detector.rows())
-    if candidates.left_out:
-        warnings.warn(
-            SurgeonWarning(
-                f"spikes found but not measured: {candidates.left_out}; at most {MAX_SCALARS} weights and "
-                f"{MAX_ROWS} rows are measured, those seen in the most prompts"
-            ),
-            stacklevel=2,
-        )
     findings = prove(opened, candidates, ids, progress)
-    findings = with_sightings(findings, [*candidates.weights, *candidates.rows])
-    weights, echoes = sort_weights(candidates.weights, findings)
+    findings = with_sightings(findings, candidates.found)
+    weights, echoes = sort_weights([*candidates.weights, *candidates.other_weights], findings)
     return FoundStructures(
         findings,
         sorted(weights, key=lambda weight: weight.place),

@@ -84,9 +84,18 @@ def outlier_overlap(layer: LayerIndex, by: str) -> Interval | None:
     column). Supernodes are chosen again in every resample, and the largest by activation power too. Weights
     do not depend on the text, and the largest by max_abs are held fixed: a maximum has no sums by block.
     """
+    return _outlier_overlap(_with_tokens(layer), by)
+
+
+def model_outlier_overlap(index: ChannelIndex, by: str) -> Interval | None:
+    """`outlier_overlap` of the supernodes of all layers, which are resampled together."""
+    return _outlier_overlap([ffn for layer in index.layers for ffn in _with_tokens(layer)], by)
+
+
+def _outlier_overlap(ffns: Sequence[FfnIndex], by: str) -> Interval | None:
     shared: list[torch.Tensor] = []
     exact = total = groups = 0
-    for ffn in _with_tokens(layer):
+    for ffn in ffns:
         sums, count = _usable(ffn), len(ffn.supernodes)
         if sums is None:
             return None

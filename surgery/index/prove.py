@@ -2,9 +2,9 @@
 
 The size of a spike does not say what it is worth, and parts can mask each other: removing one of two spares
 changes nothing. So every candidate scalar, column and row is removed by itself, then every two candidates,
-then groups that could act together. A group that costs more than any measured part of it is made smaller for
-as long as the cost stays. The cost is the difference of the next-token loss in nats per token, with an
-interval over blocks (`paired_bootstrap`).
+then groups that could act together; of very many candidates, the less clear ones only all together. A group
+that costs more than any measured part of it is made smaller for as long as the cost stays. The cost is the
+difference of the next-token loss in nats per token, with an interval over blocks (`paired_bootstrap`).
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ def prove(
     known = Measurements(opened, ids, progress)
     known.measure({one: one.edits() for one in singles})
     units = _units(candidates, known)
-    together = [*pairs(units), *candidates.groups()]
+    together = [*pairs(units), *candidates.groups(), *candidates.rest()]
     known.measure({one: one.edits() for one in together})
     known.proved += [one for one in singles if known.matters(one)]
     _shrink(together, known)
-    findings = [_finding(one, known) for one in dict.fromkeys([*singles, *known.proved])]
+    findings = [_finding(one, known) for one in dict.fromkeys([*singles, *candidates.rest(), *known.proved])]
     return _compared(findings, known)
 
 

@@ -13,6 +13,7 @@ from surgery.index.super_weights import SuperWeight
 
 MAX_SCALARS, MAX_ROWS = 16, 16  # candidates measured: those of the most prompts, then of the largest output
 MAX_PAIRED = 6  # candidates of which every two are measured
+MAX_NAMED = 8  # parts that a name lists
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class Structure:
 
     @property
     def name(self) -> str:
-        """The names of its parts."""
+        """The names of its parts; of more than MAX_NAMED, their number and layers."""
+        if len(self.parts) > MAX_NAMED:
+            layers = sorted({part.layer for part in self.parts})
+            where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+            return f"{len(self.parts)} parts of {where} together"
         return " + ".join(part.name for part in self.parts)
 
     def contains(self, other: Structure) -> bool:
@@ -116,20 +121,32 @@ def row(one: SuperWeight | RowSpike) -> Structure:
 class Candidates:
     """What the detector found, as structures to measure.
 
-    weights: candidate scalars, the clearest first. rows: row spikes. left_out: how many were dropped.
+    weights: candidate scalars, the clearest first. rows: row spikes. other_weights, other_rows: those beyond
+    MAX_SCALARS and MAX_ROWS, which are measured together only.
     """
 
     weights: list[SuperWeight]
     rows: list[RowSpike]
-    left_out: int = 0
+    other_weights: list[SuperWeight]
+    other_rows: list[RowSpike]
 
     @classmethod
     def of(cls, weights: list[SuperWeight], rows: list[RowSpike]) -> Candidates:
         """The clearest candidates, at most MAX_SCALARS and MAX_ROWS."""
         scalars = sorted(weights, key=lambda w: (-w.prompts, -abs(w.output), w.place))
         spikes = sorted(rows, key=lambda r: (-r.prompts, -abs(r.output), r.place))
-        dropped = max(0, len(scalars) - MAX_SCALARS) + max(0, len(spikes) - MAX_ROWS)
-        return cls(scalars[:MAX_SCALARS], spikes[:MAX_ROWS], dropped)
+        kept, more = scalars[:MAX_SCALARS], scalars[MAX_SCALARS:]
+        return cls(kept, spikes[:MAX_ROWS], more, spikes[MAX_ROWS:])
+
+    @property
+    def found(self) -> list[SuperWeight | RowSpike]:
+        """Everything that was found."""
+        return [*self.weights, *self.rows, *self.other_weights, *self.other_rows]
+
+    def rest(self) -> list[Structure]:
+        """The less clear candidates as one structure; none without any."""
+        others = [*map(scalar, self.other_weights), *map(row, self.other_rows)]
+        return [_together(others)] if others else []
 
     def singles(self) -> list[Structure]:
         """Every scalar, every column and every row, each once."""

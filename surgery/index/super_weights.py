@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import resources
 from typing import Any
 
+from surgery.checkpoint.reader import config_digest
+
 
 @dataclass(frozen=True)
 class SuperWeight:
@@ -82,15 +84,21 @@ class SuperWeight:
         return cls(**{k: v for k, v in fields.items() if k in cls.__dataclass_fields__})
 
 
-def published_coordinates(config: dict[str, Any]) -> dict[tuple[int, int, int], str]:
-    """Sources of the published super weights of the model with this config, by (layer, row, column)."""
-    text = (
+def published_coordinates(
+    config: dict[str, Any], catalogue: str | None = None
+) -> dict[tuple[int, int, int], str]:
+    """Sources of the published super weights of the model with this config, by (layer, row, column).
+
+    `catalogue` is the text of another catalogue than the one surgeon ships, as an atlas writes it.
+    """
+    text = catalogue or (
         resources.files("surgery").joinpath("data/published_super_weights.json").read_text(encoding="utf-8")
     )
-    catalogue = json.loads(text)
-    found = {}
-    for entry in catalogue["models"]:
-        if all(config.get(key) == value for key, value in entry["shape"].items()):
+    fields = json.loads(text)
+    found, digest = {}, config_digest(config)
+    for entry in fields["models"]:
+        known = entry.get("config_digest", digest) == digest
+        if known and all(config.get(key) == value for key, value in entry["shape"].items()):
             for layer, row, column in entry["coordinates"]:
-                found[layer, row, column] = f"{entry['model']}: {catalogue['sources'][entry['source']]}"
+                found[layer, row, column] = f"{entry['model']}: {fields['sources'][entry['source']]}"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +11,24 @@ import torch
 from surgery import __version__
 from surgery.errors import SurgeonError
 from surgery.index.channel_index import ChannelIndex
-from surgery.report.document import Document, Section, Table
-from surgery.report.revisions import Named, revision_sections, same_shape
+from surgery.index.findings import Finding
+from surgery.index.intervals import bounds, held_share, median_top_share, model_outlier_overlap, why_none
+from surgery.report.document import Document, Section, Table, Unit
+from surgery.report.page import between, shown
+from surgery.report.revisions import Named, revision_sections, same_shape, shares
+from surgery.report.spikes import EFFECT_COLUMNS, EFFECT_NOTE, effect_cells
 
 if TYPE_CHECKING:
     import pyarrow
 
 Failure = tuple[str, SurgeonError]
+SPIKES = 5  # of each index that are listed
 
 
 def atlas_document(members: Named, failures: list[Failure]) -> Document:
     """The page: models and texts, concentration, shared supernodes, super weights, and what failed."""
     table, concentration, _ = revision_sections(members)
-    sections = [table, concentration, *_shared(members), _super_weights(members)]
+    sections = [table, _concentrated(members), concentration, *_shared(members), _structures(members)]
     if failures:
         sections.append(_failures(failures))
     models = dict.fromkeys(index.source["name"] for _, index in members)
@@ -57,28 +63,88 @@ def same_shapes(members: Named) -> list[Named]:
     return [group for group in groups if len(group) > 1]
 
 
-def _super_weights(members: Named) -> Section:
+def _concentrated(members: Named) -> Section:
+    """Concentration, overlaps and halo of each index, over all its layers, with 95% intervals."""
     rows: list[list[Any]] = []
+    notes = []
     for name, index in members:
-        for weight in (entry.as_json() for entry in index.super_weights):
-            effect = weight.get("ablation") or {}
-            place = f"{weight['layer']} [{weight['row']}, {weight['column']}]"
-            found = [effect.get(key) for key in ("perplexity", "perplexity_without", "factor")]
-            rows.append([name, place, weight["value"], weight["output"], *found])
-    columns = [
-        ("index", "text"),
-        ("layer [row, column]", "text"),
-        ("value", "number"),
-        ("output of the FFN", "number"),
-        ("perplexity", "number"),
-        ("without it", "number"),
-        ("times", "number"),
+        own = [share for share in shares(index) if share is not None]
+        seen = [[(ffn, ffn.halo) for ffn in layer.main] for layer in index.layers]
+        found = [
+            median_top_share(index),
+            model_outlier_overlap(index, "activation_power"),
+            model_outlier_overlap(index, "weight_norm"),
+            held_share(seen),
+        ]
+        reason = why_none(index)
+        if reason:
+            notes.append(f"{name}: {reason}")
+        exact = _without_intervals(index, own)
+        cells = [
+            share(value if one is None else one.estimate, bounds(one))
+            for value, one in zip(exact, found, strict=True)
+        ]
+        rows.append([name, cells[0], min(own), max(own), *cells[1:]])
+    columns: list[tuple[str, Unit]] = [
+        *(("index", "text"), ("LP in the top 1%, median layer", "text")),
+        *(("smallest layer", "percent"), ("largest layer", "percent")),
+        ("supernodes among the largest by activation power", "text"),
+        *(("by weight norm", "text"), ("LP in the halo, mean layer", "text")),
     ]
-    note = "Perplexity on the first calibration blocks of each index; empty where it was not measured."
-    without = [name for name, index in members if not index.super_weights]
-    text = f"None in {', '.join(without)}." if without else ""
-    table = Table("super-weights", "Super weights and their effects", columns, rows, note)  # type: ignore[arg-type]
-    return Section("super-weights", "Super weights", text, tables=[table] if rows else [])
+    note = "With 95% intervals over calibration blocks. The halo is the tenth of the other channels closest "
+    note += "to the supernodes by connectivity. " + " ".join(notes)
+    table = Table("concentration", "Concentration, overlap with outliers, halo", columns, rows, note.strip())
+    return Section("concentration", "Concentration, overlap and halo", tables=[table])
+
+
+def _without_intervals(index: ChannelIndex, own: list[float]) -> list[float | None]:
+    """The numbers of `_concentrated` where block sums are missing: from each layer's summary."""
+    summaries = [layer.summary() for layer in index.layers if layer.ffns]
+
+    def weighted(key: str) -> float | None:
+        pairs = [(s["overlap"][key], len(s["supernodes"])) for s in summaries if key in s["overlap"]]
+        total = sum(count for _, count in pairs)
+        return sum(value * count for value, count in pairs) / total if total else None
+
+    proxies = [[(f.statistics["loss_proxy"], f.halo) for f in layer.main] for layer in index.layers]
+    halo = [
+        float(sum(lp[members].sum() for lp, members in layer) / total)
+        for layer in proxies
+        if (total := sum(lp.sum() for lp, _ in layer))
+    ]
+    return [
+        statistics.median(own),
+        weighted("activation_power"),
+        weighted("weight_norm"),
+        statistics.fmean(halo),
+    ]
+
+
+def share(value: float | None, interval: list[float] | None) -> str:
+    """A share as "12.3% (11.0% to 13.7%)", without the interval where it is not known."""
+    if value is None:
+        return ""
+    return shown(value, "percent") + (f" {between(interval, 'percent')}" if interval else "")
+
+
+def _structures(members: Named) -> Section:
+    """What was removed of each model and what that cost: super weights, and the costliest spikes."""
+    proved = [[name, *effect_cells(f)] for name, index in members for f in index.structures if f.is_super]
+    spikes = [
+        [name, *effect_cells(found)]
+        for name, index in members
+        for found in [one for one in index.structures if not one.is_super][:SPIKES]
+    ]
+    columns: list[tuple[str, Unit]] = [("index", "text"), *EFFECT_COLUMNS]
+    tables = [
+        Table("super-weights", "Super weights, by measured effect", columns, proved, EFFECT_NOTE),
+        Table("spikes", f"The {SPIKES} costliest spikes of each", columns, spikes),
+    ]
+    text = "; ".join(
+        f"{name}: {sum(f.is_super for f in index.structures)} of {len(index.structures)} structures are super"
+        for name, index in members
+    )
+    return Section("super-weights", "Super weights", text, tables=[table for table in tables if table.rows])
 
 
 def _failures(failures: list[Failure]) -> Section:
@@ -87,6 +153,28 @@ def _failures(failures: list[Failure]) -> Section:
         "failed", "Not in the atlas", [("member", "text"), ("error", "text"), ("next", "text")], rows
     )
     return Section("failed", "What failed", tables=[table])
+
+
+def atlas_catalogue(members: Named) -> dict[str, Any]:
+    """Super weights in the form of the catalogue that surgeon ships, each with its measured effect.
+
+    `models` are recognised by the digest of their config, as `published_coordinates` reads them.
+    """
+    sources, models = {}, []
+    for name, index in members:
+        calibration, weights = index.calibration, index.super_weights
+        revision = f"@{index.source['revision']}" if index.source["revision"] else ""
+        sources[name] = (
+            f"surgeon {__version__}, {index.source['name']}{revision}, {calibration['blocks']} x "
+            f"{calibration['block_size']} tokens of {calibration['name']}"
+        )
+        entry = {"model": index.source["name"], "shape": {}, "config_digest": index.source["config_digest"]}
+        places = [[weight.layer, weight.row, weight.column] for weight in weights]
+        models.append(
+            {**entry, "source": name, "coordinates": places, "effects": [w.effect for w in weights]}
+        )
+    about = "Super weights proved by their removal: layer, row and column of down_proj, and nats per token."
+    return {"about": about, "sources": sources, "models": models}
 
 
 def atlas_table(members: Named) -> pyarrow.Table:
@@ -103,6 +191,14 @@ def _schema() -> pyarrow.Schema:
     share, count, text = pa.float64(), pa.int64(), pa.string()
     weight = {"row": count, "column": count, "value": share, "output": share}
     effects = {"perplexity": share, "perplexity_without": share, "factor": share}
+    structure = {
+        "name": text,
+        "kind": text,
+        "super": pa.bool_(),
+        "effect": share,
+        "low": share,
+        "high": share,
+    }
     return pa.schema(
         {
             **{"member": text, "model": text, "revision": text, "parameters": count, "calibration": text},
@@ -112,6 +208,7 @@ def _schema() -> pyarrow.Schema:
             "supernodes": pa.list_(count),
             "supernodes_shared": pa.list_(pa.struct({"member": text, "share": share})),
             "super_weights": pa.list_(pa.struct({**weight, **effects})),
+            "structures": pa.list_(pa.struct(structure)),
         }
     )
 
@@ -148,7 +245,23 @@ def _rows(member: tuple[str, ChannelIndex], members: Named) -> Iterable[dict[str
                 if len(core)
             ],
             "super_weights": [_weight(w.as_json()) for w in index.super_weights if w.layer == number],
+            "structures": [
+                _structure(one) for one in index.structures if one.structure.parts[0].layer == number
+            ],
         }
+
+
+def _structure(found: Finding) -> dict[str, Any]:
+    """A measured structure, in the row of the first layer that it has a part in."""
+    low, high = found.effect.as_json()
+    return {
+        "name": found.structure.name,
+        "kind": found.structure.kind,
+        "super": found.is_super,
+        "effect": found.effect.mean,
+        "low": low,
+        "high": high,
+    }
 
 
 def _weight(fields: dict[str, Any]) -> dict[str, Any]:

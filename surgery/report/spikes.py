@@ -24,6 +24,10 @@ EFFECT_NOTE = (
     "of removing other weights of the same row, magnitude and layer. A dash: not compared, because the "
     "interval includes no effect."
 )
+EFFECT_COLUMNS: list[tuple[str, Unit]] = [
+    *(("structure", "text"), ("kind", "text"), ("effect", "number"), ("95% interval", "text")),
+    *(("perplexity", "number"), ("without it", "number"), ("at its mean", "text"), ("controls", "text")),
+]
 CATALOGUE = {"match": "matches {}", "near": "near one of {}", "new": "not published"}
 
 
@@ -31,7 +35,7 @@ def spike_sections(index: ChannelIndex) -> list[Section]:
     """Spikes of down_proj, their persistence, and tables of super weights and other spikes."""
     figures = [figure for figure in (_maxima(index), _persistence(index)) if figure is not None]
     proved = [found for found in index.structures if found.is_super]
-    spikes = [f for f in index.structures if not f.is_super and len(f.structure.parts) == 1]
+    spikes = [found for found in index.structures if not found.is_super]
     text = (
         f"Proved: {len(proved)}. A super weight is a structure of down_proj (a scalar, a column, a row, or "
         f"several together) whose removal multiplies perplexity by more than {math.exp(MIN_EFFECT):.3g}, "
@@ -150,25 +154,27 @@ def _table(id: str, title: str, weights: list[SuperWeight], note: str = "") -> T
 
 def _effects(id: str, title: str, findings: list[Finding], note: str = "") -> Table:
     """A table of measured structures."""
-    columns: list[tuple[str, Unit]] = [("structure", "text"), ("kind", "text"), ("effect", "number")]
-    columns += [("95% interval", "text"), ("perplexity", "number"), ("without it", "number")]
-    columns += [("at its mean", "text"), ("controls", "text"), ("seen", "text")]
-    rows: list[list[Any]] = []
-    for found in findings:
-        low, high = found.effect.as_json()
-        interval = "one block" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
-        controls = found.controls.values()
-        rows.append(
-            [
-                *(found.structure.name, found.structure.kind, found.effect.mean, interval),
-                *(found.perplexity, found.perplexity_without),
-                "–" if found.mean is None else f"{found.mean.mean:+.4f}",
-                f"{min(controls):+.4f} to {max(controls):+.4f}" if controls else "–",
-                "; ".join(
-                    f"prompt {one['prompt']}, position {one['position']}: {one['criterion']}"
-                    + (" (masked: seen without the others)" if one["round"] > 1 else "")
-                    for one in found.seen[:3]
-                ),
-            ]
-        )
-    return Table(id, title, columns, rows, note)
+    rows = [[*effect_cells(found), sightings(found)] for found in findings]
+    return Table(id, title, [*EFFECT_COLUMNS, ("seen", "text")], rows, note)
+
+
+def effect_cells(found: Finding) -> list[Any]:
+    """The cells of a measured structure, under EFFECT_COLUMNS."""
+    low, high = found.effect.as_json()
+    controls = found.controls.values()
+    return [
+        *(found.structure.name, found.structure.kind, found.effect.mean),
+        "one block" if low is None or high is None else f"{low:+.4f} to {high:+.4f}",
+        *(found.perplexity, found.perplexity_without),
+        "–" if found.mean is None else f"{found.mean.mean:+.4f}",
+        f"{min(controls):+.4f} to {max(controls):+.4f}" if controls else "–",
+    ]
+
+
+def sightings(found: Finding) -> str:
+    """Where the detector saw a structure: prompt, position and criterion."""
+    return "; ".join(
+        f"prompt {one['prompt']}, position {one['position']}: {one['criterion']}"
+        + (" (masked: seen without the others)" if one["round"] > 1 else "")
+        for one in found.seen[:3]
+    )

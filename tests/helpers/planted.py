@@ -73,12 +73,14 @@ class Planted:
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
         return ids.int()
 
+    def calibration(self, blocks: int = 6) -> Calibration:
+        """Text that the planted model wrote itself, and the start of two blocks as prompts."""
+        drawn = self.sample(blocks)
+        return Calibration(TokenBlocks(drawn, "own", 0, 1), [drawn[0, :12].long(), drawn[1, :9].long()])
+
     def found(self) -> FoundStructures:
         """What is found in the planted model, on text it wrote itself."""
         self.model.save_pretrained(self.folder)
-        drawn = self.sample()
-        prompts = [drawn[0, :12].long(), drawn[1, :9].long()]
         model = opened(self.folder)
-        calibration = Calibration(TokenBlocks(drawn, "own", 0, 1), prompts)
         with torch.no_grad():
-            return find_structures(model, StreamedModel(model), calibration, None, no_progress)
+            return find_structures(model, StreamedModel(model), self.calibration(), None, no_progress)

@@ -10,7 +10,6 @@ import torch
 from helpers.planted import FAMILIES, ROW, Planted
 from torch.nn import functional
 
-from surgery.errors import SurgeonWarning
 from surgery.index import structures
 from surgery.index.findings import Finding
 from surgery.index.paired_bootstrap import paired_interval
@@ -87,17 +86,22 @@ def test_the_largest_spike_without_effect_is_ranked_last(family: str, save_tiny:
     assert abs(decoy.effect.mean) < 0.01 and not decoy.is_super
 
 
-def test_spikes_that_are_not_measured_are_said(
+def test_spikes_beyond_the_most_that_are_measured_singly_are_measured_together(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = Planted(save_tiny(FAMILIES[0]))
-    for layer in (1, 3):
-        planted.channel(layer, 11)
-        planted.write(layer, ROW, 11, SIZE * layer)
+    planted.channel(1, 11)
+    planted.write(1, ROW, 11, SIZE)
+    planted.channel(3, 12, reads=ROW)  # a larger spike without an effect
+    planted.write(3, ROW, 12, 2 * SIZE)
     monkeypatch.setattr(structures, "MAX_SCALARS", 1)
-    with pytest.warns(SurgeonWarning, match="found but not measured: 1;"):
-        found = planted.found()
-    assert len([*found.super_weights, *found.echoes]) == 1
+    found = planted.found()
+    rest = next(one for one in found.structures if one.structure.name == "layer 1 [17, 11]")
+    assert rest.is_super and rest.effect.mean == pytest.approx(
+        by_hand(planted, lambda: planted.write(1, ROW, 11, 0.0)), rel=1e-3
+    )
+    assert (1, 11) in [(weight.layer, weight.column) for weight in found.super_weights]
+    assert "layer 1 column 11" not in [one.structure.name for one in found.structures]  # not a candidate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
