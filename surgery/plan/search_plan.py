@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgery.budget.target import Target
@@ -49,7 +49,9 @@ class SearchPlan:
     def as_json(self) -> dict[str, Any]:
         """The entry `plan.search` of surgeon.json."""
         how = {"context": self.target.context, "packed": self.target.packed}
-        stated = {name: value for name, value in how.items() if value}
+        stated: dict[str, Any] = {name: value for name, value in how.items() if value}
+        if self.target.speed is not None:
+            stated["speed"] = asdict(self.target.speed)
         return {
             "target": {"unit": self.target.unit, "amount": self.target.amount, **stated},
             "predicted": self.predicted,

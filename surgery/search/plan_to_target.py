@@ -12,7 +12,7 @@ import torch
 from surgery import defaults
 from surgery.budget.model_size import ModelSize
 from surgery.budget.sensitivity_cost import sensitivity_cost
-from surgery.budget.target import PARAMS, Target
+from surgery.budget.target import PARAMS, SPEED, Target
 from surgery.cut.groups import Cut
 from surgery.cut.kinds import KINDS
 from surgery.cut.kv_heads import possible_heads
@@ -20,7 +20,7 @@ from surgery.cut.tensors import TensorEdit, edited_specs
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
-from surgery.errors import PlanError, UnsupportedModelError
+from surgery.errors import PlanError, UnsupportedModelError, UsageError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KV_HEADS, KindPlan
@@ -135,12 +135,15 @@ def usable_kinds(model: Model, kinds: Collection[str]) -> dict[str, str]:
 
 
 def check_target(model: Model, target: Target, cuts: Collection[str]) -> None:
-    """Raise PlanError or UnsupportedModelError, before anything is measured, for kinds that the model can't
-    be cut by, a target that it meets as it is, and one below what no cut removes.
+    """Raise PlanError, UsageError or UnsupportedModelError, before anything is measured, for kinds that the
+    model can't be cut by, a target that it meets as it is, and one below what no cut removes.
     """
     meta_model, checkpoint = model.meta_model, model.checkpoint
     for name in cuts:
         KINDS.find(name).check_model(meta_model)
+    if target.unit == SPEED:
+        _check_speed(model, target, cuts)
+        return
     dense = amount_of(model, Cut((), {}, {}, checkpoint.config), target)
     if dense <= target.amount:
         raise PlanError(
@@ -158,6 +161,27 @@ def check_target(model: Model, target: Target, cuts: Collection[str]) -> None:
             where=target.option,
             expected=f"more than {target.text(least)}",
             found=target.text(target.amount),
+        )
+
+
+def _check_speed(model: Model, target: Target, cuts: Collection[str]) -> None:
+    """Raise UsageError for kinds whose speed is not measured, PlanError for a time below that of embeddings
+    and head.
+    """
+    for kind in ("attention", "experts", "vocab"):
+        if kind in cuts:
+            raise UsageError(
+                "how fast a model without some of these is, is not measured",
+                where="--target-speed, --cuts",
+                found=kind,
+                next_step="leave it out of --cuts, or use --target-params",
+            )
+    if target.speed is not None and 1e9 * target.speed.ends >= target.amount:
+        raise PlanError(
+            "embeddings and head alone take longer",
+            where=target.option,
+            expected=f"less than {target.text(round(1e9 * target.speed.ends))}",
+            found=f"{model.name}: {target.text(target.amount)}",
         )
 
 
