@@ -8,6 +8,8 @@ from typing import Any
 
 from surgery.card.render import obligation, shipped_template
 from surgery.card.source_card import inherited_metadata
+from surgery.index.channel_index import ChannelIndex
+from surgery.index.intervals import bounds, median_top_share, top_share, why_none
 
 TAG = "surgeon-index"  # of every published index; `surgeon find` searches for it
 CHANNELS_FILE = "channels.parquet"
@@ -20,14 +22,16 @@ def model_tag(name: str) -> str:
 
 
 def render_index_card(
-    fields: dict[str, Any], repo: str, columns: list[str], source_card: str | None = None
+    index: ChannelIndex, repo: str, columns: list[str], source_card: str | None = None
 ) -> str:
     """The card's Markdown with its YAML front matter.
 
-    `fields` is the content of index.json, `columns` the statistics in the Parquet file. The license is that
-    of `source_card`, the README.md of the model.
+    `columns` are the statistics in the Parquet file. The license is that of `source_card`, the README.md of
+    the model.
     """
     import jinja2
+
+    fields = index.as_json()
 
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -40,6 +44,11 @@ def render_index_card(
         **fields,
         repo=repo,
         columns=[f"`{name}`" for name in columns],
+        proved=[one for one in fields["structures"] if one["super"]],
+        spikes=[one for one in fields["structures"] if not one["super"]],
+        median_interval=bounds(median_top_share(index)),
+        layer_intervals=[bounds(top_share(layer)) for layer in index.layers],
+        why_no_intervals=why_none(index),
         shares={"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
         second_order="obs" in columns,
         layer_widths=" and ".join(str(width) for width in sorted(set(fields_widths(fields)), reverse=True)),

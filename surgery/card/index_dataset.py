@@ -55,7 +55,7 @@ def write_index_dataset(index: ChannelIndex, folder: Path, repo: str, source_car
     table = channel_table(index)
     parquet.write_table(table, folder / CHANNELS_FILE, compression="zstd")
     columns = [name for name in table.column_names if name not in FIXED]
-    card = render_index_card(index.as_json(), repo, columns, source_card)
+    card = render_index_card(index, repo, columns, source_card)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -80,6 +80,7 @@ def test_an_index_is_published_found_used_and_refused(world: World) -> None:
     assert fields["configs"] == [
         {"config_name": "channels", "data_files": "channels.parquet", "default": True}
     ]
+    assert "No intervals: they need" in card and "None was found." in card
     assert source in card and "4 blocks of 32 tokens" in card and "me/tiny-index@COMMIT" in card
     index = json.loads(files["index.json"])
     rows = (
