@@ -273,3 +273,10 @@ def say(text: str, quiet: bool) -> None:
     """Print a message on stderr."""
     if not quiet:
         click.echo(text, err=True)
+
+
+def check_prunable(model: Model) -> None:
+    """Raise UnsupportedModelError for a model that can't be pruned."""
+    from surgery.model.families import check_prunable as check
+
+    check(model.checkpoint.config, model.name)

@@ -15,6 +15,7 @@ from surgery import defaults
 from surgery.cli.common import (
     bars,
     calibration_shape,
+    check_prunable,
     data_console,
     discard_journal,
     index_for,
@@ -37,7 +38,6 @@ from surgery.cli.options import (
     resume_option,
     talk_options,
 )
-from surgery.cli.prune import check_prunable
 from surgery.plan.methods import METHODS
 from surgery.repair.methods import REPAIRS
 

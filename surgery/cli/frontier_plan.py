@@ -46,7 +46,7 @@ class FrontierJob:
         calibration: CalibrationOptions,
     ) -> FrontierJob:
         """Open the models and draw the texts. Raises what can be refused before any work."""
-        from surgery.cli.prune import check_prunable
+        from surgery.cli.common import check_prunable
         from surgery.evaluate.perplexity import evaluation_blocks
         from surgery.frontier.points import all_points
         from surgery.plan.widths import width_changes

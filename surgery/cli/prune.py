@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +11,14 @@ import click
 from surgery.cli.common import (
     bars,
     calibration_shape,
-    data_console,
+    check_prunable,
     discard_journal,
     index_for,
-    leftover_lines,
     local_path,
     read_index,
     read_template,
     say,
     say_resuming,
-    show_dry_run,
 )
 from surgery.cli.help import GroupedCommand
 from surgery.cli.kind_options import KindOptions, kind_options
@@ -37,18 +34,19 @@ from surgery.cli.options import (
     push_options,
     resume_option,
     talk_options,
-    text_words,
 )
-from surgery.cli.prune_heal import Healing, HealingOptions, healing_options, show_heal_dry_run
+from surgery.cli.prune_command import canonical_command
+from surgery.cli.prune_heal import Healing, HealingOptions, healing_options
 from surgery.cli.prune_jobs import JobOptions, job_options, show_job
 from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval_options, measure
+from surgery.cli.prune_output import show_prune_dry_run, show_prune_plan, show_result, sizes_and_cost
+from surgery.cli.prune_push import publish, push_target
 from surgery.cli.target_options import TargetOptions, target_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from surgery.budget.prune_cost import PruneCost
-    from surgery.checkpoint.push import PushTarget
     from surgery.cut.tensors import TensorEdit
     from surgery.engine.open_model import Model
     from surgery.engine.resume import Journal
@@ -182,13 +180,6 @@ def prune(
     publish(destination, published, plan, quiet)
 
 
-def check_prunable(model: Model) -> None:
-    """Raise UnsupportedModelError for a model that can't be pruned."""
-    from surgery.model.families import check_prunable as check
-
-    check(model.checkpoint.config, model.name)
-
-
 def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> PruneCost:
     """The cost of the cut; refuses a model, a width or a budget that won't do before anything is computed."""
     from surgery.pruning.jobs import estimate_prune
@@ -233,69 +224,6 @@ def planned_edits(model: Model, plan: PrunePlan) -> dict[str, TensorEdit]:
     return model_cut(model.meta_model, plan, widths_only=True).edits
 
 
-def sizes_and_cost(
-    model: Model, index: ChannelIndex, plan: PrunePlan, edits: dict[str, TensorEdit]
-) -> tuple[dict[str, int], PruneCost]:
-    """Parameters and bytes before and after a plan, and what carrying it out takes."""
-    from surgery.budget.prune_cost import prune_cost
-    from surgery.cut.tensors import edited_specs
-    from surgery.pruning.jobs import prune_job
-
-    checkpoint = model.checkpoint
-    specs = edited_specs(checkpoint, edits)
-    written = sum(spec.nbytes for spec in specs.values())
-    cost = prune_cost(model.meta_model, prune_job(plan, index.input_ids.shape, written), model.run)
-    sizes = {
-        "parameters_before": checkpoint.parameters,
-        "parameters_after": sum(spec.numel for spec in specs.values()),
-        "bytes_before": checkpoint.nbytes,
-        "bytes_after": written,
-        "repair_bytes": cost.repair_bytes,
-        "repair_parts": cost.repair_parts,
-    }
-    return sizes, cost
-
-
-def show_prune_plan(
-    model: Model, plan: PrunePlan, sizes: dict[str, int], edits: dict[str, TensorEdit], as_json: bool
-) -> list[dict[str, Any]]:
-    """Print a plan, unless JSON is asked for; returns what becomes of tensors outside the model."""
-    from surgery.cli.tables import show_plan
-    from surgery.cut.ffn_channels import fates_json
-
-    fates = fates_json(model.meta_model, edits)
-    if not as_json:
-        show_plan(plan, sizes, data_console())
-        for line in leftover_lines(model, fates):
-            click.echo(line)
-    return fates
-
-
-def show_prune_dry_run(
-    model: Model,
-    plan: PrunePlan,
-    sizes: dict[str, int],
-    cost: PruneCost,
-    fates: list[dict[str, Any]],
-    as_json: bool,
-    heal: Healing | None = None,
-) -> None:
-    """Print what carrying out a plan takes, and healing the result."""
-    from surgery.cli.costs import prune_cost_lines
-
-    fields = {
-        "plan": plan.as_json(),
-        "sizes": sizes,
-        "outside_model": fates,
-        "left_behind": model.checkpoint.left_behind,
-    }
-    if heal is not None:
-        show_heal_dry_run(model, heal, cost, prune_cost_lines(cost), fields, as_json)
-        return
-    wide = bool(cost.float64_flops)
-    show_dry_run(model, cost, prune_cost_lines(cost), fields, as_json=as_json, wide=wide)
-
-
 def run_prune(
     model: Model,
     index: ChannelIndex,
@@ -323,96 +251,3 @@ def run_prune(
         journal=journal,
         progress=bars(quiet),
     )
-
-
-def push_target(
-    push_to: str | None, destination: Path, options: PushOptions, overwrite: bool
-) -> PushTarget | None:
-    """Where --push goes; without a name, the account's repo named as the folder."""
-    if push_to is None:
-        return None
-    from surgery.checkpoint.push import account_name
-
-    repo = f"{account_name()}/{destination.name}" if push_to == "auto" else push_to
-    return options.target(repo, overwrite)
-
-
-def publish(destination: Path, target: PushTarget | None, plan: PrunePlan, quiet: bool) -> None:
-    """Push the folder, where that was asked for."""
-    if target is not None:
-        from surgery.checkpoint.push import push_folder
-
-        report = push_folder(destination, target, f"surgeon {plan.method}, FFN width {plan.width_after}")
-        say(f"Published: {report.url}", quiet)
-        if report.collection is not None:
-            say(f"In the collection {report.collection}", quiet)
-
-
-def show_result(manifest: dict[str, Any], destination: Path, as_json: bool, quiet: bool) -> None:
-    """Print the manifest, or what pruning cost where it was measured."""
-    measured = manifest["measurements"]
-    if as_json:
-        click.echo(json.dumps(manifest))
-    elif "pruned" in measured:
-        dense, pruned = measured["dense"], measured["pruned"]
-        found = [dense["perplexity"], pruned["perplexity"]]
-        found += [
-            heal["evaluation"]["after"]["perplexity"] for heal in manifest.get("heals", [])[-1:] if measured
-        ]
-        click.echo(f"Perplexity {' → '.join(f'{value:.2f}' for value in found)} on {dense['text']}")
-    say(f"Checkpoint written to {destination}", quiet)
-
-
-def canonical_command(
-    model: Model,
-    index: ChannelIndex,
-    plan: PrunePlan,
-    options: CutOptions,
-    how: ModelOptions,
-    text: CalibrationOptions,
-) -> list[str]:
-    """The words of the command that makes the same checkpoint again, free of paths of this machine."""
-    from surgery.plan.kind_plan import removed_attention, removed_layers
-
-    checkpoint, calibration = model.checkpoint, index.calibration
-    words = ["surgeon", "prune", checkpoint.name]
-    if checkpoint.revision:
-        words += ["--revision", checkpoint.revision]
-    found = plan.search.size if plan.search is not None else {}
-    if len(plan.widths) == 1 and plan.allocation == "uniform" and plan.width_after < plan.width_before:
-        words += ["--intermediate-size", str(plan.width_after)]
-    else:
-        size = found.get("width", options.intermediate_size)
-        sparsity = found.get("sparsity", options.sparsity)
-        words += ["--sparsity", str(sparsity)] if size is None else ["--intermediate-size", str(size)]
-        words += ["--multiple-of", str(options.multiple_of)] if options.multiple_of else []
-    for option, gone in (
-        ("--drop-layers", removed_layers(plan.cuts)),
-        ("--drop-attention", removed_attention(plan.cuts)),
-    ):
-        words += [option, ",".join(map(str, sorted(gone)))] if gone else []
-    words += [
-        word for part in plan.cuts if part.kind == "kv" for word in ("--kv-heads", str(part.facts["heads"]))
-    ]
-    if plan.allocation != "uniform":
-        words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
-    seed = plan.seed if plan.method == "random" else calibration["seed"]
-    words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(seed)]
-    words += ["--spike-prompt", text.spike_prompt] if text.spike_prompt else []
-    words += ["--memory", how.memory] if how.memory else []
-    if options.protect is not None:
-        words.append("--protect" if plan.protect else "--no-protect")
-    if index.published:
-        words += ["--index", f"{index.published['repo']}@{index.published['revision']}"]
-    else:
-        words += [*calibration_words(calibration), "--blocks", str(calibration["blocks"])]
-        words += ["--block-size", str(calibration["block_size"])]
-    return [*words, "--dtype", index.run["dtype"]]
-
-
-def calibration_words(calibration: dict[str, Any]) -> list[str]:
-    """The options that name the calibration texts of an index again."""
-    parts = calibration.get("parts") or [{"name": calibration["name"], "share": 1.0}]
-    counts = [part.get("blocks", 1) for part in parts]
-    uneven = max(counts) - min(counts) > 1
-    return text_words("--calibration", [part["name"] for part in parts], counts if uneven else None)
