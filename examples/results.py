@@ -134,9 +134,9 @@ class Results:
             lambda folder: (folder / "compare.md").read_text(encoding="utf-8"),
         )
         self.run(
-            f"{one.name}: without super weights, and with the super activation put back",
+            f"{one.name}: without super weights, with the super activation put back, and by supernodes kept",
             home / "ablate",
-            f"ablate {with_index} {first} --conditions super-weights,structures",
+            f"ablate {with_index} {first} --conditions {conditions(index)}",
             lambda folder: outcomes(folder / "ablation.json"),
         )
         if one.rounding:
@@ -160,6 +160,13 @@ class Results:
         shutil.rmtree(folder, ignore_errors=True)
         members = " ".join(map(str, indexes))
         self.run("All models", folder, f"atlas {members}", atlas_table)
+
+
+def conditions(index: Path) -> str:
+    """What to ablate: super weights and structures where the index has any, and the supernodes' hit rate."""
+    found = json.loads((index / "index.json").read_text(encoding="utf-8"))
+    kinds = ("super-weights" if found["super_weights"] else "", "structures" if found["structures"] else "")
+    return ",".join([kind for kind in kinds if kind] + ["hit-rate"])
 
 
 def index_table(folder: Path) -> str:

@@ -11,6 +11,7 @@ import click
 
 from surgery.cli.common import (
     bars,
+    check_index_exists,
     data_console,
     discard_journal,
     index_for,
@@ -128,16 +129,19 @@ def ablate(
     from surgery.card.figures import save_ablations
     from surgery.checkpoint.output_folder import check_destination, complete_folder
     from surgery.cli.ablation_table import show_outcomes
+    from surgery.engine.distributed import barrier, destroy, rank
     from surgery.evaluate.ablation import ablation_cost, run_ablations
     from surgery.evaluate.experiments import conditions_for
     from surgery.evaluate.next_token import prompts_of
     from surgery.evaluate.perplexity import evaluation_blocks
     from surgery.text import open_text
 
+    quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     opened = how.open(model)
     folder = out or Path(f"{opened.short_name}-ablation")
     check_destination(folder, overwrite=overwrite, source=local_path(model))
     found = read_index(index_folder, opened.checkpoint)
+    check_index_exists(found)
     blocks = evaluation_blocks(opened, text, text_blocks)
     sentences = (
         prompts_of(open_text(text).start(STOP_WORD_TEXT), stop_words) if stop_words else []
@@ -161,27 +165,30 @@ def ablate(
         )
     say(f"Measuring {len(chosen)} conditions on {len(blocks.ids)} blocks of {blocks.name}", quiet)
     outcomes = run_ablations(opened, chosen, blocks, bars(quiet))
-    fields: dict[str, Any] = {
-        "source": index.source,
-        **index.published_json(),
-        "text": {**blocks.as_json()},
-        "super_weights": [weight.as_json() for weight in index.super_weights],
-        "structures": [finding.as_json() for finding in index.structures],
-        "conditions": [asdict(outcome) for outcome in outcomes],
-    }
-    if traced:
-        fields["trace"] = traces(opened, index)
-    if sentences:
-        fields["stop_words"] = next_words(opened, index, sentences)
-    with complete_folder(folder) as partial:
-        (partial / "ablation.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-        save_ablations(partial, fields)
+    if rank() == 0:
+        fields: dict[str, Any] = {
+            "source": index.source,
+            **index.published_json(),
+            "text": {**blocks.as_json()},
+            "super_weights": [weight.as_json() for weight in index.super_weights],
+            "structures": [finding.as_json() for finding in index.structures],
+            "conditions": [asdict(outcome) for outcome in outcomes],
+        }
+        if traced:
+            fields["trace"] = traces(opened, index)
+        if sentences:
+            fields["stop_words"] = next_words(opened, index, sentences)
+        with complete_folder(folder) as partial:
+            (partial / "ablation.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+            save_ablations(partial, fields)
+        if as_json:
+            click.echo(json.dumps(fields))
+        else:
+            show_outcomes(fields, data_console())
+        say(f"Results and plots written to {folder}", quiet)
+    barrier()
     discard_journal(folder)
-    if as_json:
-        click.echo(json.dumps(fields))
-    else:
-        show_outcomes(fields, data_console())
-    say(f"Results and plots written to {folder}", quiet)
+    destroy()
 
 
 def show_conditions(

@@ -280,3 +280,15 @@ def check_prunable(model: Model) -> None:
     from surgery.model.families import check_prunable as check
 
     check(model.checkpoint.config, model.name)
+
+
+def check_index_exists(index: ChannelIndex | None) -> None:
+    """Raise UsageError where several processes would each make an index before they share out the work."""
+    from surgery.engine.distributed import world_size
+
+    if world_size() > 1 and index is None:
+        raise UsageError(
+            "several processes measure with an index that is there",
+            expected="--index",
+            next_step="make it with torchrun and `surgeon index`",
+        )

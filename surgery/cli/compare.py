@@ -15,6 +15,7 @@ from surgery import defaults
 from surgery.cli.common import (
     bars,
     calibration_shape,
+    check_index_exists,
     check_prunable,
     data_console,
     discard_journal,
@@ -153,9 +154,11 @@ def compare(
     from surgery.checkpoint.output_folder import check_destination, complete_folder
     from surgery.cli.costs import prune_cost_lines
     from surgery.cli.tables import show_rows
+    from surgery.engine.distributed import barrier, destroy, rank
     from surgery.evaluate.compare import Comparison, save_rows
     from surgery.evaluate.perplexity import evaluation_blocks
 
+    quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     opened = how.open(model)
     check_prunable(opened)
     ways = chosen or list(itertools.product(allocations, repairs, methods))
@@ -166,6 +169,7 @@ def compare(
         check_destination(folder, overwrite=overwrite, source=local_path(model))
     blocks = [evaluation_blocks(opened, text, text_blocks) for text in texts]
     found = read_index(index_folder, opened.checkpoint)
+    check_index_exists(found)
     shape = calibration_shape(found, text_options)
     together, cost = estimate(opened, variants, blocks, shape, multiple_of)
     passes = -(-len(variants) // together)
@@ -189,22 +193,25 @@ def compare(
     say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
     say("\n".join(prune_cost_lines(cost, passes)), quiet)
     comparison.add(plans, bars(quiet), journal)
-    with complete_folder(folder) as partial:
-        save_rows(comparison.rows, partial)
-        fields = {
-            "source": index.source,
-            "calibration": index.calibration,
-            **index.published_json(),
-            "rows": [asdict(row) for row in comparison.rows],
-        }
-        (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    if rank() == 0:
+        with complete_folder(folder) as partial:
+            save_rows(comparison.rows, partial)
+            fields = {
+                "source": index.source,
+                "calibration": index.calibration,
+                **index.published_json(),
+                "rows": [asdict(row) for row in comparison.rows],
+            }
+            (partial / "compare.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        if as_json:
+            click.echo(json.dumps(fields))
+        else:
+            show_rows(comparison.rows, data_console())
+        say(f"Table and plot written to {folder}", quiet)
+    barrier()
     discard_journal(folder)
     journal.finish()
-    if as_json:
-        click.echo(json.dumps(fields))
-    else:
-        show_rows(comparison.rows, data_console())
-    say(f"Table and plot written to {folder}", quiet)
+    destroy()
 
 
 def check_variants(model: Model, variants: list[Variant], multiple_of: int | None) -> None:
@@ -253,6 +260,7 @@ def comparison_journal(
     resume: bool,
 ) -> Journal:
     """The journal of a comparison: of these cuts of these weights on these texts, by this index."""
+    from surgery.engine.distributed import rank, world_size
     from surgery.engine.resume import Journal
     from surgery.pruning.prune_pass import index_use_fingerprint
 
@@ -262,6 +270,7 @@ def comparison_journal(
         "multiple_of": multiple_of,
         "seed": seed,
         "texts": [[blocks.name, blocks.digest] for blocks in comparison.texts],
+        "processes": [rank(), world_size()],
     }
     return Journal(folder, fingerprint, resume=resume, kind="compare")
 

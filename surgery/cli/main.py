@@ -92,14 +92,16 @@ def main() -> None:
     gc.set_threshold(COLLECT_AFTER)
     atexit.register(gc.freeze)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
-    if several and click.get_current_context().invoked_subcommand not in ("index", "heal", "show"):
+    if several and click.get_current_context().invoked_subcommand not in SEVERAL:
         raise UsageError(
-            "only `surgeon index` and `surgeon heal` run in several processes",
+            f"this command runs alone; several processes run {', '.join(SEVERAL)}",
             expected="one process",
             found=f"{os.environ['WORLD_SIZE']} of torchrun's",
             next_step="index with torchrun, then run this command alone with --index",
         )
 
+
+SEVERAL = ("index", "heal", "compare", "ablate", "show")  # what torchrun may start
 
 for command in (
     index,

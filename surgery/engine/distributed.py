@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed
 
-from surgery.errors import DistributedError
+from surgery.errors import DistributedError, UsageError
 
 if TYPE_CHECKING:
     from surgery.checkpoint.reader import Checkpoint
 
 
+T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # long enough for a rank with a slow disk
 
 
@@ -204,6 +205,31 @@ def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
     with translate_errors():
         distributed.all_gather_object(gathered, values.cpu())
     return torch.cat(gathered).to(values.device)
+
+
+def dealt(items: Sequence[T], what: str) -> list[T]:
+    """This rank's items, dealt out in turn: those at rank, rank + world size, and so on.
+
+    Raises UsageError for fewer items than processes; `what` names them.
+    """
+    if len(items) < world_size() > 1:
+        raise UsageError(
+            f"more processes than {what}", expected=f"at most {len(items)}", found=str(world_size())
+        )
+    return list(items[rank() :: world_size()])
+
+
+def collected(own: Sequence[T], count: int) -> list[T]:
+    """The results for all `count` items that were `dealt`, in their order, on every rank.
+
+    `own` are this rank's. Raises DistributedError.
+    """
+    if world_size() == 1:
+        return list(own)
+    gathered: list[Any] = [None] * world_size()
+    with translate_errors():
+        distributed.all_gather_object(gathered, list(own))
+    return [gathered[place % world_size()][place // world_size()] for place in range(count)]
 
 
 def barrier() -> None:

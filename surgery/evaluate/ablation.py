@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
+from surgery.engine import distributed
 from surgery.engine.branches import run_branches
 from surgery.engine.layer_edits import Drop, DropLargest, Edit, Remove, Restore, Scale
 from surgery.engine.loss import measure_divergence
@@ -83,8 +84,19 @@ def run_ablations(
 ) -> list[Outcome]:
     """Measure the original model and every condition on `blocks`, in one pass over the layers.
 
-    `edit_bytes` as in `ablation_cost`. Raises MemoryBudgetError.
+    Of several processes each measures some of the conditions, and all return the outcomes of all.
+    `edit_bytes` as in `ablation_cost`. Raises MemoryBudgetError, DistributedError.
     """
+    own = distributed.dealt(conditions, "conditions")
+    distributed.init(opened.run.device)
+    original, *outcomes = _run_own(opened, own, blocks, progress, edit_bytes)
+    return [original, *distributed.collected(outcomes, len(conditions))]
+
+
+def _run_own(
+    opened: Model, conditions: list[Condition], blocks: TokenBlocks, progress: Progress[Any], edit_bytes: int
+) -> list[Outcome]:
+    """The outcomes of the original model and of these conditions, measured by this process."""
     cost = ablation_cost(opened, len(conditions), *blocks.ids.shape, edit_bytes=edit_bytes)
     model, place = StreamedModel(opened), cost.hidden_on
     step = cost.blocks_together(blocks.ids.shape[1])

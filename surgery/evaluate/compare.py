@@ -21,6 +21,7 @@ from surgery.card.figures import save_comparison
 from surgery.cut.model_cut import model_cut
 from surgery.cut.slice_edits import mask_cut
 from surgery.cut.tensors import edited_specs
+from surgery.engine import distributed
 from surgery.engine.hooks import preserved
 from surgery.engine.loss import LossAndDivergence, measure_divergence
 from surgery.engine.open_model import Model
@@ -83,9 +84,22 @@ class Comparison:
     ) -> list[ComparisonRow]:
         """Measure the dense model and each plan, with as many plans per pass as memory allows.
 
-        With `journal`, an interrupted run resumes after the last finished pass. Returns `rows`. Raises
-        MemoryBudgetError.
+        Of several processes each measures some of the plans, and all have the rows of all. With `journal`,
+        an interrupted run resumes after the last finished pass. Returns `rows`. Raises MemoryBudgetError,
+        DistributedError.
         """
+        mine = distributed.dealt(plans, "cuts")
+        distributed.init(self.opened.run.device)
+        before, texts = len(self.rows), len(self.texts)
+        self._add_own(mine, progress, journal)
+        new = self.rows[before:]
+        dense, own = new[:texts], [new[start : start + texts] for start in range(texts, len(new), texts)]
+        every = distributed.collected(own, len(plans))
+        self.rows[before:] = [*dense, *(row for rows in every for row in rows)]
+        return self.rows
+
+    def _add_own(self, plans: list[PrunePlan], progress: Progress[Any], journal: Journal | None) -> None:
+        """Measure the dense model and the plans that are this process's."""
         together, self.cost = share_passes(self.opened, self.job(plans))
         for start in range(0, max(1, len(plans)), together):
             step = f"pass {start}"
@@ -97,7 +111,6 @@ class Comparison:
             if journal is not None:
                 journal.save(f"pass-{start}", {"rows": [asdict(row) for row in self.rows[before:]]})
                 journal.mark(step)
-        return self.rows
 
     def job(self, plans: list[PrunePlan]) -> PruneJob:
         """The job of measuring all plans in one pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.subprocesses import KILL, RUN, SURGEON, in_two_processes, torchrun
+from helpers.subprocesses import KILL, RUN, SURGEON, in_two_processes, start_two, torchrun
 from helpers.tiny_models import CALIBRATION, ROOT
 
 from surgery.engine import distributed
@@ -236,3 +237,40 @@ def test_lost_processes_are_told_of_in_one_line(monkeypatch: pytest.MonkeyPatch)
 def test_the_interface_is_the_one_the_others_are_reached_by() -> None:
     assert distributed.interface_towards("127.0.0.1") in ("lo", "lo0")
     assert distributed.interface_towards("no.such.host.invalid") is None
+
+
+def test_two_processes_share_out_cuts_and_conditions(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny("llama").parent
+    surgeon(*INDEX, "--out", "index")
+    common = ("--index", "index", "--text", "text.txt", "--text-blocks", "2", "--dtype", "float32")
+    commands = {
+        "compare": ("compare", "tiny", "--sparsity", "0.5", "--multiple-of", "4", *common),
+        "ablate": ("ablate", "tiny", "--conditions", "hit-rate", *common),
+    }
+    for name, command in commands.items():
+        surgeon(*command, "--out", f"{name}-one")
+        shown = in_two_processes(SURGEON, *command, "--out", f"{name}-two", where=where)
+        assert shown[1].stdout == "" and shown[0].stdout
+        files = [next((where / f"{name}-{count}").glob("*.json")) for count in ("one", "two")]
+        one, two = (json.loads(file.read_text()) for file in files)
+        rows = "rows" if name == "compare" else "conditions"
+        assert len(one[rows]) == len(two[rows]) > 3
+        for mine, theirs in zip(one[rows], two[rows], strict=True):
+            assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert [path.name for path in where.iterdir() if path.name.startswith(".")] == []
+
+
+def test_more_processes_than_cuts_are_refused(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    where = save_tiny("llama").parent
+    surgeon(*INDEX, "--out", "index")
+    command = ("compare", "tiny", "--sparsity", "0.5", "--multiple-of", "4", "--cut", "wanda")
+    text = ("--text", "text.txt", "--text-blocks", "1", "--out", "compared")
+    for more, message in ((("--index", "index"), "more processes than cuts"), ((), "expected --index")):
+        for one in start_two(SURGEON, *command, *text, *more, where=where):
+            ended = one.wait()
+            assert ended.returncode == 2 and message in ended.stderr
+    assert not (where / "compared").exists()
