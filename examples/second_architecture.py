@@ -44,7 +44,7 @@ def train(text: str, target: Path) -> None:
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=512,
+        max_position_embeddings=BLOCK,
         output_router_logits=True,  # so that the loss keeps the experts evenly used
         bos_token_id=256,
         eos_token_id=257,
