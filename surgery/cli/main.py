@@ -101,7 +101,7 @@ def main() -> None:
         )
 
 
-SEVERAL = ("index", "heal", "compare", "ablate", "show")  # what torchrun may start
+SEVERAL = ("index", "prune", "heal", "compare", "ablate", "show")  # what torchrun may start
 
 for command in (
     index,

@@ -11,6 +11,7 @@ import click
 from surgery.cli.common import (
     bars,
     calibration_shape,
+    check_index_exists,
     check_prunable,
     discard_journal,
     index_for,
@@ -42,6 +43,8 @@ from surgery.cli.prune_options import CutOptions, EvalOptions, cut_options, eval
 from surgery.cli.prune_output import show_prune_dry_run, show_prune_plan, show_result, sizes_and_cost
 from surgery.cli.prune_push import publish, push_target
 from surgery.cli.target_options import TargetOptions, target_options
+from surgery.errors import UsageError
+from surgery.repair.methods import REPAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,17 +114,22 @@ def prune(
     from surgery.checkpoint.manifest import read_manifest
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.costs import prune_cost_lines
-    from surgery.pruning.prune import Provenance
+    from surgery.engine.distributed import destroy, rank
+    from surgery.pruning.prune import Provenance, check_shares
 
+    first, quiet = rank() == 0, quiet or rank() > 0  # of torchrun's processes, the first talks and writes
     kinds.check(healing.heal_tokens is not None, healing.rounds, target.cuts)
     cut = target.check(
         kinds.sized(cut, elsewhere=target.target is not None or target.explicit), rounds=healing.rounds
     )
     job.check(dry_run, searches=target.target is not None)
+    check_alone(searches=target.target is not None, heals=healing.heal_tokens is not None)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder, opened.checkpoint)
+    check_index_exists(found)
     cost_at_most = check_feasible(opened, cut, calibration_shape(found, text_options))
+    check_shares(calibration_shape(found, text_options)[0], REPAIRS.find(cut.repair).changes_weights)
     target.check_model(opened)
     kinds.check_model(opened)
     heal = Healing.prepare(opened, healing, cut, text_options)
@@ -135,7 +143,7 @@ def prune(
         needs = opened.checkpoint.nbytes
         source = local_path(model)
         check_destination(destination, overwrite=overwrite, source=source, needs_bytes=needs)
-        published = push_target(push_to, destination, push_options, overwrite)
+        published = push_target(push_to, destination, push_options, overwrite) if first else None
         blocks = None if chosen is None else chosen.read(opened)
     parts = kinds.vocabulary(opened, text_options, quiet)
     index = index_for(
@@ -152,9 +160,10 @@ def prune(
     plan = plan_for(opened, index, cut, target, parts, text_options.seed, search, quiet)
     edits = planned_edits(opened, plan)
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
-    fates = show_prune_plan(opened, plan, sizes, edits, as_json)
+    fates = show_prune_plan(opened, plan, sizes, edits, as_json or not first)
     if dry_run:
-        show_prune_dry_run(opened, plan, sizes, cost, fates, as_json, heal)
+        if first:
+            show_prune_dry_run(opened, plan, sizes, cost, fates, as_json, heal)
         return
     check_destination(destination, overwrite=overwrite, needs_bytes=sizes["bytes_after"])
     say(f"Pruning {opened.name}, repair {plan.repair}", quiet)
@@ -164,7 +173,7 @@ def prune(
     provenance = Provenance(
         command=shlex.join([*words, *healing.words]),
         repo=published.repo if published else None,
-        dense=None if blocks is None else measure(opened, blocks, quiet),
+        dense=measure(opened, blocks, quiet) if blocks is not None and first else None,
         card_template=template,
     )
     measured = None if blocks is None else lambda written: measure(written, blocks, quiet)
@@ -172,12 +181,25 @@ def prune(
         run_prune(opened, index, plan, destination, measured, provenance, resume, quiet)
     else:
         heal.run(opened, index, plan, destination, measured, provenance, cut, resume, quiet)
-    manifest = read_manifest(destination)
     discard_journal(destination)
     if search is not None:
         search.finish()
-    show_result(manifest, destination, as_json, quiet)
-    publish(destination, published, plan, quiet)
+    destroy()
+    if first:
+        show_result(read_manifest(destination), destination, as_json, quiet)
+        publish(destination, published, plan, quiet)
+
+
+def check_alone(*, searches: bool, heals: bool) -> None:
+    """Raise UsageError for what several processes can't do in one command."""
+    from surgery.engine.distributed import world_size
+
+    if world_size() > 1 and (searches or heals):
+        raise UsageError(
+            "several processes repair one cut; they neither search nor heal in the same command",
+            where="--heal" if heals else "a target",
+            next_step="run `surgeon heal` with torchrun after it" if heals else "run the search alone",
+        )
 
 
 def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> PruneCost:

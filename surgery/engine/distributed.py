@@ -163,6 +163,16 @@ def first_says(answer: bool, device: torch.device) -> bool:
     return bool(all_reduce_max(asked))
 
 
+def first_value(value: T) -> T:
+    """The value of rank 0, on all ranks. Raises DistributedError."""
+    if world_size() == 1:
+        return value
+    sent = [value]
+    with translate_errors():
+        distributed.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
 class BroadcastReader:
     """Reads each tensor on one rank, in rotation, and broadcasts it to the others.
 

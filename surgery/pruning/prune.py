@@ -26,10 +26,11 @@ from surgery.checkpoint.transformers_model import auto_class, load_tokenizer
 from surgery.cut.ffn_channels import fates_json
 from surgery.cut.model_cut import model_cut
 from surgery.cut.tensors import edited_specs
+from surgery.engine import distributed
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
-from surgery.errors import SurgeonError
+from surgery.errors import SurgeonError, UsageError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.prune_plan import PrunePlan
@@ -74,7 +75,9 @@ def prune(
     run with the removed channels masked on a block of calibration tokens, whose logits the written model must
     have too. `measure`, when given, measures the written model for manifest and card. With `journal`
     (`open_journal`; made here unless given) an interrupted prune resumes. The folder appears under its name
-    only when verified; whatever happens, a folder already there stays as it was. Raises DestinationError for
+    only when verified; whatever happens, a folder already there stays as it was. Several processes share out
+    the calibration blocks of a repair; the first writes, and all return when the folder is complete. Raises
+    UsageError for more processes than blocks, DistributedError, DestinationError for
     a folder that can't be written, IndexMismatchError for an index of another model, MemoryBudgetError, and
     CheckpointError when verification fails.
     """
@@ -82,14 +85,29 @@ def prune(
     index.check_source(model.checkpoint)
     check_prunable(model.checkpoint.config, model.name)
     check_destination(destination, overwrite=overwrite, source=model.folder)
+    check_shares(len(index.input_ids), REPAIRS.find(plan.repair).changes_weights)
+    distributed.init(model.run.device)
+    plan = distributed.first_value(plan)
     journal = journal or open_journal(model, index, plan, destination)
     try:
         _write(model, index, plan, destination, measure, provenance or Provenance(), journal, progress)
     except SurgeonError as error:
         journal.fail(error)
         raise
+    distributed.barrier()
     journal.finish()
     return model.written(destination)
+
+
+def check_shares(blocks: int, repairs: bool) -> None:
+    """Raise UsageError for processes that would have nothing to do: all but one where nothing is repaired."""
+    processes = distributed.world_size()
+    if processes > 1 and (not repairs or processes > blocks):
+        raise UsageError(
+            "processes share out the calibration blocks of a repair",
+            expected=f"at most {blocks} processes" if repairs else "one process without a repair",
+            found=str(processes),
+        )
 
 
 def open_journal(
@@ -115,8 +133,11 @@ def _write(
     size = sum(spec.nbytes for spec in specs.values())
     cost = prune_cost(meta_model, prune_job(plan, index.input_ids.shape, size), model.run)
     ids = verification_ids(index.input_ids, cut.tokens)
+    prune_pass = PrunePass(StreamedModel(model), cut, repair, specs, cost, journal)
+    if distributed.rank() > 0:
+        prune_pass.help(index.input_ids.long())
+        return
     with complete_folder(destination) as folder:
-        prune_pass = PrunePass(StreamedModel(model), cut, repair, specs, cost, journal)
         expected, repairs = prune_pass.run(folder, ids, index.input_ids.long(), progress)
         copy_other_files(model.checkpoint, folder, cut.config, (*CARD_FILES, *cut.left_out))
         for file, text in cut.files.items():

@@ -17,6 +17,7 @@ from surgery.checkpoint.manifest import source_json
 from surgery.checkpoint.shard_writer import ShardWriter, TensorSpec
 from surgery.cut.groups import Cut
 from surgery.cut.tensors import TensorEdit
+from surgery.engine import distributed
 from surgery.engine.disk_errors import in_layer
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.open_model import Model
@@ -38,7 +39,8 @@ class PrunePass:
     """Carries out a cut in one pass over a model's layers.
 
     With `journal`, shards are written inside it and hidden states are saved after every layer, so that an
-    interrupted pass resumes; a cut without repair is over too soon to need that.
+    interrupted pass resumes; a cut without repair is over too soon to need that. Of several processes, which
+    share out the calibration blocks, the first writes.
     """
 
     def __init__(
@@ -59,6 +61,25 @@ class PrunePass:
         self.repairable = repairable_tensors(model.meta_model) if repair.changes_weights else set()
         self.written: set[str] = set()
         self.deferred: dict[str, torch.Tensor] = {}
+
+    def help(self, calibration: torch.Tensor) -> None:
+        """The part of a process that does not write: its share of the calibration blocks, for the repair.
+
+        Raises DistributedError.
+        """
+        model = self.model
+        if not self.repair.changes_weights:
+            return
+        first = self._layers_done()
+        with model.other_weights() if self.cost.ends_held else contextlib.nullcontext():
+            with model.other_weights():
+                pruner = LayerPruner(model, self.cut, self.repair, calibration, self.cost)
+            if first:
+                self._load_streams(pruner.streams, first)
+            for number, layer in model.stream_layers(range(first, len(model.layers))):
+                result = pruner(number, layer)
+                with in_layer(number):
+                    self._save_streams(pruner.streams, number, {} if result is None else result.as_json())
 
     def run(
         self,
@@ -88,10 +109,13 @@ class PrunePass:
         return logits, repairs
 
     def _layers_done(self) -> int:
+        """Layers that all processes have done; none is more than one ahead. Raises DistributedError."""
         done = 0
         while self.journal is not None and f"cut {done}" in self.journal:
             done += 1
-        return done
+        if not self.repair.changes_weights:
+            return done
+        return int(distributed.all_reduce_min(torch.tensor(done, device=self.model.device)))
 
     def _stream(
         self,
@@ -200,6 +224,7 @@ def index_use_fingerprint(opened: Model, index: ChannelIndex) -> dict[str, Any]:
         "index": digest.hexdigest(),
         "run": opened.run.as_json(),
         "memory": opened.run.memory,
+        "processes": [distributed.rank(), distributed.world_size()],
     }
 
 

@@ -11,7 +11,7 @@ from surgery.budget.repair_cost import column_blocks
 from surgery.engine.hooks import input_of
 from surgery.engine.token_stream import TokenStream
 from surgery.repair.dense_reference import DenseReference
-from surgery.repair.least_squares import SplitMoments, refit
+from surgery.repair.least_squares import SplitMoments, refit, summed
 from surgery.repair.methods import RepairMethod
 from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
 
@@ -22,7 +22,6 @@ def repair_attention(
     pruned: TokenStream,
     number: int,
     layer: nn.Module,
-    first_held: int,
     budget: int | None,
     result: LayerRepairResult,
     kept: torch.Tensor | None = None,
@@ -31,8 +30,7 @@ def repair_attention(
     one's.
 
     Its inputs are solved for in several column blocks, one after the other, where `budget` bytes ask for it.
-    Blocks from `first_held` on choose the ridge. `kept` are the inputs that stay, where some heads go. What
-    was done is noted in `result`.
+    `kept` are the inputs that stay, where some heads go. What was done is noted in `result`.
     """
     name = dense.attention
     assert name is not None
@@ -47,7 +45,7 @@ def repair_attention(
     for part_of in column_blocks(count, len(weight), budget):
         block = part_of if kept is None else kept.to(device)[part_of]
         size = weight[:, block].shape[1]
-        moments = SplitMoments.zeros(len(weight), size, device, first_held)
+        moments = SplitMoments.zeros(len(weight), size, device, dense.first_held)
         for part, calls in zip(pruned.slices, pruned.calls, strict=True):
             entering = pruned.store.get(0, part, device)
             entered = input_of(linear, partial(dense.model.run_layer, layer, entering, calls[number]))
@@ -55,6 +53,7 @@ def repair_attention(
             wanted = target if bias is None else target - bias
             weights = method.weights(dense.leaving.get(0, part, device))
             moments.add(part, entered, wanted, weight, weights, columns=block)
+        moments = summed(moments) if dense.shared else moments
         found = refit(moments, lambda m, ridge: method.solved(m, ridge, has_bias=False))
         if found.change is not None:
             columns = torch.arange(weight.shape[1], device=device)[block]

@@ -7,12 +7,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from surgery.engine import distributed
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.hooks import FfnCall, module_outputs, observed
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.model.ffn import Ffn
-from surgery.repair.least_squares import adds
+from surgery.repair.least_squares import HELD_OUT, adds
 
 
 class DenseReference:
@@ -23,14 +24,27 @@ class DenseReference:
     and `attention` names the linear whose output, added to the layer's input, makes it; None where no linear
     does. Several prunings may share one reference. `place` is where hidden states are stored, as for
     `HiddenStore`.
+
+    The last blocks, one in HELD_OUT and at least one, are held out: they choose ridges. `first_held` is the
+    first of them. With `shared`, the blocks `ids` [N, T] are shared out to all processes: each has some of
+    them, for which `first_held` may lie outside, and all say the same of a layer.
     """
 
     def __init__(
-        self, model: StreamedModel, ids: torch.Tensor, micro_batch: int, place: str = "device"
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        micro_batch: int,
+        place: str = "device",
+        *,
+        shared: bool = False,
     ) -> None:
         self.model = model
         self.place = place
-        self.stream = TokenStream(model, ids, micro_batch=micro_batch, place=place)
+        self.shared = shared
+        own = distributed.shard(len(ids)) if shared else slice(0, len(ids))
+        self.first_held = len(ids) - max(1, len(ids) // HELD_OUT) - own.start
+        self.stream = TokenStream(model, ids[own], micro_batch=micro_batch, place=place)
         width = self.stream.store.shape[-1]
         self.leaving, self.before = self._store(width), self._store(width)
         self._channels: HiddenStore | None = None
@@ -52,8 +66,10 @@ class DenseReference:
     def run(self, number: int, layer: nn.Module) -> None:
         """Run the resident layer, its weights as the checkpoint has them."""
         ffns = self.model.ffns(number)
-        self.additive = self._is_additive(number, layer, ffns)
-        self.attention = self._attention_output(number, layer) if self.additive else None
+        additive = self._is_additive(number, layer, ffns)
+        attention = self._attention_output(number, layer) if additive else None
+        said = (additive, attention)
+        self.additive, self.attention = distributed.first_value(said) if self.shared else said
 
         def use(part: slice, output: torch.Tensor, calls: list[FfnCall]) -> None:
             self.leaving.put(0, part, output)

@@ -21,6 +21,7 @@ from surgery.budget.prune_cost import PruneCost
 from surgery.budget.repair_cost import column_blocks, pass_schedule
 from surgery.cut.groups import Cut
 from surgery.cut.slice_edits import mask_cut, mask_members
+from surgery.engine import distributed
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
@@ -28,7 +29,7 @@ from surgery.model.ffn import Ffn
 from surgery.plan.kind_plan import ATTENTION, KV_HEADS
 from surgery.repair.attention import repair_attention
 from surgery.repair.dense_reference import DenseReference
-from surgery.repair.least_squares import HELD_OUT, Moments, SplitMoments, refit
+from surgery.repair.least_squares import Moments, SplitMoments, refit, summed
 from surgery.repair.methods import RepairMethod
 from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
 
@@ -50,7 +51,7 @@ class LayerRepair:
         self.model = dense.model
         self.dense = dense
         self.method = method
-        self.budget = budget
+        self.budget = distributed.first_value(budget) if dense.shared else budget
         self.kept = cut.kept
         self.mask, self.reroute = mask_members(cut.groups, cut.kept), cut.reroute
         others = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
@@ -66,7 +67,6 @@ class LayerRepair:
         blocks = len(dense.stream.ids)
         follows = method.follows_pruned
         self.pruned = dense.stream.fork(blocks, 0, place=dense.place) if follows else dense.stream
-        self.first_held = blocks - max(1, blocks // HELD_OUT)
         self.keeps_deltas = self.model.meta_model.casts_stored_weights
 
     @property
@@ -92,7 +92,6 @@ class LayerRepair:
                 self.pruned,
                 number,
                 layer,
-                self.first_held,
                 self.budget,
                 result,
                 self.head_columns.get(number),
@@ -173,10 +172,7 @@ class LayerRepair:
                 kept = self.kept[number, name].to(u.device)
                 bias = ffn.down_bias()
                 if name not in found:
-                    constant, size = self.method.constant or bias is not None, len(kept[columns[name]])
-                    found[name] = SplitMoments.zeros(
-                        call.y.shape[-1], size, u.device, self.first_held, constant
-                    )
+                    found[name] = self._no_moments(number, ffn, columns[name])
                 wanted = call.y
                 if additive:
                     wanted = wanted.view_as(output) + (aim - output)
@@ -195,7 +191,29 @@ class LayerRepair:
                 self.pruned.store.put(0, part, output - call.y.view_as(output))
 
         self.pruned.run_observed(number, layer, use)
-        return found
+        return self._of_all(number, found, ffns, columns) if self.dense.shared else found
+
+    def _no_moments(self, number: int, ffn: Ffn, columns: slice) -> SplitMoments:
+        constant = self.method.constant or ffn.down_bias() is not None
+        size = len(self.kept[number, ffn.name][columns])
+        outputs, device = len(ffn.down_weight()), self.model.device
+        return SplitMoments.zeros(outputs, size, device, self.dense.first_held, constant)
+
+    def _of_all(
+        self,
+        number: int,
+        found: dict[str, SplitMoments],
+        ffns: dict[str, Ffn],
+        columns: dict[str, slice],
+    ) -> dict[str, SplitMoments]:
+        """The moments of all processes; those of an expert that no token of any reaches are left out."""
+        every = {}
+        for name, part in columns.items():
+            own = found.pop(name, None) or self._no_moments(number, ffns[name], part)
+            moments = summed(own)
+            if float(moments.train.power + moments.held_out.power) > 0:
+                every[name] = moments
+        return every
 
 
 def _weights(ffn: Ffn) -> Weights:
@@ -221,8 +239,8 @@ class LayerPruner:
     """Makes a resident layer compute what it will as written; call it with each layer, in order.
 
     Removed channels are masked and, where the method repairs, what stays is refitted on calibration blocks
-    `ids` [N, T]. A layer that goes as a whole is only run by the dense stream. `streams` are the hidden
-    states that an interrupted pass resumes from.
+    `ids` [N, T], which all processes share out. A layer that goes as a whole is only run by the dense stream.
+    `streams` are this process's hidden states, which an interrupted pass resumes from.
     """
 
     def __init__(
@@ -232,7 +250,8 @@ class LayerPruner:
         self.skipped = cut.skipped
         self.repair: LayerRepair | None = None
         if method.changes_weights:
-            self.repair = LayerRepair(dense_reference(model, ids, cost), cut, method, cost.matrix_bytes)
+            dense = dense_reference(model, ids, cost, shared=True)
+            self.repair = LayerRepair(dense, cut, method, cost.matrix_bytes)
 
     @property
     def streams(self) -> list[TokenStream]:
@@ -251,6 +270,8 @@ class LayerPruner:
         return result
 
 
-def dense_reference(model: StreamedModel, ids: torch.Tensor, cost: PruneCost) -> DenseReference:
-    """Calibration blocks `ids` [N, T] at the input of the first layer."""
-    return DenseReference(model, ids, cost.micro_batch, cost.hidden_on)
+def dense_reference(
+    model: StreamedModel, ids: torch.Tensor, cost: PruneCost, *, shared: bool = False
+) -> DenseReference:
+    """Calibration blocks `ids` [N, T] at the input of the first layer; `shared` as for DenseReference."""
+    return DenseReference(model, ids, cost.micro_batch, cost.hidden_on, shared=shared)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
 from surgery.engine.fast_products import fast_products
 
@@ -160,6 +161,17 @@ class SplitMoments:
         places = torch.arange(len(u), device=u.device) if tokens is None else tokens
         for moments, chosen in ((self.train, places < border), (self.held_out, places >= border)):
             moments.add(u[chosen], r[chosen], weight, flat[chosen], columns)
+
+
+def summed(moments: SplitMoments) -> SplitMoments:
+    """Moments of all processes together, from those of each one's tokens; in place.
+
+    Raises DistributedError.
+    """
+    for part in (moments.train, moments.held_out):
+        for tensor in (part.gram, part.cross, part.left, part.power):
+            distributed.all_reduce_sum(tensor)
+    return moments
 
 
 def least_squares(moments: Moments, ridge: float, has_bias: bool = False) -> torch.Tensor:  # noqa: ARG001

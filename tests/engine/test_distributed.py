@@ -145,7 +145,7 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.M
 @pytest.mark.usefixtures("surgeon")
 def test_other_commands_say_that_they_run_alone(save_tiny: Callable[..., Path]) -> None:
     where = save_tiny("llama").parent
-    refused = torchrun(where, "-m", "surgery", "prune", "tiny", "--out", "cut", check=False)
+    refused = torchrun(where, "-m", "surgery", "quantize", "tiny", "--out", "cut", check=False)
     assert refused.returncode != 0 and "one process" in refused.stderr and not (where / "cut").exists()
 
 
