@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.subprocesses import KILL, RUN, SURGEON, in_two_processes, start_two, torchrun
+from helpers.subprocesses import SURGEON, in_two_processes, start_two, torchrun, torchrun_killed
 from helpers.tiny_models import CALIBRATION, ROOT
 
 from surgery.engine import distributed
@@ -66,14 +65,7 @@ def test_a_process_that_dies_ends_the_run_and_the_next_goes_on(
 ) -> None:
     where = save_tiny("llama").parent
     in_two_processes(SURGEON, *INDEX, "--out", "whole", where=where)
-    (where / "kill.py").write_text(KILL)
-    moment = {"KILL_AT": "layer-3.json:1", "KILL_IN": "surgeon-journal-1/"}
-    environment = {**os.environ, **moment, "OMP_NUM_THREADS": "1"}
-    command = [*RUN, "kill.py", *INDEX, "--out", "index"]
-    killed = subprocess.run(
-        command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
+    torchrun_killed(where, "layer-3.json:1", "surgeon-journal-1/", *INDEX, "--out", "index")
     assert not (where / "index").exists()
     if lost:  # a machine was replaced, and its journal went with it
         shutil.rmtree(where / ".index.surgeon-journal-1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -127,3 +128,16 @@ def torchrun(where: Path, *arguments: str, check: bool = True) -> subprocess.Com
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def torchrun_killed(where: Path, at: str, folder: str, *arguments: str) -> None:
+    """Run `surgeon ARGUMENTS` in two processes, one of which is killed when it opens `at` ("file:n") in
+    `folder`; the run must say so.
+    """
+    (where / "kill.py").write_text(KILL)
+    environment = {**os.environ, "KILL_AT": at, "KILL_IN": folder, "OMP_NUM_THREADS": "1"}
+    command = [*RUN, "kill.py", *arguments]
+    killed = subprocess.run(
+        command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.subprocesses import KILL, RUN, SURGEON, in_two_processes, start_two
+from helpers.subprocesses import SURGEON, in_two_processes, start_two, torchrun_killed
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 
@@ -58,14 +55,7 @@ def test_two_processes_repair_as_one(
 
 def test_a_process_that_dies_ends_the_prune_and_the_next_goes_on(where: Path) -> None:
     in_two_processes(SURGEON, *CUT, "--out", "whole", where=where)
-    (where / "kill.py").write_text(KILL)
-    moment = {"KILL_AT": "cut-3.json:1", "KILL_IN": "surgeon-journal-prune-1/"}
-    environment = {**os.environ, **moment, "OMP_NUM_THREADS": "1"}
-    command = [*RUN, "kill.py", *CUT, "--out", "cut"]
-    killed = subprocess.run(
-        command, cwd=where, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert killed.returncode != 0 and f"exitcode  : -{signal.SIGKILL.value}" in killed.stderr
+    torchrun_killed(where, "cut-3.json:1", "surgeon-journal-prune-1/", *CUT, "--out", "cut")
     assert not (where / "cut").exists()
     first, _ = in_two_processes(SURGEON, *CUT, "--out", "cut", where=where)
     assert "Resuming" in first.stderr and hidden(where) == []
