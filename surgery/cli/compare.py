@@ -39,6 +39,7 @@ from surgery.cli.options import (
     resume_option,
     talk_options,
 )
+from surgery.cli.search_options import SearchOptions, search_options
 from surgery.plan.methods import METHODS
 from surgery.repair.methods import REPAIRS
 
@@ -60,8 +61,10 @@ class Variant:
     allocation: str
     repair: str
     method: str
+    kinds: tuple[str, ...] = ()  # that may go for a target
 
 
+SPARSITIES = (0.25, 0.5)
 CUT_WORDS: tuple[Collection[str], ...] = (METHODS, REPAIRS, ALLOCATION_NAMES)
 
 
@@ -105,7 +108,8 @@ def words(allowed: Collection[str]) -> Callable[[click.Context, click.Parameter,
     help="Measure on this; repeat for several.",
 )
 @click.option("--text-blocks", type=int, help="Blocks of each text. [default: all]")
-@click.option("--sparsity", "sparsities", multiple=True, type=float, default=(0.25, 0.5), show_default=True)
+@click.option("--sparsity", "sparsities", multiple=True, type=float, help="[default: 0.25, 0.5]")
+@search_options
 @click.option("--methods", callback=words(METHODS), default="lp-hybrid,scar-prot,wanda", show_default=True)
 @click.option("--repairs", callback=words(REPAIRS), default="none,lstsq-acc", show_default=True)
 @click.option(
@@ -131,6 +135,7 @@ def compare(
     texts: tuple[str, ...],
     text_blocks: int | None,
     sparsities: tuple[float, ...],
+    search: SearchOptions,
     methods: list[str],
     repairs: list[str],
     allocations: list[str],
@@ -146,10 +151,11 @@ def compare(
     quiet: bool,
 ) -> None:
     """Measure many cuts of MODEL side by side, without writing any: methods x repairs x allocations x
-    sparsities.
+    sparsities; or, with a target, what each --cuts makes of it.
 
     \b
     surgeon compare org/name --index name-index --text wikitext-test --out name-comparison
+    surgeon compare org/name --text wikitext-test --target-params 1B --cuts ffn --cuts ffn,layers
     """
     from surgery.checkpoint.output_folder import check_destination, complete_folder
     from surgery.cli.costs import prune_cost_lines
@@ -162,7 +168,9 @@ def compare(
     opened = how.open(model)
     check_prunable(opened)
     ways = chosen or list(itertools.product(allocations, repairs, methods))
-    variants = [Variant(sparsity, *way) for sparsity in sparsities for way in ways]
+    search.check(opened, sparsities)
+    sizes = [(0.0, kinds) for kinds in search.cuts] or [(one, ()) for one in sparsities or SPARSITIES]
+    variants = [Variant(sparsity, *way, kinds) for sparsity, kinds in sizes for way in ways]
     check_variants(opened, variants, multiple_of)
     folder = out or Path(f"{opened.short_name}-comparison")
     if not dry_run:
@@ -180,6 +188,8 @@ def compare(
         )
         if found is None:
             lines.insert(1, "Before that an index is made: `surgeon index --dry-run` says what it takes")
+        if search.target is not None:
+            lines.insert(1, "Before that, not counted: the search for each cut, --search-time or longer")
         counts = {"cuts": len(variants), "texts": len(blocks), "walks": passes}
         wide = bool(cost.float64_flops)
         show_dry_run(opened, cost, lines, counts, as_json=as_json, passes=passes, wide=wide)
@@ -187,9 +197,9 @@ def compare(
     methods = [variant.method for variant in variants]
     index = index_for(opened, found, text_options, methods, destination=folder, resume=resume, quiet=quiet)
     comparison = Comparison(opened, index, blocks)
-    journal = comparison_journal(folder, comparison, variants, multiple_of, text_options.seed, resume)
+    journal = comparison_journal(folder, comparison, variants, search, multiple_of, text_options.seed, resume)
     say_resuming(journal, quiet)
-    plans = plans_for(comparison, variants, multiple_of, text_options.seed, journal, quiet)
+    plans = plans_for(comparison, variants, search, multiple_of, text_options.seed, journal, quiet)
     say(f"Measuring {len(plans)} cuts on {len(texts)} texts", quiet)
     say("\n".join(prune_cost_lines(cost, passes)), quiet)
     comparison.add(plans, bars(quiet), journal)
@@ -219,7 +229,7 @@ def check_variants(model: Model, variants: list[Variant], multiple_of: int | Non
     from surgery.plan.widths import width_changes
     from surgery.repair.sensitivity import check_sensitivity_measurable
 
-    for sparsity in {variant.sparsity for variant in variants}:
+    for sparsity in {variant.sparsity for variant in variants if not variant.kinds}:
         width_changes(model.meta_model.widths(), sparsity, None, multiple_of)
     if any(variant.allocation == "global" for variant in variants):
         check_sensitivity_measurable(model.meta_model)
@@ -234,11 +244,14 @@ def estimate(
 ) -> tuple[int, PruneCost]:
     """Cuts made in one pass and what it takes, from the widths alone. Raises MemoryBudgetError."""
     from surgery.evaluate.compare import share_passes, text_tokens
-    from surgery.plan.widths import width_changes
+    from surgery.plan.widths import WidthChange, width_changes
     from surgery.pruning.jobs import comparison_job, estimated_widths
 
-    least = min(variant.sparsity for variant in variants)
-    changes = width_changes(model.meta_model.widths(), least, None, multiple_of)
+    least, widths = min(variant.sparsity for variant in variants), model.meta_model.widths()
+    if least > 0:
+        changes = width_changes(widths, least, None, multiple_of)
+    else:  # what goes for a target is not known yet: at most nothing
+        changes = tuple(WidthChange(key, width, width) for key, width in widths.items())
     allocations = {variant.allocation for variant in variants}
     job = comparison_job(
         estimated_widths(model.meta_model, changes, uniform=allocations == {"uniform"}),
@@ -255,6 +268,7 @@ def comparison_journal(
     folder: Path,
     comparison: Comparison,
     variants: list[Variant],
+    search: SearchOptions,
     multiple_of: int | None,
     seed: int,
     resume: bool,
@@ -267,6 +281,7 @@ def comparison_journal(
     fingerprint = {
         **index_use_fingerprint(comparison.opened, comparison.index),
         "cuts": [asdict(variant) for variant in variants],
+        "search": vars(search),
         "multiple_of": multiple_of,
         "seed": seed,
         "texts": [[blocks.name, blocks.digest] for blocks in comparison.texts],
@@ -278,6 +293,7 @@ def comparison_journal(
 def plans_for(
     comparison: Comparison,
     variants: list[Variant],
+    search: SearchOptions,
     multiple_of: int | None,
     seed: int,
     journal: Journal,
@@ -285,6 +301,7 @@ def plans_for(
 ) -> list[PrunePlan]:
     """A plan for every variant; sensitivity is measured once a method, and saved in the journal."""
     from surgery.pruning.plan_pruning import plan_pruning
+    from surgery.search.plan_to_target import plan_to_target
 
     measured: dict[str, Any] = {}
     plans = []
@@ -296,14 +313,27 @@ def plans_for(
                     comparison.opened, comparison.index, variant.method, seed, journal, quiet
                 )
             sensitivity = measured[variant.method]
+        how: dict[str, Any] = {**asdict(variant), "seed": seed, "multiple_of": multiple_of}
+        kinds, model, index = how.pop("kinds"), comparison.opened, comparison.index
+        if not kinds:
+            plans.append(plan_pruning(model, index, sensitivity=sensitivity, **how))
+            continue
+        target = search.target
+        assert target is not None
+        del how["sparsity"]
+        say(f"Searching with {', '.join(kinds)}: {variant.method}, {variant.repair}", quiet)
         plans.append(
-            plan_pruning(
-                comparison.opened,
-                comparison.index,
-                multiple_of=multiple_of,
-                seed=seed,
+            plan_to_target(
+                model,
+                index,
+                target,
+                cuts=kinds,
+                seconds=search.seconds,
                 sensitivity=sensitivity,
-                **asdict(variant),
+                journal=journal.part(f"search-{len(plans)}"),
+                progress=bars(quiet),
+                say=lambda line: say(line, quiet),
+                **how,
             )
         )
     return plans

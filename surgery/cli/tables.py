@@ -175,33 +175,18 @@ def show_comparison(indexes: list[tuple[str, ChannelIndex]], console: Console) -
 
 def show_rows(rows: list[ComparisonRow], console: Console) -> None:
     """Print what `surgeon compare` measured, one line per pruned model and text."""
+    searched = any(row.cuts not in ("", "ffn") or row.gone for row in rows)
+    headings = ("method", "repair", "allocation", *(("may go", "gone") if searched else ("removed",)))
     table = bare_table(
-        (
-            "method",
-            "repair",
-            "allocation",
-            "removed",
-            "text",
-            "perplexity",
-            "bits/byte",
-            "KL",
-            "parameters",
-            "seconds",
-        ),
-        left=("method", "repair", "allocation", "text"),
+        (*headings, "text", "perplexity", "bits/byte", "KL", "parameters", "seconds"),
+        left=("method", "repair", "allocation", "may go", "gone", "text"),
     )
     for row in rows:
         table.add_row(
-            row.method,
-            row.repair,
-            row.allocation,
-            f"{100 * row.sparsity:.0f}%",
-            row.text,
-            short_number(row.perplexity),
-            f"{row.bits_per_byte:.3f}",
-            f"{row.kl:.3f}",
-            f"{row.parameters / 1e6:,.1f} M",
-            f"{row.seconds:.0f}",
+            *(row.method, row.repair, row.allocation),
+            *((row.cuts, row.gone) if searched else (f"{100 * row.sparsity:.0f}%",)),
+            *(row.text, short_number(row.perplexity), f"{row.bits_per_byte:.3f}", f"{row.kl:.3f}"),
+            *(f"{row.parameters / 1e6:,.1f} M", f"{row.seconds:.0f}"),
         )
     console.print(table)
 

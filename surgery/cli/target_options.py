@@ -236,15 +236,17 @@ class TargetOptions:
         )
 
 
-def _kinds(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Names of kinds separated by commas."""
-    if value is None:
-        return None
+def kinds_of(value: str, parameter: click.Parameter) -> tuple[str, ...]:
+    """Names of kinds separated by commas. Raises BadParameter for another name."""
     names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
     for name in names:
         if name not in KINDS:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(KINDS)}.", param=parameter)
     return names
+
+
+def _kinds(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else kinds_of(value, parameter)
 
 
 def _layers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -268,7 +270,7 @@ def _factor(_: click.Context, parameter: click.Parameter, value: str | None) -> 
     return found
 
 
-def _duration(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+def duration(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """Seconds from a number with s, m or h."""
     units = {"s": 1, "m": 60, "h": 3600}
     if value is None:
@@ -325,7 +327,7 @@ target_options = collected(
         click.option(
             "--search-time",
             metavar="TIME",
-            callback=_duration,
+            callback=duration,
             help="Stop trying mixtures after this time, as 20m. The first few are always tried. "
             f"[default: {defaults.SEARCH_SECONDS / 60:.0f}m]",
         ),

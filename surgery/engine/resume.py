@@ -94,6 +94,10 @@ class Journal:
         tensors = self.path(f"{name}.safetensors")
         return fields, load_file(tensors) if tensors.exists() else {}
 
+    def part(self, name: str) -> Journal:
+        """A journal of its own for a part of the run, inside this one's folder."""
+        return Journal(self.path(name), {})
+
     def start_over(self) -> None:
         """Mark all steps as not done; files are kept."""
         self.path(STEPS).unlink(missing_ok=True)

@@ -46,7 +46,8 @@ class ComparisonRow:
     KL(dense || pruned) in nats. `parameters` counts those of the written checkpoint. `seconds` is the time
     that pruning and repair take if the plan runs alone, without the measurement. `factor_low` and
     `factor_high` are the 95% interval of its perplexity over the dense model's, over the text's blocks; None
-    for the dense model and for fewer than LEAST_BLOCKS blocks.
+    for the dense model and for fewer than LEAST_BLOCKS blocks. `cuts` are the kinds that a search for a
+    target could take, "ffn" without one, and `gone` what it took beside FFN channels.
     """
 
     method: str
@@ -61,6 +62,8 @@ class ComparisonRow:
     seconds: float
     factor_low: float | None = None
     factor_high: float | None = None
+    cuts: str = "ffn"
+    gone: str = ""
 
 
 class Comparison:
@@ -183,13 +186,25 @@ class Comparison:
             measure_divergence(model, dense[place], [*(streams[place] for streams in columns), dense[place]])
             for place in range(len(self.texts))
         ]
+        searched = [_kinds(cut.plan) for cut in cuts]
         for place, name in enumerate(names):
+            kinds = ("", "") if name[0] == "dense" else searched[place - with_dense]
             for blocks, measured in zip(self.texts, found, strict=True):
                 loss = measured[place]
                 bits = loss.nats / math.log(2) / blocks.predicted_bytes
                 row = (*name, blocks.name, loss.perplexity, bits, loss.kl, parameters[place], seconds[place])
                 interval = (None, None) if name[0] == "dense" else _factor(measured[-1], loss, blocks)
-                self.rows.append(ComparisonRow(*row, *interval))
+                self.rows.append(ComparisonRow(*row, *interval, *kinds))
+
+
+def _kinds(plan: PrunePlan) -> tuple[str, str]:
+    """The kinds that a search could take, and what goes beside FFN channels, as "layers 3, 7; kv 1"."""
+    gone = []
+    for part in plan.cuts:
+        numbers = part.facts.get("removed", [part.facts["heads"]] if "heads" in part.facts else [])
+        what = "key/value heads kept" if part.kind == "kv" else part.kind
+        gone.append(" ".join([what, ", ".join(map(str, numbers))]).strip())
+    return ",".join(plan.search.kinds) if plan.search is not None else "ffn", "; ".join(gone)
 
 
 def _factor(
@@ -268,15 +283,24 @@ def save_rows(rows: list[ComparisonRow], folder: Path) -> None:
 
 
 def markdown(rows: list[ComparisonRow]) -> str:
-    """The rows as a Markdown table: a line per plan, a perplexity column per text, KL of the first text."""
+    """The rows as a Markdown table: a line per plan, a perplexity column per text.
+
+    KL, and the 95% interval of perplexity over dense, are of the first text. With columns of kinds where a
+    target was searched for.
+    """
     texts = list(dict.fromkeys(row.text for row in rows))
-    headings = ["method", "repair", "allocation", "removed", *texts, "KL", "parameters", "seconds"]
+    searched = any(row.cuts not in ("", "ffn") or row.gone for row in rows)
+    headings = ["method", "repair", "allocation", "removed", *(["may go", "gone"] if searched else [])]
+    headings += [*texts, "× dense", "KL", "parameters", "seconds"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     for place in range(0, len(rows), len(texts)):
         cut = rows[place : place + len(texts)]
         first = cut[0]
         cells = [first.method, first.repair, first.allocation, f"{100 * first.sparsity:.0f}%"]
-        cells += [f"{row.perplexity:.1f}" for row in cut]
+        cells += [first.cuts, first.gone] if searched else []
+        cells += [f"{row.perplexity:.4g}" for row in cut]
+        low, high = first.factor_low, first.factor_high
+        cells.append("" if low is None or high is None else f"{low:.3f} to {high:.3f}")
         cells += [f"{first.kl:.3f}", f"{first.parameters / 1e6:.1f} M", f"{first.seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

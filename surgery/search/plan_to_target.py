@@ -51,6 +51,7 @@ def plan_to_target(
     seed: int = defaults.SEED,
     seconds: float = defaults.SEARCH_SECONDS,
     fixed: tuple[KindPlan, ...] = (),
+    sensitivity: list[torch.Tensor] | None = None,
     journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
     say: Callable[[str], None] = lambda _: None,
@@ -58,17 +59,17 @@ def plan_to_target(
     """The plan that meets `target` by cuts of the kinds `cuts` with the least KL to the dense model.
 
     What single cuts cost is measured first; then whole configurations are cut, repaired and measured on
-    held-out calibration blocks, for about `seconds` in all. `fixed` goes in any case. What was measured stays
-    in `journal`, so that an interrupted search goes on. Other arguments are as of `plan_pruning`. The plan's
-    `search` says what was tried. Raises PlanError for a target that can't be met, UnsupportedModelError for a
+    held-out calibration blocks, for about `seconds` in all. `fixed` goes in any case; `sensitivity` of layers
+    is measured unless given. What was measured stays in `journal`, so that an interrupted search goes on.
+    Other arguments are as of `plan_pruning`. The plan's `search` says what was tried. Raises PlanError for a
+    target that can't be met, UnsupportedModelError for a
     kind that the model can't be cut by.
     """
     check_prunable(model.checkpoint.config, model.name)
     index.check_source(model.checkpoint)
     REPAIRS.find(repair)
     check_target(model, target, cuts)
-    sensitivity = None
-    if allocation == "global":
+    if allocation == "global" and sensitivity is None:
         say("Measuring the sensitivity of each layer at five widths")
         measured = partial(sensitivity_of, model, index, method=method, seed=seed, protect=protect)
         tensors = _saved(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
