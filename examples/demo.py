@@ -49,9 +49,8 @@ def main() -> None:
     run(f"surgeon prune {model.name} --index smollm2-index --sparsity 0.25 --out smollm2-25 --overwrite")
     for folder in (model.name, "smollm2-25"):
         run(f"surgeon eval {folder} --text wikipedia-held-out.txt --blocks 8")
-    run(
-        f"surgeon bench smollm2-25 --against {model.name} --runtime transformers --runtime llama.cpp --batch 1"
-    )
+    runtimes = "--runtime transformers --runtime llama.cpp --batch 1"
+    run(f"surgeon bench smollm2-25 --against {model.name} {runtimes}")
     for folder in (model.name, "smollm2-25"):
         generate(folder)
     run("surgeon report smollm2-25 --index smollm2-index --out smollm2-25.html --overwrite")

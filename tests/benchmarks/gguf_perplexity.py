@@ -19,6 +19,7 @@ import xllamacpp
 from transformers import AutoModelForCausalLM
 
 import surgery
+import surgery.loading
 from surgery.checkpoint.transformers_model import load_tokenizer
 from surgery.engine.open_model import open_checkpoint
 from surgery.export.file_types import file_type
