@@ -65,27 +65,34 @@ def token_losses(
     temperature, share = loss.temperature, loss.cross_entropy
     log_q = torch.log_softmax(_tempered(logits, temperature), -1)
     log_q_top = log_q.gather(-1, teacher.ids)
-    log_q_next = log_q.gather(-1, following[:, None])[:, 0]
-    q = log_q.exp_()  # in place: whole logits are the largest tensors here
-    plain = None
+    cross = None
     if share:
-        plain = q.clone()
-        if temperature != 1:
-            log_q1 = torch.log_softmax(logits, -1)
-            log_q_next, plain = log_q1.gather(-1, following[:, None])[:, 0], log_q1.exp_()
-        plain[torch.arange(len(following), device=logits.device), following] -= 1
+        log_q1 = log_q.clone() if temperature == 1 else torch.log_softmax(logits, -1)
+        cross = _cross_entropy(log_q1, following)
+    q = log_q.exp_()  # in place: whole logits are the largest tensors here
     p_top, p_rest = teacher.log_p.exp(), teacher.rest
     q.scatter_(-1, teacher.ids, 0.0)
     q_rest = q.sum(-1).clamp_min(TINY)
     nats = (p_top * (teacher.log_p - log_q_top)).sum(-1)
     nats += p_rest * (p_rest.clamp_min(TINY).log() - q_rest.log())
-    nats = temperature**2 * (1 - share) * nats - share * log_q_next
+    nats = temperature**2 * (1 - share) * nats
     weight = temperature * (1 - share)
     gradient = q.mul_((1 - p_rest / q_rest)[:, None])
     gradient.scatter_(-1, teacher.ids, log_q_top.exp() - p_top)
     if weight != 1:
         gradient.mul_(weight)
-    return nats, gradient if plain is None else gradient.add_(plain, alpha=share)
+    if cross is None:
+        return nats, gradient
+    return nats + share * cross[0], gradient.add_(cross[1], alpha=share)
+
+
+def _cross_entropy(log_q: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-ln q of the tokens that follow, [n], and its gradient [n, V] by the logits; `log_q` is overwritten."""
+    places = following[:, None]
+    nats = -log_q.gather(-1, places)[:, 0]
+    gradient = log_q.exp_()
+    gradient.scatter_add_(-1, places, torch.full_like(nats, -1.0)[:, None])
+    return nats, gradient
 
 
 def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
