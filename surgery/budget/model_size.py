@@ -84,7 +84,7 @@ class ModelSize:
         head_dim = max(int(getattr(config, "head_dim", 0) or hidden // max(1, heads)), keys, values)
         fused = not eager and keys == values
         scores = 0 if fused else 4 * heads * block_size * (head_dim >= expensive)
-        cached += max(hidden, heads * head_dim) * (fused or block_size >= expensive)
+        cached += heads * head_dim if fused else max(hidden, heads * head_dim) * (block_size >= expensive)
         attention = float(len(stored) * block_size * max(hidden, heads * head_dim) * (1 if fused else 2))
         cheap = [p for layer in products for p in layer if p.columns < expensive]
         return cls(

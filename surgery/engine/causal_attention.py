@@ -35,30 +35,18 @@ SCORES = 1 << 20  # elements of them, bfloat16 for the gradient
 OUTPUT_SCORES = 3 << 17  # the same for the output, where they are float32
 
 
-class CausalAttention(torch.autograd.Function):
-    """Attention of bfloat16 queries [B, H, T, d], keys and values [B, H / g, T, d] of g heads each."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """The output [B, H, T, d]."""
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        return attention_output(query, key, value, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of queries, keys and values."""
-        query, key, value = ctx.saved_tensors
-        return (*attention_gradients(query, key, value, gradients[0], ctx.scale), None)
-
-
-@torch.no_grad()
+@torch.library.custom_op(
+    "surgery::causal_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
+)
 def attention_output(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention [B, H, T, d] of bfloat16 queries [B, H, T, d], keys and values [B, H / g, T, d]."""
+    """Attention [B, H, T, d] of bfloat16 queries [B, H, T, d], keys and values [B, H / g, T, d].
+
+    One operation to PyTorch, so that its output can be cached for the backward pass as the fused kernel's.
+    """
     batch, heads, tokens, width = query.shape
     q, k, v = _by_head(query, key, value)
     output = torch.empty_like(q)
@@ -75,6 +63,25 @@ def attention_output(
                 scores[:, :, start:] += later[: end - start, : end - start]
                 output[part, start:end] = torch.bmm(torch.softmax(scores, -1), values[:, :end])
     return output.view(batch, heads, tokens, width)
+
+
+@attention_output.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: ARG001
+    return query.new_empty(query.shape)
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:3])
+    ctx.scale = inputs[3]
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of queries, keys and values."""
+    query, key, value = ctx.saved_tensors
+    return (*attention_gradients(query, key, value, gradient, ctx.scale), None)
+
+
+attention_output.register_autograd(_gradients, setup_context=_save_inputs)
 
 
 def _by_head(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -134,11 +141,9 @@ class FastAttention(TorchFunctionMode):
         query, key, value = args
         scale = kwargs.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if not _takes_gradients(*args):
-            return attention_output(query, key, value, scale)
-        if query.shape[2] > LONGEST:
+        if _takes_gradients(*args) and query.shape[2] > LONGEST:
             return func(*args, **kwargs)
-        return CausalAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        return attention_output(query, key, value, scale)
 
 
 def _takes_gradients(*tensors: torch.Tensor) -> bool:

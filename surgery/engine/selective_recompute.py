@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from surgery.engine.causal_attention import attention_output
 from surgery.errors import SurgeonError
 
 ATTENTION = (
@@ -27,6 +28,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1}
 # columns K, measured (`tests/benchmarks/streamed.py --time`). A GPU has a caching allocator: no limit there.
 EXPENSIVE_COLUMNS = {"cpu": 1024}
 _ATTENTION = {getattr(torch.ops.aten, name).default for name in ATTENTION if hasattr(torch.ops.aten, name)}
+_ATTENTION.add(attention_output._opoverload)
 _PRODUCTS = {
     getattr(torch.ops.aten, name).default: argument
     for name, argument in PRODUCTS.items()
