@@ -9,7 +9,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Pruning": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
-        *("target_params", "target_size", "target_memory", "context", "packed_int4", "cuts", "search_time"),
+        *("target_params", "target_size", "target_memory", "speedup", "speed_of", "context", "packed_int4"),
+        *("cuts", "search_cuts", "search_time"),
         *("drop_layers", "drop_attention", "kv_heads"),
         *("keep_experts", "expert_score", "keep_vocabulary", "vocabulary_text"),
     ),

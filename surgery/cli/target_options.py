@@ -32,7 +32,7 @@ class TargetOptions:
     target_params: str | None
     target_size: str | None
     target_memory: str | None
-    target_speed: float | None
+    speedup: float | None
     speed_of: str
     context: str | None
     packed_int4: bool
@@ -53,7 +53,7 @@ class TargetOptions:
         from surgery.cli.heal_options import parse_count
 
         given = [(PARAMS, self.target_params), (SIZE, self.target_size), (MEMORY, self.target_memory)]
-        given += [(SPEED, None if self.target_speed is None else f"{self.target_speed:g}x")]
+        given += [(SPEED, None if self.speedup is None else f"{self.speedup:g}x")]
         stated = [(unit, text) for unit, text in given if text is not None]
         if len(stated) > 1:
             raise UsageError(
@@ -89,10 +89,10 @@ class TargetOptions:
             if journal is not None:
                 journal.save("speed", vars(speed))
                 journal.mark("speed")
-        assert self.target_speed is not None
+        assert self.speedup is not None
         layers, parameters = len(model.meta_model.layers), model.checkpoint.parameters
         dense = speed.seconds(layers, parameters)
-        return replace(target, amount=int(1e9 * dense / self.target_speed), speed=speed)
+        return replace(target, amount=int(1e9 * dense / self.speedup), speed=speed)
 
     def check(self, cut: CutOptions, rounds: int = 1) -> CutOptions:
         """`cut` checked, with whole FFNs where a target or layers alone say the size.
@@ -106,7 +106,7 @@ class TargetOptions:
         for name, value in (("--cuts", self.cuts), ("--search-time", self.search_time)):
             if target is None and value is not None:
                 raise UsageError(f"{name} is for a target", next_step="give --target-params or --target-size")
-        if self.speed_of != "decode" and self.target_speed is None:
+        if self.speed_of != "decode" and self.speedup is None:
             raise UsageError("--speed-of is for --target-speed", where="--speed-of")
         if target is not None and self.explicit:
             raise UsageError(
@@ -142,7 +142,7 @@ class TargetOptions:
 
     def name_for(self, model: Model, cut: CutOptions) -> str:
         """Folder and repo name: as of the cut, or with the target in place of a percentage."""
-        speed = f"{self.target_speed:g}x" if self.target_speed is not None else None
+        speed = f"{self.speedup:g}x" if self.speedup is not None else None
         stated = self.target_params or self.target_size or self.target_memory or speed
         if stated is not None:
             return f"{model.short_name}-{cut.method}-{stated.strip().replace(' ', '')}"
@@ -299,6 +299,7 @@ target_options = collected(
         ),
         click.option(
             "--target-speed",
+            "speedup",
             metavar="FACTOR",
             callback=_factor,
             help="At least so many times as many tokens a second in transformers on this machine, as 1.3x; "
