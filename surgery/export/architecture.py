@@ -249,7 +249,8 @@ def _tensors(
         layer = re.match(r"model\.layers\.(\d+)\.", base)
         template = re.sub(r"^model\.layers\.\d+\.", "model.layers.{}.", base)
         part = names.get(template, "").replace("{}", layer[1] if layer else "")
-        if IGNORED.fullmatch(stored) or (tied and part == "output"):
+        unused = layer and part.endswith(".attn_norm") and not layers[int(layer[1])].heads
+        if unused or IGNORED.fullmatch(stored) or (tied and part == "output"):
             dropped.append(stored)
             continue
         shape = shapes.get(part) if ending == "weight" else shapes.get(part, ())[:1]

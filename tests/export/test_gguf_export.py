@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from helpers.masking import kept_channels, mask
 from helpers.tiny_gguf import PROMPT, llama_cpp_logprobs, llama_cpp_server
-from helpers.tiny_models import byte_tokenizer, tiny_model
+from helpers.tiny_models import CALIBRATION, byte_tokenizer, opened, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -119,20 +120,21 @@ def test_qwen3_goes_out_and_every_tensor_comes_back(
     assert file.name in card and "architecture of llama.cpp | `qwen3`" in card
 
 
-def test_a_layer_without_attention(save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+def test_layers_without_attention(save_gguf_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
     folder = save_gguf_tiny("llama", **LONG)
+    cut = ("--drop-attention", "1,3", "--sparsity", "0.5", "--multiple-of", "8", "--repair", "none")
+    surgeon("prune", str(folder), *cut, *CALIBRATION, "--allocation", "score", "--out", "free", "--quiet")
+    shown = surgeon("export", "free", "--gguf", "--type", "f32", "--out", "free.gguf")
+    assert GgufFile(Path("free.gguf")).architecture == "deci" and "left out: 2 tensors" in shown.stdout
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    model.save_pretrained(folder)
-    expected = transformers_logprobs(folder)
-    tensors = load_file(folder / "model.safetensors")
-    without = {n: t for n, t in tensors.items() if ".1.self_attn." not in n and ".1.input_layernorm" not in n}
-    save_file(without, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "per_layer_config": {"1": {"skip": ["attention"]}}})
-    )
-    surgeon("export", str(folder), "--gguf", "--type", "f32", "--out", "free.gguf")
+    for number in (1, 3):
+        model.model.layers[number].self_attn.o_proj.weight.data.zero_()
+    meta_model = opened(folder).meta_model
+    kept = kept_channels(json.loads(Path("free/surgeon.json").read_text()))
+    mask(model, meta_model.family.sites, meta_model.layers_path, kept)
+    with torch.no_grad():
+        logits = model.float().eval()(torch.tensor([PROMPT])).logits[0, -1]
+    expected = torch.log_softmax(logits.float(), -1)
     found = llama_cpp_logprobs(Path("free.gguf"), tokens=ROWS)
     assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
