@@ -27,7 +27,9 @@ from surgery.heal.trainable import Trainables
 from surgery.progress import Progress, no_progress
 
 MEASURES = 8  # held-out measures in a run, beside that before
-PATIENCE = 3  # measures without an improvement after which training stops
+# Measures without an improvement after which training stops. Held-out texts are few blocks, whose measures
+# are noisy until the learning rate falls: with 3 a heal of SmolLM2 stopped at 240 of 391 steps.
+PATIENCE = 5
 SAVE_SECONDS = 30.0  # between two saves of the state; up to twice as many where a save takes long
 SAVE_SHARE = 0.1  # of the time, as far as that goes, for saves
 

@@ -70,9 +70,9 @@ def test_every_block_makes_part_of_one_step_and_the_end_is_measured() -> None:
         assert len(measured) <= 13
 
 
-def test_training_stalls_after_three_measures_without_improvement() -> None:
-    history = History(measures=[{"step": step, "nats": {"a": 3.0, "b": 4.0}} for step in range(5)], best=1)
+def test_training_stalls_after_five_measures_without_improvement() -> None:
+    history = History(measures=[{"step": step, "nats": {"a": 3.0, "b": 4.0}} for step in range(7)], best=1)
     assert history.improved
     assert history.stalled
-    assert not History(measures=history.measures[:4], best=1).stalled
+    assert not History(measures=history.measures[:6], best=1).stalled
     assert history.mean(0) == 3.5
