@@ -16,13 +16,30 @@ def load_transformers(job: dict[str, Any]) -> Loaded:
 
     import surgery.loading  # noqa: F401  (layers of their own widths)
 
+    dtype = job["dtype"] if job["dtype"] == "auto" else getattr(torch, job["dtype"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return _in_transformers(job, lambda: load(job["model"], revision=job.get("revision"), dtype=dtype))
+
+
+def load_random(job: dict[str, Any]) -> Loaded:
+    """A model of a config with random weights in transformers: as fast as a trained one of its shape."""
+    import torch
+
+    from surgery.checkpoint.transformers_model import auto_class, build_config
+
+    config = build_config(job["config"], job["model"])
+    dtype = getattr(torch, job["dtype"])
+    return _in_transformers(job, lambda: auto_class(config).from_config(config, dtype=dtype))
+
+
+def _in_transformers(job: dict[str, Any], load: Callable[[], Any]) -> Loaded:
+    """What `load` gives, on the job's device with its threads, compiled where the runtime says so."""
+    import torch
+    import transformers
+
     if job["threads"]:
         torch.set_num_threads(job["threads"])
-    dtype = job["dtype"] if job["dtype"] == "auto" else getattr(torch, job["dtype"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["model"], revision=job.get("revision"), dtype=dtype
-    )
-    model = model.eval().to(job["device"])
+    model = load().eval().to(job["device"])
     compiled = job["runtime"] == "transformers-compiled"
     if compiled:
         model.forward = torch.compile(model.forward)
@@ -34,23 +51,6 @@ def load_transformers(job: dict[str, Any]) -> Loaded:
 
     generate = _transformers_generate(model, job, compiled)
     return Loaded(generate, versions, model.config.get_text_config().vocab_size, device_bytes)
-
-
-def load_random(job: dict[str, Any]) -> Loaded:
-    """A model of a config with random weights in transformers: as fast as a trained one of its shape."""
-    import torch
-    import transformers
-
-    from surgery.checkpoint.transformers_model import auto_class, build_config
-
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
-    config = build_config(job["config"], job["model"])
-    model = auto_class(config).from_config(config, dtype=getattr(torch, job["dtype"]))
-    model = model.eval().to(job["device"])
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    vocabulary = int(config.get_text_config().vocab_size)
-    return Loaded(_transformers_generate(model, job, compiled=False), versions, vocabulary, lambda: None)
 
 
 def _transformers_generate(model: Any, job: dict[str, Any], compiled: bool) -> Generate:

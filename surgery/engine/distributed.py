@@ -211,35 +211,26 @@ def all_gather_rows(values: torch.Tensor) -> torch.Tensor:
     """Concatenate rows [n, ...] of all ranks in rank order; n may differ by rank. Raises DistributedError."""
     if world_size() == 1:
         return values
-    gathered: list[Any] = [None] * world_size()
-    with translate_errors():
-        distributed.all_gather_object(gathered, values.cpu())
-    return torch.cat(gathered).to(values.device)
+    return torch.cat(of_all([values.cpu()])).to(values.device)
 
 
-def dealt(items: Sequence[T], what: str) -> list[T]:
-    """This rank's items, dealt out in turn: those at rank, rank + world size, and so on.
-
-    Raises UsageError for fewer items than processes; `what` names them.
-    """
+def own_share(items: Sequence[T], what: str) -> list[T]:
+    """This rank's `shard` of items. Raises UsageError for fewer items than processes; `what` names them."""
     if len(items) < world_size() > 1:
         raise UsageError(
             f"more processes than {what}", expected=f"at most {len(items)}", found=str(world_size())
         )
-    return list(items[rank() :: world_size()])
+    return list(items[shard(len(items))])
 
 
-def collected(own: Sequence[T], count: int) -> list[T]:
-    """The results for all `count` items that were `dealt`, in their order, on every rank.
-
-    `own` are this rank's. Raises DistributedError.
-    """
+def of_all(own: Sequence[T]) -> list[T]:
+    """The items of all ranks, from each one's `own`, in rank order. Raises DistributedError."""
     if world_size() == 1:
         return list(own)
     gathered: list[Any] = [None] * world_size()
     with translate_errors():
         distributed.all_gather_object(gathered, list(own))
-    return [gathered[place % world_size()][place // world_size()] for place in range(count)]
+    return [item for items in gathered for item in items]
 
 
 def barrier() -> None:

@@ -87,10 +87,10 @@ def run_ablations(
     Of several processes each measures some of the conditions, and all return the outcomes of all.
     `edit_bytes` as in `ablation_cost`. Raises MemoryBudgetError, DistributedError.
     """
-    own = distributed.dealt(conditions, "conditions")
+    own = distributed.own_share(conditions, "conditions")
     distributed.init(opened.run.device)
     original, *outcomes = _run_own(opened, own, blocks, progress, edit_bytes)
-    return [original, *distributed.collected(outcomes, len(conditions))]
+    return [original, *distributed.of_all(outcomes)]
 
 
 def _run_own(

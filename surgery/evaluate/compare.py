@@ -91,14 +91,12 @@ class Comparison:
         an interrupted run resumes after the last finished pass. Returns `rows`. Raises MemoryBudgetError,
         DistributedError.
         """
-        mine = distributed.dealt(plans, "cuts")
+        own = distributed.own_share(plans, "cuts")
         distributed.init(self.opened.run.device)
-        before, texts = len(self.rows), len(self.texts)
-        self._add_own(mine, progress, journal)
-        new = self.rows[before:]
-        dense, own = new[:texts], [new[start : start + texts] for start in range(texts, len(new), texts)]
-        every = distributed.collected(own, len(plans))
-        self.rows[before:] = [*dense, *(row for rows in every for row in rows)]
+        before = len(self.rows)
+        self._add_own(own, progress, journal)
+        cuts = before + len(self.texts)  # where the rows of the dense model end
+        self.rows[cuts:] = distributed.of_all(self.rows[cuts:])
         return self.rows
 
     def _add_own(self, plans: list[PrunePlan], progress: Progress[Any], journal: Journal | None) -> None:
@@ -198,7 +196,7 @@ class Comparison:
 
 
 def _kinds(plan: PrunePlan) -> tuple[str, str]:
-    """The kinds that a search could take, and what goes beside FFN channels, as "layers 3, 7; kv 1"."""
+    """The kinds that a search could take, and what goes beside FFN channels, as "layers 3, 7"."""
     gone = []
     for part in plan.cuts:
         numbers = part.facts.get("removed", [part.facts["heads"]] if "heads" in part.facts else [])

@@ -67,10 +67,7 @@ class PrunePass:
 
         Raises DistributedError.
         """
-        model = self.model
-        if not self.repair.changes_weights:
-            return
-        first = self._layers_done()
+        model, first = self.model, self._layers_done()
         with model.other_weights() if self.cost.ends_held else contextlib.nullcontext():
             with model.other_weights():
                 pruner = LayerPruner(model, self.cut, self.repair, calibration, self.cost)
@@ -113,8 +110,6 @@ class PrunePass:
         done = 0
         while self.journal is not None and f"cut {done}" in self.journal:
             done += 1
-        if not self.repair.changes_weights:
-            return done
         return int(distributed.all_reduce_min(torch.tensor(done, device=self.model.device)))
 
     def _stream(
