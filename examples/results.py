@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from assets import fetch_coder, fetch_model, fetch_text
 from second_architecture import train
 
 import surgery
+from surgery.markdown import markdown_table
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Subject:
     rounding: str = "--group-size 64 --per-channel"
     extra: str = ""
     frontier: str = ""
-    texts: tuple[str, ...] = field(default=("wikipedia-held-out.txt", "web.txt"))
+    texts: tuple[str, ...] = ("wikipedia-held-out.txt", "web.txt")
 
 
 def smollm2(folder: Path) -> Path:
@@ -182,14 +183,15 @@ def index_table(folder: Path) -> str:
 def outcomes(file: Path) -> str:
     """The conditions of an ablation or a comparison of roundings as a Markdown table."""
     fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    lines = ["| condition | changed | perplexity | × | nats/token [95%] | KL |", "|---|---|---|---|---|---|"]
+    rows = []
     for row in fields["conditions"]:
         low, high = row["interval"]
         effect = f"{row['effect']:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
         cells = [row["condition"], f"{row['changed']:,}", f"{row['perplexity']:.6g}", f"{row['factor']:.4g}"]
-        lines.append(f"| {' | '.join([*cells, effect, format(row['kl'], '.4f')])} |")
+        rows.append([*cells, effect, f"{row['kl']:.4f}"])
+    table = markdown_table(("condition", "changed", "perplexity", "×", "nats/token [95%]", "KL"), rows)
     tokens = fields["conditions"][0]["tokens"]
-    return "\n".join([*lines, "", f"{tokens:,} predicted tokens of {fields['text']['name']}."])
+    return f"{table}\n\n{tokens:,} predicted tokens of {fields['text']['name']}."
 
 
 def atlas_table(folder: Path) -> str:

@@ -12,7 +12,18 @@ import surgery
 
 ROOT = Path(surgery.__file__).parent
 ORDER = (
-    *("errors", "byte_units", "progress", "defaults", "registry", "chart", "bootstrap", "text", "loading"),
+    *(
+        "errors",
+        "byte_units",
+        "progress",
+        "defaults",
+        "registry",
+        "chart",
+        "markdown",
+        "bootstrap",
+        "text",
+        "loading",
+    ),
     *("checkpoint", "vocabulary", "model", "engine", "budget", "index", "plan", "cut", "card", "repair"),
     *("pruning", "quantize", "evaluate", "search", "heal", "adapt", "export", "bench", "report"),
     *("frontier", "cli"),

@@ -32,7 +32,6 @@ def render_index_card(
     import jinja2
 
     fields = index.as_json()
-
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

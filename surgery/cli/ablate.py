@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ import click
 from surgery.cli.common import (
     bars,
     check_index_exists,
-    data_console,
     discard_journal,
     index_for,
     local_path,
@@ -126,9 +124,8 @@ def ablate(
     \b
     surgeon ablate org/name --index name-index --text wikitext-test --scale 0:3:0.25
     """
-    from surgery.card.figures import save_ablations
-    from surgery.checkpoint.output_folder import check_destination, complete_folder
-    from surgery.cli.ablation_table import show_outcomes
+    from surgery.checkpoint.output_folder import check_destination
+    from surgery.cli.ablation_table import save_outcomes
     from surgery.engine.distributed import barrier, destroy, rank
     from surgery.evaluate.ablation import ablation_cost, run_ablations
     from surgery.evaluate.experiments import conditions_for
@@ -178,13 +175,7 @@ def ablate(
             fields["trace"] = traces(opened, index)
         if sentences:
             fields["stop_words"] = next_words(opened, index, sentences)
-        with complete_folder(folder) as partial:
-            (partial / "ablation.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-            save_ablations(partial, fields)
-        if as_json:
-            click.echo(json.dumps(fields))
-        else:
-            show_outcomes(fields, data_console())
+        save_outcomes(folder, "ablation.json", fields, as_json)
         say(f"Results and plots written to {folder}", quiet)
     barrier()
     discard_journal(folder)

@@ -1,17 +1,35 @@
-"""Terminal tables of what `surgeon ablate` and `surgeon quantize --compare` measured."""
+"""What `surgeon ablate` and `surgeon quantize --compare` measured: the folder, and tables in the terminal."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.markup import escape
 
+from surgery.cli.common import data_console
 from surgery.cli.terminal import bare_table, short_number
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 WITH_INTERVALS = 140  # columns a terminal needs for long conditions and the interval of their effect
+
+
+def save_outcomes(folder: Path, file: str, fields: dict[str, Any], as_json: bool) -> None:
+    """Write the folder of outcomes, with `fields` as `file` and plots, and print them."""
+    from surgery.card.figures import save_ablations
+    from surgery.checkpoint.output_folder import complete_folder
+
+    with complete_folder(folder) as partial:
+        (partial / file).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        save_ablations(partial, fields)
+    if as_json:
+        click.echo(json.dumps(fields))
+    else:
+        show_outcomes(fields, data_console())
 
 
 def show_outcomes(fields: dict[str, Any], console: Console) -> None:

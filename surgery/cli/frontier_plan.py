@@ -11,7 +11,7 @@ import click
 
 from surgery import defaults
 from surgery.byte_units import format_bytes, format_duration
-from surgery.cli.common import calibration_shape
+from surgery.cli.common import calibration_shape, check_prunable
 from surgery.cli.frontier_options import MeasureOptions, PointOptions
 from surgery.cli.heal_options import parse_count
 from surgery.cli.options import CalibrationOptions, ModelOptions
@@ -46,7 +46,6 @@ class FrontierJob:
         calibration: CalibrationOptions,
     ) -> FrontierJob:
         """Open the models and draw the texts. Raises what can be refused before any work."""
-        from surgery.cli.common import check_prunable
         from surgery.evaluate.perplexity import evaluation_blocks
         from surgery.frontier.points import all_points
         from surgery.plan.widths import width_changes

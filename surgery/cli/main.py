@@ -36,6 +36,7 @@ from surgery.cli.report import report
 from surgery.cli.shard_index import shard_index
 from surgery.errors import SurgeonError, SurgeonWarning, UsageError
 
+SEVERAL = ("index", "prune", "heal", "compare", "ablate", "show")  # what torchrun may start
 COLLECT_AFTER = 20_000  # new objects between two collections of the youngest generation
 
 
@@ -100,8 +101,6 @@ def main() -> None:
             next_step="index with torchrun, then run this command alone with --index",
         )
 
-
-SEVERAL = ("index", "prune", "heal", "compare", "ablate", "show")  # what torchrun may start
 
 for command in (
     index,

@@ -21,7 +21,7 @@ from surgery.cli.options import (
     super_weights_index_option,
     talk_options,
 )
-from surgery.cli.quantize_comparison import compared, save_comparison, show_comparison_cost
+from surgery.cli.quantize_comparison import compared, show_comparison_cost
 from surgery.cli.quantize_inputs import (
     POWER_BLOCKS,
     SchemeOptions,
@@ -100,6 +100,7 @@ def quantize(
     surgeon quantize org/name --bits 4 --group-size 128 --out name-int4
     """
     from surgery.checkpoint.output_folder import check_destination
+    from surgery.cli.ablation_table import save_outcomes
     from surgery.model.meta_model import check_model
     from surgery.quantize.write import kept_tensors, quantized_specs
 
@@ -123,7 +124,8 @@ def quantize(
             show_comparison_cost(opened, schemes, on, as_json)
             return
         fields = compared(opened, schemes, on, index, text_options, quiet)
-        save_comparison(folder, fields, as_json, quiet)
+        save_outcomes(folder, "quantization.json", fields, as_json)
+        say(f"Table and plot written to {folder}", quiet)
         return
     handling = handling or ("restore" if simulate else "module")
     clipping = simulate if clip is None else clip

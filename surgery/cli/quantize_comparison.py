@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from surgery.cli.common import bars, data_console, say, show_dry_run
+from surgery.cli.common import bars, say, show_dry_run
 from surgery.cli.options import CalibrationOptions
 from surgery.cli.quantize_inputs import calibration_blocks, known_super_weights
 
@@ -77,20 +73,3 @@ def show_comparison_cost(
     names = [f"{scheme.name}: {way}" for scheme in schemes for way, *_ in WAYS]
     cost = ablation_cost(model, len(names), *blocks.ids.shape, edit_bytes=ROUNDING_BYTES)
     show_dry_run(model, cost, [*names, *pass_cost_lines(cost)], {"conditions": names}, as_json=as_json)
-
-
-def save_comparison(folder: Path, fields: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    """Write and print a comparison."""
-    from surgery.card.figures import save_ablations
-    from surgery.checkpoint.output_folder import complete_folder
-    from surgery.cli.ablation_table import show_outcomes
-
-    with complete_folder(folder) as partial:
-        text = json.dumps(fields, indent=1) + "\n"
-        (partial / "quantization.json").write_text(text, encoding="utf-8")
-        save_ablations(partial, fields)
-    if as_json:
-        click.echo(json.dumps(fields))
-    else:
-        show_outcomes(fields, data_console())
-    say(f"Table and plot written to {folder}", quiet)

@@ -9,7 +9,7 @@ import click
 
 from surgery import defaults
 from surgery.cli.options import collected
-from surgery.cli.target_options import duration, kinds_of
+from surgery.cli.target_values import default_kinds, duration, kinds_of, one_target, target_amount
 from surgery.cut.kinds import KINDS
 from surgery.errors import UsageError
 
@@ -31,21 +31,15 @@ class SearchOptions:
     def target(self) -> Target | None:
         """The target that is given. Raises UsageError for two."""
         from surgery.budget.target import PARAMS, SIZE, Target
-        from surgery.byte_units import parse_bytes
-        from surgery.cli.heal_options import parse_count
 
-        if self.target_params is not None and self.target_size is not None:
-            raise UsageError("one target at a time", where="--target-params, --target-size")
-        if self.target_params is not None:
-            return Target(PARAMS, parse_count(self.target_params))
-        return None if self.target_size is None else Target(SIZE, parse_bytes(self.target_size))
+        stated = one_target({PARAMS: self.target_params, SIZE: self.target_size})
+        return None if stated is None else Target(stated[0], target_amount(*stated))
 
-    @property
-    def cuts(self) -> tuple[tuple[str, ...], ...]:
+    def cuts(self, model: Model) -> tuple[tuple[str, ...], ...]:
         """The kinds of each search; none without a target."""
         if self.target is None:
             return ()
-        return self.search_cuts or (tuple(defaults.TARGET_CUTS),)
+        return self.search_cuts or (default_kinds(model),)
 
     @property
     def seconds(self) -> float:
@@ -72,7 +66,7 @@ class SearchOptions:
                 where=target.option,
                 next_step="search alone, then compare plans with --sparsity",
             )
-        for kinds in self.cuts:
+        for kinds in self.cuts(model):
             check_target(model, target, kinds)
 
 

@@ -11,6 +11,15 @@ from surgery import defaults
 from surgery.cli.common import bars, say
 from surgery.cli.options import collected
 from surgery.cli.prune_options import CutOptions
+from surgery.cli.target_values import (
+    default_kinds,
+    duration,
+    factor,
+    kinds,
+    layers,
+    one_target,
+    target_amount,
+)
 from surgery.cut.kinds import KINDS
 from surgery.errors import UsageError
 
@@ -49,28 +58,20 @@ class TargetOptions:
         Raises UsageError for several, or a memory without a context.
         """
         from surgery.budget.target import MEMORY, PARAMS, SIZE, SPEED, Target
-        from surgery.byte_units import parse_bytes
         from surgery.cli.heal_options import parse_count
 
-        given = [(PARAMS, self.target_params), (SIZE, self.target_size), (MEMORY, self.target_memory)]
-        given += [(SPEED, None if self.speedup is None else f"{self.speedup:g}x")]
-        stated = [(unit, text) for unit, text in given if text is not None]
-        if len(stated) > 1:
-            raise UsageError(
-                "one target at a time", found=", ".join(f"--target-{unit} {text}" for unit, text in stated)
-            )
+        speed = None if self.speedup is None else f"{self.speedup:g}x"
+        stated = one_target(
+            {PARAMS: self.target_params, SIZE: self.target_size, MEMORY: self.target_memory, SPEED: speed}
+        )
         if (self.context is not None) != (self.target_memory is not None):
             raise UsageError("--target-memory and --context go together", where="--target-memory, --context")
         if self.packed_int4 and self.target_size is None and self.target_memory is None:
             raise UsageError("--packed-int4 is for --target-size and --target-memory", where="--packed-int4")
-        if not stated:
-            return None
-        unit, text = stated[0]
-        if unit == SPEED:
-            return Target(SPEED, 0)
-        amount = parse_count(text) if unit == PARAMS else parse_bytes(text)
+        if stated is None or stated[0] == SPEED:
+            return None if stated is None else Target(SPEED, 0)
         context = parse_count(self.context) if self.context else 0
-        return Target(unit, amount, context, self.packed_int4)
+        return Target(stated[0], target_amount(*stated), context, self.packed_int4)
 
     def measured(self, model: Model, journal: Journal | None, quiet: bool) -> Target:
         """The target, with a speed in the time that a token may take on this machine."""
@@ -128,17 +129,8 @@ class TargetOptions:
         return bool(self.drop_layers or self.drop_attention or self.kv_heads is not None)
 
     def kinds(self, model: Model, tell: bool = False) -> tuple[str, ...]:
-        """Names of the kinds that may go for a target: those asked for, or the default ones that the model
-        can be cut by; with `tell`, says which can't.
-        """
-        from surgery.search.plan_to_target import usable_kinds
-
-        if self.cuts is not None:
-            return self.cuts
-        usable = usable_kinds(model, defaults.TARGET_CUTS)
-        for kind, reason in usable.items():
-            say(f"Not cut: {KINDS[kind].label} ({reason})", quiet=not (reason and tell))
-        return tuple(kind for kind, reason in usable.items() if not reason)
+        """Names of the kinds that may go for a target: those asked for, or `default_kinds`."""
+        return self.cuts if self.cuts is not None else default_kinds(model, tell)
 
     def name_for(self, model: Model, cut: CutOptions) -> str:
         """Folder and repo name: as of the cut, or with the target in place of a percentage."""
@@ -236,51 +228,6 @@ class TargetOptions:
         )
 
 
-def kinds_of(value: str, parameter: click.Parameter) -> tuple[str, ...]:
-    """Names of kinds separated by commas. Raises BadParameter for another name."""
-    names = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
-    for name in names:
-        if name not in KINDS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(KINDS)}.", param=parameter)
-    return names
-
-
-def _kinds(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else kinds_of(value, parameter)
-
-
-def _layers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """Layer numbers separated by commas, sorted."""
-    try:
-        return tuple(sorted({int(word) for word in value.split(",")})) if value is not None else ()
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not layer numbers, as 5,12", param=parameter) from error
-
-
-def _factor(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """A factor above 1, as 1.3x."""
-    if value is None:
-        return None
-    try:
-        found = float(value.strip().lower().removesuffix("x"))
-    except ValueError:
-        found = 0.0
-    if not 1 < found < float("inf"):
-        raise click.BadParameter(f"{value!r} is not a factor above 1, as 1.3x", param=parameter)
-    return found
-
-
-def duration(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """Seconds from a number with s, m or h."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    if value is None:
-        return None
-    try:
-        return float(value[:-1]) * units[value[-1:].lower()]
-    except (ValueError, KeyError) as error:
-        raise click.BadParameter(f"{value!r} is not a time, as 90s, 20m or 2h", param=parameter) from error
-
-
 target_options = collected(
     TargetOptions,
     "target",
@@ -301,7 +248,7 @@ target_options = collected(
             "--target-speed",
             "speedup",
             metavar="FACTOR",
-            callback=_factor,
+            callback=factor,
             help="At least so many times as many tokens a second in transformers on this machine, as 1.3x; "
             "layers of several shapes are timed first.",
         ),
@@ -321,7 +268,7 @@ target_options = collected(
         click.option(
             "--cuts",
             metavar="KINDS",
-            callback=_kinds,
+            callback=kinds,
             help=f"What may go for a target, of {', '.join(KINDS)}, separated by commas. "
             f"[default: {','.join(defaults.TARGET_CUTS)}]",
         ),
@@ -335,13 +282,13 @@ target_options = collected(
         click.option(
             "--drop-layers",
             metavar="NUMBERS",
-            callback=_layers,
+            callback=layers,
             help="Remove these whole layers, as 5,12; FFNs stay whole unless a size is given too.",
         ),
         click.option(
             "--drop-attention",
             metavar="NUMBERS",
-            callback=_layers,
+            callback=layers,
             help="Remove the attention of these layers; loading the result needs a loader.",
         ),
         click.option(

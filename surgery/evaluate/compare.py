@@ -29,6 +29,7 @@ from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.index.channel_index import ChannelIndex
+from surgery.markdown import markdown_table
 from surgery.plan.prune_plan import PrunePlan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.jobs import comparison_job, kept_widths
@@ -290,7 +291,7 @@ def markdown(rows: list[ComparisonRow]) -> str:
     searched = any(row.cuts not in ("", "ffn") or row.gone for row in rows)
     headings = ["method", "repair", "allocation", "removed", *(["may go", "gone"] if searched else [])]
     headings += [*texts, "× dense", "KL", "parameters", "seconds"]
-    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    lines = []
     for place in range(0, len(rows), len(texts)):
         cut = rows[place : place + len(texts)]
         first = cut[0]
@@ -300,5 +301,5 @@ def markdown(rows: list[ComparisonRow]) -> str:
         low, high = first.factor_low, first.factor_high
         cells.append("" if low is None or high is None else f"{low:.3f} to {high:.3f}")
         cells += [f"{first.kl:.3f}", f"{first.parameters / 1e6:.1f} M", f"{first.seconds:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(headings, lines) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from surgery import __version__
 from surgery.chart import Axis, Figure, Series, save_chart
 from surgery.frontier.decide import as_row, not_dominated
+from surgery.markdown import markdown_table
 from surgery.report.document import Document, Fact, Section, Table, Unit
 from surgery.report.page import render_page
 
@@ -75,13 +76,14 @@ def _mean(point: dict[str, Any], name: str) -> float | None:
 
 def markdown(fields: dict[str, Any]) -> str:
     """The table and the sentence as Markdown."""
-    lines = [f"| {' | '.join(name for name, _ in COLUMNS)} |", "|---|" + "---|" * (len(COLUMNS) - 1)]
+    rows = []
     for name, size, used, bits, kl, top1, decode, prefill, best in table_rows(fields):
         cells = [name, f"{size / 2**20:,.1f} MiB", "" if used is None else f"{used / 2**20:,.1f} MiB"]
         cells += [f"{bits:.4f}", "" if kl is None else f"{kl:.4f}", "" if top1 is None else f"{top1:.1%}"]
         cells += [decode or "", "" if prefill is None else f"{prefill:,.0f}"]
-        lines.append(f"| {' | '.join([*cells, best])} |")
-    return "\n".join([*lines, "", NOTE, "", fields["answer"], ""])
+        rows.append([*cells, best])
+    table = markdown_table([name for name, _ in COLUMNS], rows)
+    return "\n".join([table, "", NOTE, "", fields["answer"], ""])
 
 
 def document(fields: dict[str, Any]) -> Document:

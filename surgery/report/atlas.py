@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
+from surgery.bootstrap import Interval
 from surgery.errors import SurgeonError
 from surgery.index.channel_index import ChannelIndex
 from surgery.index.findings import Finding
-from surgery.index.intervals import bounds, held_share, median_top_share, model_outlier_overlap, why_none
+from surgery.index.intervals import held_share, median_top_share, model_outlier_overlap, why_none
 from surgery.report.document import Document, Section, Table, Unit
 from surgery.report.page import between, shown
 from surgery.report.revisions import Named, revision_sections, same_shape, shares
@@ -66,25 +67,18 @@ def same_shapes(members: Named) -> list[Named]:
 def _concentrated(members: Named) -> Section:
     """Concentration, overlaps and halo of each index, over all its layers, with 95% intervals."""
     rows: list[list[Any]] = []
-    notes = []
     for name, index in members:
-        own = [share for share in shares(index) if share is not None]
-        seen = [[(ffn, ffn.halo) for ffn in layer.main] for layer in index.layers]
-        found = [
-            median_top_share(index),
-            model_outlier_overlap(index, "activation_power"),
-            model_outlier_overlap(index, "weight_norm"),
-            held_share(seen),
-        ]
-        reason = why_none(index)
-        if reason:
-            notes.append(f"{name}: {reason}")
-        exact = _without_intervals(index, own)
+        own = [value for value in shares(index) if value is not None]
+        found = _with_intervals(index)
+        exact = _without_intervals(index, own) if None in found else []
         cells = [
-            share(value if one is None else one.estimate, bounds(one))
-            for value, one in zip(exact, found, strict=True)
+            shown(exact[place], "percent")
+            if one is None
+            else f"{shown(one.estimate, 'percent')} {between(one.bounds, 'percent')}"
+            for place, one in enumerate(found)
         ]
         rows.append([name, cells[0], min(own), max(own), *cells[1:]])
+    notes = [f"{name}: {reason}" for name, index in members if (reason := why_none(index))]
     columns: list[tuple[str, Unit]] = [
         *(("index", "text"), ("LP in the top 1%, median layer", "text")),
         *(("smallest layer", "percent"), ("largest layer", "percent")),
@@ -97,8 +91,18 @@ def _concentrated(members: Named) -> Section:
     return Section("concentration", "Concentration, overlap and halo", tables=[table])
 
 
+def _with_intervals(index: ChannelIndex) -> list[Interval | None]:
+    """Concentration, overlap by activation power and by weight norm, and halo of an index."""
+    return [
+        median_top_share(index),
+        model_outlier_overlap(index, "activation_power"),
+        model_outlier_overlap(index, "weight_norm"),
+        held_share([[(ffn, ffn.halo) for ffn in layer.main] for layer in index.layers]),
+    ]
+
+
 def _without_intervals(index: ChannelIndex, own: list[float]) -> list[float | None]:
-    """The numbers of `_concentrated` where block sums are missing: from each layer's summary."""
+    """The same where block sums are missing: from each layer's summary."""
     summaries = [layer.summary() for layer in index.layers if layer.ffns]
 
     def weighted(key: str) -> float | None:
@@ -118,13 +122,6 @@ def _without_intervals(index: ChannelIndex, own: list[float]) -> list[float | No
         weighted("weight_norm"),
         statistics.fmean(halo),
     ]
-
-
-def share(value: float | None, interval: list[float] | None) -> str:
-    """A share as "12.3% (11.0% to 13.7%)", without the interval where it is not known."""
-    if value is None:
-        return ""
-    return shown(value, "percent") + (f" {between(interval, 'percent')}" if interval else "")
 
 
 def _structures(members: Named) -> Section:

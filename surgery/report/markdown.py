@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from surgery.markdown import markdown_table
 from surgery.report.document import Document, Table
 from surgery.report.page import shown
 
@@ -21,12 +20,8 @@ def _table(table: Table) -> list[str]:
     """The table as one block of lines; none for a table without rows."""
     if not table.rows:
         return []
-    lines = [_line([name for name, _ in table.columns]), "|" + "---|" * len(table.columns)]
+    rows = []
     for number, row in enumerate(table.rows):
         units = [table.row_units[number] if unit == "row" else unit for _, unit in table.columns]
-        lines.append(_line([shown(value, unit) for value, unit in zip(row, units, strict=True)]))
-    return ["\n".join(lines)]
-
-
-def _line(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        rows.append([shown(value, unit) for value, unit in zip(row, units, strict=True)])
+    return [markdown_table([name for name, _ in table.columns], rows)]

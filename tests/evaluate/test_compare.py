@@ -98,3 +98,13 @@ def test_targets_that_make_no_sense_are_refused(
 ) -> None:
     refused = surgeon("compare", str(save_tiny("llama")), "--text", "text.txt", *options, code=2)
     assert message in refused.stderr and "Indexing" not in refused.stderr
+
+
+def test_kinds_that_a_model_can_not_be_cut_by_are_left_out_by_default(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    source = save_tiny("gpt2")
+    command = ["compare", str(source), "--text", "text.txt", "--text-blocks", "1", "--dry-run"]
+    target = ["--target-params", "45k", "--multiple-of", "8", "--cut", "lp-hybrid"]
+    assert "1 cuts on 1 texts" in surgeon(*command, *target).output
+    assert "key/value" in surgeon(*command, *target, "--cuts", "ffn,kv", code=1).stderr
