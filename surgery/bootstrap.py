@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,6 +56,11 @@ class Interval:
         named by chance.
         """
         return self.low > other.high or other.low > self.high
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Interval:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**fields)
 
     @property
     def bounds(self) -> list[float]:

@@ -14,6 +14,7 @@ from surgery.checkpoint.push import PushReport, PushTarget, push_folder
 from surgery.checkpoint.reader import Checkpoint
 from surgery.errors import IndexMismatchError
 from surgery.index.channel_index import ChannelIndex, FfnIndex
+from surgery.index.intervals import published_intervals
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,7 +52,7 @@ def write_index_dataset(index: ChannelIndex, folder: Path, repo: str, source_car
     """Write the files of the data set `repo` into a folder: the index, its channels as Parquet, its card."""
     from pyarrow import parquet
 
-    index.save_published(folder)
+    index.save_published(folder, *published_intervals(index))
     table = channel_table(index)
     parquet.write_table(table, folder / CHANNELS_FILE, compression="zstd")
     columns = [name for name in table.column_names if name not in FIXED]

@@ -18,7 +18,7 @@ from surgery.index.ffn_index import SECOND_ORDER as SECOND_ORDER
 from surgery.index.ffn_index import STATISTICS as STATISTICS
 from surgery.index.ffn_index import FfnIndex
 from surgery.index.findings import Finding
-from surgery.index.layer_index import LayerIndex, layer_from, layer_tensors, sample_tensors
+from surgery.index.layer_index import INTERVALS, LayerIndex, layer_from, layer_tensors, sample_tensors
 from surgery.index.published_form import StoredTensors, coded_tensors, save_by_statistic
 from surgery.index.super_weights import SuperWeight
 
@@ -36,7 +36,8 @@ class ChannelIndex:
     (dense, shared, experts) to its config key. `input_ids` [N, T] are the calibration blocks. `structures`
     are what was measured of super weights, by effect; indexes of earlier versions have none. `published` is
     the Hub data set it was read from: {"repo": ..., "revision": commit}. `coded` says that its statistics
-    were decoded from the published form.
+    were decoded from the published form. `intervals` are those that the published form keeps
+    (`surgery.index.intervals.published_intervals`).
     """
 
     source: dict[str, Any]
@@ -52,6 +53,7 @@ class ChannelIndex:
     structures: list[Finding] = field(default_factory=list)
     published: dict[str, str] | None = None
     coded: bool = False
+    intervals: dict[str, Any] = field(default_factory=dict)
     warned: bool = field(default=False, repr=False, compare=False)  # that commits can't be compared
 
     def __post_init__(self) -> None:
@@ -97,8 +99,17 @@ class ChannelIndex:
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
         _write_json(self.as_json(), folder)
 
-    def save_published(self, folder: Path) -> None:
-        """Write index.json and index.safetensors in the published form, without samples."""
+    def save_published(
+        self,
+        folder: Path,
+        intervals: dict[str, Any] | None = None,
+        layer_intervals: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Write index.json and index.safetensors in the published form, without samples.
+
+        `intervals` and `layer_intervals` are those of `surgery.index.intervals.published_intervals`; by
+        default those it was read with.
+        """
         tensors = {"calibration.input_ids": self.input_ids.to(torch.int32).contiguous()}
         for number, layer in enumerate(self.layers):
             groups = {f"{key}.": [ffn] for key, ffn in layer.others.items()} if layer.experts else {}
@@ -107,7 +118,12 @@ class ChannelIndex:
                     stem = f"layers.{number}.{prefix}"
                     tensors |= coded_tensors(stem, ffns, stacked=ffns[0].expert is not None)
         save_by_statistic(tensors, folder / TENSOR_FILE)
-        _write_json({**self.as_json(), "schema_version": PUBLISHED_VERSION}, folder)
+        fields = {**self.as_json(), "schema_version": PUBLISHED_VERSION}
+        fields[INTERVALS] = self.intervals if intervals is None else intervals
+        if layer_intervals is not None:
+            entries = zip(fields["layers"], layer_intervals, strict=True)
+            fields["layers"] = [{**entry, INTERVALS: own} for entry, own in entries]
+        _write_json(fields, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> ChannelIndex:
@@ -155,6 +171,7 @@ class ChannelIndex:
                 keys=fields.get("width_keys", {}),
                 structures=[Finding.from_json(entry) for entry in fields.get("structures", [])],
                 coded=fields["schema_version"] == PUBLISHED_VERSION,
+                intervals=fields.get(INTERVALS, {}),
             )
         except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             raise IndexMismatchError(

@@ -1,13 +1,17 @@
 """Intervals of what an index says: LP shares and overlaps of sets of channels, over calibration blocks.
 
 Every function returns None where the index has no block sums, or fewer than LEAST_BLOCKS groups of blocks;
-`why_none` says which. Shapes: m resamples, G groups of blocks, K channels of an FFN that are kept apart.
+`why_none` and `why_no_sums` say which. A published index has no block sums: the intervals of its own figures
+were computed when it was published (`published_intervals`) and are in its index.json.
+
+Shapes: m resamples, G groups of blocks, K channels of an FFN that are kept apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,13 +27,22 @@ from surgery.bootstrap import (
 )
 from surgery.index.block_sums import BIN_EDGES, BlockSums, bin_members
 from surgery.index.channel_index import ChannelIndex, FfnIndex, LayerIndex
-from surgery.index.supernodes import SUPERNODE_FRACTION
+from surgery.index.layer_index import INTERVALS
+from surgery.index.supernodes import SHARE_FRACTIONS, SUPERNODE_FRACTION
+
+OUTLIERS = ("activation_power", "max_abs", "weight_norm")  # that supernodes are compared with
+TOP, OVERLAP, HALO = "top_share", "outlier_overlap", "halo_share"  # words of published intervals
 
 Chosen = tuple[FfnIndex, torch.Tensor]  # an FFN and some of its channels
 
 
 def why_none(index: ChannelIndex) -> str:
-    """Why an index gives no intervals; empty where it does."""
+    """Why an index gives no intervals of its own figures; empty where it does."""
+    return "" if index.intervals.get(TOP) else why_no_sums(index)
+
+
+def why_no_sums(index: ChannelIndex) -> str:
+    """Why an index gives no intervals of figures that depend on more: another index, a plan; or empty."""
     sums = [ffn.block_sums for layer in index.layers for ffn in layer.ffns.values()]
     if index.coded:
         return "No intervals: a published index leaves out the sums by calibration block."
@@ -47,7 +60,7 @@ def top_share(layer: LayerIndex, fraction: float = SUPERNODE_FRACTION) -> Interv
     resample, among those that are kept apart. Where these are too few, the others are taken by their rank in
     the whole sum, and `fraction` must be one of BIN_EDGES.
     """
-    return top_share_of(layer.main, fraction)
+    return top_share_of(layer.main, fraction) or _of_layer(layer, TOP, str(fraction))
 
 
 def top_share_of(ffns: Sequence[FfnIndex], fraction: float = SUPERNODE_FRACTION) -> Interval | None:
@@ -62,7 +75,7 @@ def median_top_share(index: ChannelIndex, fraction: float = SUPERNODE_FRACTION) 
     seen = [ffns for layer in index.layers if (ffns := _with_tokens(layer))]
     parts = [[_top(ffn, fraction) for ffn in ffns] for ffns in seen]
     exact = [[_exact_top(ffn, fraction) for ffn in ffns] for ffns in seen]
-    return _interval(parts, _median, exact)
+    return _interval(parts, _median, exact) or _published(index.intervals, TOP, str(fraction))
 
 
 def held_share(layers: Sequence[Sequence[Chosen]]) -> Interval | None:
@@ -77,6 +90,12 @@ def held_share(layers: Sequence[Sequence[Chosen]]) -> Interval | None:
     return _interval(parts, _mean, exact)
 
 
+def halo_share(index: ChannelIndex) -> Interval | None:
+    """`held_share` of the halo of every layer."""
+    halos = [[(ffn, ffn.halo) for ffn in layer.main] for layer in index.layers]
+    return held_share(halos) or _published(index.intervals, HALO, "mean")
+
+
 def outlier_overlap(layer: LayerIndex, by: str) -> Interval | None:
     """Share of a layer's supernodes that are also its largest channels by a statistic, in [0, 1].
 
@@ -84,12 +103,13 @@ def outlier_overlap(layer: LayerIndex, by: str) -> Interval | None:
     column). Supernodes are chosen again in every resample, and the largest by activation power too. Weights
     do not depend on the text, and the largest by max_abs are held fixed: a maximum has no sums by block.
     """
-    return _outlier_overlap(_with_tokens(layer), by)
+    return _outlier_overlap(_with_tokens(layer), by) or _of_layer(layer, OVERLAP, by)
 
 
 def model_outlier_overlap(index: ChannelIndex, by: str) -> Interval | None:
     """`outlier_overlap` of the supernodes of all layers, which are resampled together."""
-    return _outlier_overlap([ffn for layer in index.layers for ffn in _with_tokens(layer)], by)
+    ffns = [ffn for layer in index.layers for ffn in _with_tokens(layer)]
+    return _outlier_overlap(ffns, by) or _published(index.intervals, OVERLAP, by)
 
 
 def _outlier_overlap(ffns: Sequence[FfnIndex], by: str) -> Interval | None:
@@ -185,6 +205,45 @@ class Members:
         """Number of channels that are in both sets, [m] float64."""
         mine, theirs = (self.channels[:, None] == other.channels).nonzero(as_tuple=True)
         return (self.member[:, mine] & other.member[:, theirs]).sum(1).double()
+
+
+def published_intervals(index: ChannelIndex) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Intervals of an index's figures and of each layer's, as index.json holds them; empty without sums."""
+    if why_none(index):
+        return {}, [{} for _ in index.layers]
+    own = {
+        TOP: {str(fraction): median_top_share(index, fraction) for fraction in SHARE_FRACTIONS},
+        OVERLAP: {by: model_outlier_overlap(index, by) for by in OUTLIERS},
+        HALO: {"mean": halo_share(index)},
+    }
+    layers = [
+        {
+            TOP: {str(fraction): top_share(layer, fraction) for fraction in SHARE_FRACTIONS},
+            OVERLAP: {by: outlier_overlap(layer, by) for by in OUTLIERS},
+        }
+        if layer.ffns
+        else {}
+        for layer in index.layers
+    ]
+    return _as_json(own), [_as_json(layer) for layer in layers]
+
+
+def _as_json(fields: dict[str, dict[str, Interval | None]]) -> dict[str, Any]:
+    return {
+        word: {key: None if one is None else asdict(one) for key, one in entries.items()}
+        for word, entries in fields.items()
+    }
+
+
+def _published(fields: dict[str, Any], word: str, key: str) -> Interval | None:
+    """An interval that index.json holds."""
+    found = fields.get(word, {}).get(key)
+    return None if found is None else Interval.from_json(found)
+
+
+def _of_layer(layer: LayerIndex, word: str, key: str) -> Interval | None:
+    """An interval that a layer's entry of index.json holds."""
+    return _published((layer.stored or {}).get(INTERVALS, {}), word, key)
 
 
 def bounds(interval: Interval | None) -> list[float] | None:

@@ -15,6 +15,8 @@ from surgery.index.lazy_statistics import LazyStatistics
 from surgery.index.published_form import StoredTensors, left_out
 from surgery.model.families import DENSE, EXPERT
 
+INTERVALS = "intervals"  # of a published layer's figures, in index.json
+
 
 @dataclass
 class LayerIndex:
@@ -111,7 +113,7 @@ def _summary(ffns: list[FfnIndex]) -> dict[str, Any]:
             str(fraction): average(
                 [supernode_module.mass_share(f.statistics["loss_proxy"], fraction) for f in seen], mass
             )
-            for fraction in (0.001, 0.01, 0.05)
+            for fraction in supernode_module.SHARE_FRACTIONS
         },
         "overlap": {
             "activation_power": overlaps([f.statistics["activation_power"] for f in seen]),

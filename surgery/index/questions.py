@@ -18,7 +18,7 @@ from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import IndexMismatchError, UsageError
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.intervals import channel_values, overlap_interval, top_share, why_none
+from surgery.index.intervals import channel_values, overlap_interval, top_share, why_no_sums
 from surgery.index.supernodes import SUPERNODE_FRACTION
 from surgery.model.ffn import Ffn
 
@@ -174,7 +174,7 @@ def _check_same_shape(one: ChannelIndex, other: ChannelIndex) -> None:
 def _found(interval: Interval | None, *indexes: ChannelIndex) -> Interval:
     """The interval; raises IndexMismatchError, which says why, where there is none."""
     if interval is None:
-        reason = next(filter(None, map(why_none, indexes)), "No intervals: the layer has no loss proxy.")
+        reason = next(filter(None, map(why_no_sums, indexes)), "No intervals: the layer has no loss proxy.")
         raise IndexMismatchError(
             reason.removeprefix("No intervals: "),
             where="intervals over calibration blocks",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 SUPERNODE_FRACTION = 0.01
+SHARE_FRACTIONS = (0.001, 0.01, 0.05)  # of a layer's channels whose share of LP is told
 HALO_FRACTION = 0.10
 SUPPORT_SIZE = 256
 REDUNDANCY_TOP = 5

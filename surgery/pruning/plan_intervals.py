@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.intervals import bounds, held_share, top_share_of, why_none
+from surgery.index.intervals import bounds, held_share, top_share_of, why_no_sums
 from surgery.plan.prune_plan import PrunePlan
 
 
@@ -16,7 +16,7 @@ def with_intervals(plan: PrunePlan, index: ChannelIndex) -> dict[str, Any]:
     and `lp_kept_interval`, of the kept channels as they are. Where they are null, `no_intervals` says why.
     """
     fields = plan.as_json()
-    fields["no_intervals"] = why_none(index)
+    fields["no_intervals"] = why_no_sums(index)
     for entry, layer_plan, layer in zip(fields["layers"], plan.layers, index.layers, strict=True):
         kept = [(layer.ffns[name], part.kept) for name, part in layer_plan.ffns.items()]
         entry["lp_share_top_interval"] = bounds(top_share_of(list(layer.ffns.values())))

@@ -13,7 +13,7 @@ from surgery.bootstrap import Interval
 from surgery.errors import SurgeonError
 from surgery.index.channel_index import ChannelIndex
 from surgery.index.findings import Finding
-from surgery.index.intervals import held_share, median_top_share, model_outlier_overlap, why_none
+from surgery.index.intervals import halo_share, median_top_share, model_outlier_overlap, why_none
 from surgery.report.document import Document, Section, Table, Unit
 from surgery.report.page import between, shown
 from surgery.report.revisions import Named, revision_sections, same_shape, shares
@@ -97,7 +97,7 @@ def _with_intervals(index: ChannelIndex) -> list[Interval | None]:
         median_top_share(index),
         model_outlier_overlap(index, "activation_power"),
         model_outlier_overlap(index, "weight_norm"),
-        held_share([[(ffn, ffn.halo) for ffn in layer.main] for layer in index.layers]),
+        halo_share(index),
     ]
 
 

@@ -70,10 +70,12 @@ def channel_sections(index: ChannelIndex) -> list[Section]:
 
 def interval_note(index: ChannelIndex) -> str:
     """What the intervals of an index's figures are, or why it has none."""
-    groups = next((f.block_sums.groups for x in index.layers for f in x.main if f.block_sums), 0)
-    return why_none(index) or (
-        f"Bands, and values in parentheses: 95% intervals over {groups} groups of calibration blocks, by "
-        "the bootstrap. "
+    found = median_top_share(index)
+    if found is None:
+        return why_none(index)
+    return (
+        f"Bands, and values in parentheses: 95% intervals over {found.blocks} groups of calibration blocks, "
+        "by the bootstrap. "
         "They say how much depends on the blocks drawn from this text, not on the choice of the text."
     )
 

@@ -8,7 +8,7 @@ from surgery.card.perplexity_change import perplexity_change
 from surgery.card.render import lp_interval_note
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.intervals import why_none
+from surgery.index.intervals import why_no_sums
 from surgery.plan.layer_rows import cut_lines, layer_rows
 from surgery.plan.methods import METHODS
 from surgery.report.document import Fact, Section, Table, Unit
@@ -284,7 +284,7 @@ def _survival(manifest: dict[str, Any], index: ChannelIndex) -> Section:
         note=f"This model kept {actual:,} of {total:,} supernodes and {_super_weights_kept(manifest)} super "
         "weights. The table shows the ranking alone, with nothing protected. A method that protects by "
         "default keeps all supernodes and super weights when it is used. "
-        + (why_none(index) or "Two methods differ in LP kept where their intervals part."),
+        + (why_no_sums(index) or "Two methods differ in LP kept where their intervals part."),
     )
     share = [s.supernodes_kept / s.supernodes if s.supernodes else 0.0 for s in found]
     series = [

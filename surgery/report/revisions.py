@@ -9,7 +9,14 @@ import torch
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.intervals import bounds, median_top_share, overlap_intervals, top_share, why_none
+from surgery.index.intervals import (
+    bounds,
+    median_top_share,
+    overlap_intervals,
+    top_share,
+    why_no_sums,
+    why_none,
+)
 from surgery.index.questions import differing_layers
 from surgery.report.document import Fact, Section, Table
 
@@ -192,7 +199,7 @@ def _shared(indexes: Named) -> Section:
 
 def _overlap_note(indexes: Named) -> str:
     """What the intervals of overlaps are, or which index gives none."""
-    without = [f"{name}: {reason}" for name, index in indexes if (reason := why_none(index))]
+    without = [f"{name}: {reason}" for name, index in indexes if (reason := why_no_sums(index))]
     return " ".join(without) or (
         "In parentheses: 95% intervals over calibration blocks; indexes of the same blocks are resampled "
         "together."

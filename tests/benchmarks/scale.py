@@ -2,13 +2,14 @@
 file copy.
 
     python tests/benchmarks/scale.py [--layers 4 32] [--memory 4GiB] [--limit 6GiB] [--hidden 4096] [--width
-    11008]
+    11008] [--heal]
 
 A random Llama-shaped bfloat16 checkpoint of each depth is written, indexed on 8 blocks of 128 tokens and cut
 to half its channels without repair, the copy and the cut twice in turn, every command in a process of its own
 and, where a memory cgroup can be made (Linux, root), under a hard limit on it; elsewhere under one on private
 memory (RLIMIT_DATA). Set BENCHMARK_FOLDER to a disk with room for two copies. `--in-memory` also lets
-`from_pretrained` and `loss.backward()` try the same under the same limit.
+`from_pretrained` and `loss.backward()` try the same under the same limit. `--heal` also heals the cut, two
+steps of 4 blocks of 128 tokens with adapters of rank 16.
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ def limited(limit: int, command: list[str]) -> tuple[int, int, float, str]:
     return code, peak, seconds, talk
 
 
+def commands(folder: Path, text: Path, scratch: Path, memory: str) -> dict[str, list[str]]:
+    """What is measured, by name: every command, and the copy of the checkpoint's files."""
+    index, cut, healed = (str(scratch / name) for name in ("index", "cut", "healed"))
+    limits = ["--memory", memory, "--quiet"]
+    prune = ["prune", str(folder), "--index", index, "--sparsity", "0.5", "--repair", "none", "--out", cut]
+    heal = ["heal", cut, "--text", str(text), "--block-size", "128", "--tokens", "1024", "--out", healed]
+    files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
+    return {
+        "index": [*index_command(folder, text, Path(index)), "--memory", memory],
+        "copy": [sys.executable, "-c", COPY, str(scratch / "copy"), *files],
+        "prune": [*SURGEON, *prune, "--overwrite", *limits],
+        "heal": [*SURGEON, *heal, "--train", "lora:16", "--batch-tokens", "512", *limits],
+    }
+
+
 def measure(layers: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One depth: write, index, cut, copy."""
     folder, limit = scratch / "model", parse_bytes(options.limit)
@@ -94,34 +110,17 @@ def measure(layers: int, options: argparse.Namespace, scratch: Path) -> dict[str
     text = scratch / "text.txt"
     text.write_text((ROOT / "LICENSE").read_text())
     checkpoint = Checkpoint.open(folder)
-    index = [*index_command(folder, text, scratch / "index"), "--memory", options.memory]
-    prune = [*SURGEON, "prune", str(folder), "--index", f"{scratch}/index", "--sparsity", "0.5"]
-    prune += [
-        "--repair",
-        "none",
-        "--memory",
-        options.memory,
-        "--out",
-        f"{scratch}/cut",
-        "--quiet",
-        "--overwrite",
-    ]
-    told = json.loads(subprocess.run([*index, "--dry-run", "--json"], check=True, capture_output=True).stdout)
+    run = commands(folder, text, scratch, options.memory)
+    told = json.loads(
+        subprocess.run([*run["index"], "--dry-run", "--json"], check=True, capture_output=True).stdout
+    )
     found: dict[str, Any] = {
         "layers": layers,
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
     }
-    files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
-    copy = [sys.executable, "-c", COPY, str(scratch / "copy"), *files]
-    for name, command in (
-        ("index", index),
-        ("copy", copy),
-        ("prune", prune),
-        ("copy", copy),
-        ("prune", prune),
-    ):
-        code, peak, seconds, talk = limited(limit, command)
+    for name in ("index", "copy", "prune", "copy", "prune", *(["heal"] if options.heal else [])):
+        code, peak, seconds, talk = limited(limit, run[name])
         if code:
             raise SystemExit(f"{name} failed under {options.limit}: {talk}")
         best = min(seconds, found.get(name, {"seconds": seconds})["seconds"])
@@ -135,8 +134,8 @@ def measure(layers: int, options: argparse.Namespace, scratch: Path) -> dict[str
     if options.in_memory:
         code, peak, seconds, _ = limited(limit, [sys.executable, "-c", IN_MEMORY, str(folder)])
         found["in_memory"] = {"exit": code, "peak": peak, "seconds": seconds}
-    for name in ("model", "index", "cut"):
-        shutil.rmtree(scratch / name)
+    for name in ("model", "index", "cut", "healed"):
+        shutil.rmtree(scratch / name, ignore_errors=True)
     return found
 
 
@@ -148,6 +147,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--width", type=int, default=11008)
     parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--heal", action="store_true")
     options = parser.parse_args()
     gib = 1 << 30
     for layers in options.layers:
@@ -165,6 +165,9 @@ def main() -> None:
             f"  prune  peak {found['prune']['peak'] / gib:.2f} GiB, {found['prune']['seconds']:.0f} s: "
             f"{found['prune']['of_copy_speed']:.2f} of a file copy's bytes read and written a second"
         )
+        if "heal" in found:
+            peak, seconds = found["heal"]["peak"], found["heal"]["seconds"]
+            print(f"  heal   peak {peak / gib:.2f} GiB, {seconds:.0f} s")
         if "in_memory" in found:
             code = found["in_memory"]["exit"]
             print(f"  in memory: exit {code} {'(killed)' if code < 0 else ''}")

@@ -15,7 +15,18 @@ from surgery.index.block_sums import GROUPS, block_sums, stored
 from surgery.index.build import build_index
 from surgery.index.calibration import Calibration
 from surgery.index.channel_index import ChannelIndex, FfnIndex, LayerIndex
-from surgery.index.intervals import held_share, outlier_overlap, overlap_interval, top_share, why_none
+from surgery.index.intervals import (
+    halo_share,
+    held_share,
+    median_top_share,
+    model_outlier_overlap,
+    outlier_overlap,
+    overlap_interval,
+    published_intervals,
+    top_share,
+    why_no_sums,
+    why_none,
+)
 from surgery.index.supernodes import mass_share, supernodes
 
 BLOCKS, WIDTH = 64, 300  # twice as many blocks as groups
@@ -143,6 +154,32 @@ def test_what_an_index_keeps_is_small_and_read_back(
             assert found is not None and found.estimate == pytest.approx(fields["overlap"][by])
     index.save(tmp_path)
     assert (tmp_path / "index.safetensors").read_bytes() == Path("index/index.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_published_index_keeps_its_intervals(
+    family: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The intervals of its own figures are those of the index it was made from; others need the sums."""
+    index = indexed(surgeon, save_tiny(family, intermediate_size=200), "index")
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+        if name == "once":
+            index.save_published(tmp_path / name, *published_intervals(index))
+        else:
+            ChannelIndex.load(tmp_path / "once").save(tmp_path / name)
+        published = ChannelIndex.load(tmp_path / name)
+        assert published.layers[0].main[0].block_sums is None
+        assert why_none(published) == "" and "leaves out the sums" in why_no_sums(published)
+        for fraction in (0.001, 0.01, 0.05):
+            assert median_top_share(published, fraction) == median_top_share(index, fraction) is not None
+        assert halo_share(published) == halo_share(index) is not None
+        for by in ("activation_power", "max_abs", "weight_norm"):
+            assert model_outlier_overlap(published, by) == model_outlier_overlap(index, by) is not None
+        for mine, theirs in zip(published.layers, index.layers, strict=True):
+            assert top_share(mine) == top_share(theirs) is not None
+            assert outlier_overlap(mine, "max_abs") == outlier_overlap(theirs, "max_abs") is not None
+        assert overlap_interval(published, index) is None
 
 
 def test_without_sums_it_is_said_why(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
