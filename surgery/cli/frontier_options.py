@@ -33,7 +33,8 @@ class PointOptions:
     def schemes(self, model: Model) -> list[Scheme]:
         """How weights are rounded. Raises UsageError for a group size that does not fit the model."""
         from surgery.frontier.points import check_schemes, default_schemes
-        from surgery.quantize.rounding import Scheme
+        from surgery.quantize.autoround import check_autoround
+        from surgery.quantize.rounding import NEAREST, ROUNDINGS, Scheme
 
         if self.no_round:
             return []
@@ -41,10 +42,19 @@ class PointOptions:
             return default_schemes(model, self.sparsities, self.multiple_of)
         found = []
         for words in self.roundings:
-            bits, _, size = words.partition(":")
-            if not bits.isdigit() or not size.isdigit():
-                raise UsageError("not BITS:GROUP", where="--round", expected="as 4:64", found=words)
-            found.append(Scheme(int(bits), symmetric=True, size=int(size)))
+            bits, _, rest = words.partition(":")
+            size, _, rounding = rest.partition(":")
+            if not bits.isdigit() or not size.isdigit() or rounding not in ("", *ROUNDINGS):
+                raise UsageError(
+                    "not BITS:GROUP or BITS:GROUP:autoround",
+                    where="--round",
+                    expected="as 4:64",
+                    found=words,
+                )
+            scheme = Scheme(int(bits), symmetric=True, size=int(size), rounding=rounding or NEAREST)
+            if scheme.rounding != NEAREST:
+                check_autoround(model, scheme)
+            found.append(scheme)
         check_schemes(model, found, self.sparsities, self.multiple_of)
         return found
 
@@ -66,9 +76,9 @@ point_options = collected(
             "--round",
             "roundings",
             multiple=True,
-            metavar="BITS:GROUP",
-            help="Round to nearest, as 4:64; several times for several. [default: 8 and 4 bits at the "
-            "largest group size that divides all rows, and 4:32]",
+            metavar="BITS:GROUP[:autoround]",
+            help="Round to nearest, as 4:64, or by AutoRound, as 4:64:autoround; several times for several. "
+            "[default: 8 and 4 bits at the largest group size that divides all rows, and 4:32]",
         ),
         click.option("--no-round", is_flag=True, help="Round nothing."),
         click.option(

@@ -93,6 +93,8 @@ class FrontierJob:
         from surgery.evaluate.agreement import agreement_cost
         from surgery.heal.options import HealOptions, estimate_heal
         from surgery.pruning.jobs import estimate_prune
+        from surgery.quantize.autoround import autoround_cost
+        from surgery.quantize.rounding import AUTOROUND
 
         model = self.model
         costs: list[Cost] = []
@@ -121,6 +123,9 @@ class FrontierJob:
         edit_bytes = ROUNDING_BYTES * any(point.scheme is not None for point in self.points)
         both = agreement_cost(model, model, shapes, edit_bytes)  # the dense model's passes, and a point's
         alone = replace(both, flops=both.flops / 4, read_bytes=both.read_bytes // 2)
+        for point in self.points:
+            if point.scheme is not None and point.scheme.rounding == AUTOROUND:
+                costs.append(autoround_cost(model, calibration))
         return [*costs, *([alone] * (len(self.points) + 1))]
 
 

@@ -21,7 +21,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Rounding": (
         *("bits", "symmetric", "groups", "flat", "per_channel", "per_tensor", "clip", "handling"),
-        *("simulate", "compare", "roundings", "no_round"),
+        *("simulate", "compare", "roundings", "no_round", "rounding", "tuning_steps"),
     ),
     "Export": ("as_gguf", "type_name"),
     "Speed": (*("runtimes", "gguf_types", "prompt_tokens", "new_tokens", "batches", "repeats", "threads"),),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint.shard_writer import TensorSpec
     from surgery.engine.open_model import Model
     from surgery.index.channel_index import ChannelIndex
+    from surgery.quantize.autoround import TunedMatrices
     from surgery.quantize.plan import QuantizePlan
     from surgery.quantize.rounding import Scheme
 
@@ -93,8 +96,8 @@ def quantize(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Round MODEL's weights to nearest and keep its super weights: packed for use, or simulated for
-    measuring.
+    """Round MODEL's weights, to nearest or by AutoRound, and keep its super weights: packed for use, or
+    simulated for measuring.
 
     \b
     surgeon quantize org/name --bits 4 --group-size 128 --out name-int4
@@ -102,8 +105,11 @@ def quantize(
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.ablation_table import save_outcomes
     from surgery.model.meta_model import check_model
+    from surgery.quantize.autoround import check_autoround, check_matrices
     from surgery.quantize.write import kept_tensors, quantized_specs
 
+    if scheme.rounding != "nearest" and (simulate or compare or clip):
+        raise UsageError("AutoRound writes packed checkpoints: leave out --simulate, --compare and --clip")
     if compare and (simulate or clip is not None or handling is not None):
         raise UsageError("--compare tries every handling: leave out --simulate, --clip and --super-weights")
     if not compare and (text is not None or text_blocks is not None):
@@ -115,6 +121,8 @@ def quantize(
         )
     opened = how.open(model)
     check_model(opened.checkpoint)
+    if scheme.rounding != "nearest":
+        check_autoround(opened, schemes[0])
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
     index = read_index(index_folder, opened.checkpoint)
@@ -129,18 +137,30 @@ def quantize(
         return
     handling = handling or ("restore" if simulate else "module")
     clipping = simulate if clip is None else clip
-    cost = quantization_cost(opened, clipping, text_options)
+    cost = quantization_cost(opened, clipping, text_options, scheme)
     weights = known_super_weights(opened, index, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
+    if scheme.rounding != "nearest":
+        check_matrices(opened, plan)
     specs = quantized_specs(kept_tensors(opened.meta_model), plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
     if dry_run:
         show_quantize_dry_run(opened, plan, specs, cost, as_json)
         return
-    command = canonical_command(opened, plan, simulate, how, text_options)
-    manifest = run_quantize(
-        opened, plan, weights, index, folder, command, text_options, quiet, packed=not simulate
-    )
+    command = canonical_command(opened, plan, simulate, how, text_options, scheme.tuning_steps)
+    with tuned(opened, plan, scheme.tuning_steps, text_options, quiet) as matrices:
+        manifest = run_quantize(
+            opened,
+            plan,
+            weights,
+            index,
+            folder,
+            command,
+            text_options,
+            quiet,
+            tuned=matrices,
+            packed=not simulate,
+        )
     if as_json:
         click.echo(json.dumps(manifest))
     say(f"Checkpoint written to {folder}", quiet)
@@ -187,6 +207,7 @@ def run_quantize(
     quiet: bool,
     *,
     packed: bool,
+    tuned: TunedMatrices | None = None,
 ) -> dict[str, Any]:
     """Write the quantized folder and return its manifest."""
     from surgery.quantize.write import input_power, write_quantized
@@ -199,20 +220,43 @@ def run_quantize(
         folder,
         packed=packed,
         weights=weights,
+        tuned=tuned,
         index=index.published_json() if index else None,
         command=command,
         progress=bars(quiet),
     )
 
 
-def quantization_cost(model: Model, clipping: bool, text: CalibrationOptions) -> PassCost:
-    """What rounding takes, with the pass that measures inputs where outliers are clipped. Raises
-    MemoryBudgetError.
+@contextmanager
+def tuned(
+    model: Model, plan: QuantizePlan, steps: int | None, text: CalibrationOptions, quiet: bool
+) -> Iterator[TunedMatrices | None]:
+    """The matrices that AutoRound rounds; None where they are rounded to nearest."""
+    from surgery.quantize.autoround import tuned_matrices
+    from surgery.quantize.rounding import NEAREST
+
+    if plan.scheme.rounding == NEAREST:
+        yield None
+        return
+    blocks = text.draw(model, text.blocks)
+    with tuned_matrices(model, plan, blocks.ids, steps, quiet=quiet) as matrices:
+        yield matrices
+
+
+def quantization_cost(
+    model: Model, clipping: bool, text: CalibrationOptions, scheme: SchemeOptions
+) -> PassCost:
+    """What rounding takes, with the pass that measures inputs where outliers are clipped, or the training of
+    AutoRound. Raises MemoryBudgetError.
     """
     from surgery.budget.pass_cost import merged_cost, rounding_cost
+    from surgery.quantize.autoround import autoround_cost
     from surgery.quantize.write import input_power_cost
 
     costs = [rounding_cost(model.meta_model, model.run)]
+    if scheme.rounding != "nearest":
+        shape = (text.blocks, text.block_size)
+        costs.append(autoround_cost(model, shape, scheme.tuning_steps))
     if clipping:
         costs.append(input_power_cost(model, min(text.blocks, POWER_BLOCKS), text.block_size))
     return merged_cost(costs)
@@ -237,7 +281,12 @@ def show_plan(
 
 
 def canonical_command(
-    model: Model, plan: QuantizePlan, simulate: bool, how: ModelOptions, text: CalibrationOptions
+    model: Model,
+    plan: QuantizePlan,
+    simulate: bool,
+    how: ModelOptions,
+    text: CalibrationOptions,
+    tuning_steps: int | None = None,
 ) -> str:
     """The command that makes the same checkpoint again."""
     checkpoint, scheme = model.checkpoint, plan.scheme
@@ -247,7 +296,10 @@ def canonical_command(
     size = {"group": "--group-size", "block": "--flat-block"}.get(scheme.granularity)
     words += [size, str(scheme.size)] if size else [f"--per-{scheme.granularity}"]
     words += ["--clip" if plan.clipping else "--no-clip", "--super-weights", plan.handling]
-    if plan.clipping:
+    if scheme.rounding != "nearest":
+        words += ["--rounding", scheme.rounding]
+        words += ["--tuning-steps", str(tuning_steps)] if tuning_steps else []
+    if plan.clipping or scheme.rounding != "nearest":
         words += text.words
         words += ["--blocks", str(text.blocks), "--block-size", str(text.block_size)]
         words += ["--seed", str(text.seed), "--dtype", how.dtype]

@@ -9,6 +9,7 @@ import click
 
 from surgery.cli.common import say
 from surgery.cli.options import CalibrationOptions, collected
+from surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from surgery.engine.open_model import Model
@@ -29,6 +30,8 @@ class SchemeOptions:
     flat: tuple[int, ...]
     per_channel: bool
     per_tensor: bool
+    rounding: str
+    tuning_steps: int | None
 
     def schemes(self, symmetric: bool) -> list[Scheme]:
         """One scheme for each granularity given, groups of 128 where none is.
@@ -37,10 +40,15 @@ class SchemeOptions:
         """
         from surgery.quantize.rounding import Scheme
 
+        if self.tuning_steps is not None and self.rounding != "autoround":
+            raise UsageError("--tuning-steps are those of AutoRound", next_step="add --rounding autoround")
         grains = [("group", size) for size in self.groups] + [("block", size) for size in self.flat]
         grains += [("channel", 0)] * self.per_channel + [("tensor", 0)] * self.per_tensor
         symmetric = symmetric if self.symmetric is None else self.symmetric
-        return [Scheme(self.bits, symmetric, *grain) for grain in grains or [("group", 128)]]
+        return [
+            Scheme(self.bits, symmetric, *grain, rounding=self.rounding)
+            for grain in grains or [("group", 128)]
+        ]
 
 
 scheme_options = collected(
@@ -70,6 +78,19 @@ scheme_options = collected(
         ),
         click.option("--per-channel", is_flag=True, help="One scale a row."),
         click.option("--per-tensor", is_flag=True, help="One scale a matrix."),
+        click.option(
+            "--rounding",
+            type=click.Choice(["nearest", "autoround"]),
+            default="nearest",
+            show_default=True,
+            help="To nearest, or by AutoRound, which trains it on calibration text, layer by layer, with the "
+            "whole model in memory (pip install 'ffn-surgeon[autoround]').",
+        ),
+        click.option(
+            "--tuning-steps",
+            type=click.IntRange(1),
+            help="With --rounding autoround, steps of training a layer. [default: 200]",
+        ),
     ],
 )
 

@@ -12,9 +12,10 @@ from surgery.cut.tensors import edited_specs
 from surgery.engine.open_model import Model
 from surgery.errors import UsageError
 from surgery.plan.widths import width_changes
+from surgery.quantize.autoround import MULTIPLE
 from surgery.quantize.packed_size import packed_specs
 from surgery.quantize.plan import check_roundable, plan_quantization
-from surgery.quantize.rounding import Scheme
+from surgery.quantize.rounding import NEAREST, Scheme
 
 GROUPS = (128, 64, 32, 16)  # group sizes tried, largest first
 
@@ -58,7 +59,8 @@ class Point:
         """Name for files."""
         if self.scheme is None:
             return self.base
-        return f"{self.base}-int{self.scheme.bits}-{self.scheme.size}"
+        by = "" if self.scheme.rounding == NEAREST else f"-{self.scheme.rounding}"
+        return f"{self.base}-int{self.scheme.bits}-{self.scheme.size}{by}"
 
     @property
     def is_cut(self) -> bool:
@@ -115,13 +117,22 @@ def check_schemes(
 ) -> None:
     """Raise UsageError for a group size that does not divide the rows of a point."""
     for scheme in schemes:
-        bad = [columns for columns in _columns(model, sparsities, multiple_of) if columns % scheme.size]
+        every = _columns(model, sparsities, multiple_of)
+        bad = [columns for columns in every if columns % scheme.size]
         if bad:
             raise UsageError(
                 "the group size does not divide a matrix's rows",
                 where="--round",
                 expected=f"a divisor of {min(bad)}",
                 found=str(scheme.size),
+            )
+        odd = [columns for columns in every if columns % MULTIPLE]
+        if scheme.rounding != NEAREST and odd:
+            raise UsageError(
+                f"AutoRound rounds matrices whose sides are multiples of {MULTIPLE}",
+                where="--round",
+                found=str(min(odd)),
+                next_step=f"round to nearest, or give --multiple-of {MULTIPLE}",
             )
 
 

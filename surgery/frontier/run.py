@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ from surgery.progress import Progress, no_progress
 from surgery.pruning.plan_pruning import plan_pruning
 from surgery.pruning.prune import prune
 from surgery.pruning.prune_pass import index_use_fingerprint
+from surgery.quantize.autoround import TunedMatrices, tuned_matrices
 from surgery.quantize.plan import QuantizePlan, plan_quantization
+from surgery.quantize.rounding import NEAREST
 from surgery.quantize.write import rounding_edits, write_quantized
 from surgery.text import TokenBlocks
 
@@ -210,10 +213,20 @@ class Frontier:
     def _rounded(self, base: Model, point: Point) -> Path:
         """The packed folder of a rounded point."""
         folder = self._folder(point.slug)
-        if not folder.exists():
-            plan = self._plan(base, point)
-            write_quantized(base, plan, {}, folder, packed=True, weights=[], progress=self.progress)
+        if folder.exists():
+            return folder
+        plan = self._plan(base, point)
+        with self._tuned(base, plan) as tuned:
+            write_quantized(
+                base, plan, {}, folder, packed=True, weights=[], tuned=tuned, progress=self.progress
+            )
         return folder
+
+    def _tuned(self, base: Model, plan: QuantizePlan) -> AbstractContextManager[TunedMatrices | None]:
+        """The matrices of a point that AutoRound rounds, tuned on the calibration blocks of the index."""
+        if plan.scheme.rounding == NEAREST:
+            return nullcontext()
+        return tuned_matrices(base, plan, self.index.input_ids, quiet=self.progress is no_progress)
 
     # -- quality ------------------------------------------------------------------------------------------
 
@@ -240,7 +253,8 @@ class Frontier:
         """Rounds each layer as it is loaded, to the values that the packed folder holds."""
         if point.scheme is None:
             return None
-        edits = rounding_edits(base.meta_model, self._plan(base, point), {})
+        folder = None if point.scheme.rounding == NEAREST else self._folder(point.slug)
+        edits = rounding_edits(base.meta_model, self._plan(base, point), {}, folder)
 
         def edit(number: int, layer: nn.Module) -> None:
             for each in edits[number]:

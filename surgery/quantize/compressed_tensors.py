@@ -17,6 +17,8 @@ from surgery.quantize.rounding import Scheme, round_to_nearest
 if TYPE_CHECKING:
     from surgery.quantize.plan import QuantizePlan
 
+PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of a packed matrix: last words of its tensors
+
 
 def check_packable(plan: QuantizePlan) -> None:
     """Raise UsageError for a plan the compressed-tensors format can't store, or if its library is missing."""
@@ -52,11 +54,8 @@ def packed_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tens
 
     rounded = round_to_nearest(weight, scheme)
     rows, columns = weight.shape
-    return {
-        "weight_packed": pack_to_int32(rounded.codes.view(rows, columns), scheme.bits),
-        "weight_scale": rounded.scale.view(rows, -1),
-        "weight_shape": torch.tensor([rows, columns]),
-    }
+    codes = pack_to_int32(rounded.codes.view(rows, columns), scheme.bits)
+    return dict(zip(PARTS, (codes, rounded.scale.view(rows, -1), torch.tensor([rows, columns])), strict=True))
 
 
 def weight_arguments(scheme: Scheme) -> dict[str, Any]:
@@ -92,17 +91,22 @@ def quantization_config(plan: QuantizePlan) -> dict[str, Any]:
 
 def check_unpacks(parts: dict[str, torch.Tensor], scheme: Scheme, expected: torch.Tensor, name: str) -> None:
     """Raise CheckpointError unless compressed-tensors unpacks `parts` to the rounded values `expected`."""
-    from compressed_tensors.compressors import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    reader = QuantizationScheme(targets=["Linear"], weights=weight_arguments(scheme))
-    found = PackedQuantizationCompressor.decompress(parts, reader)["weight"]
-    if not torch.equal(found, expected):
+    if not torch.equal(unpacked(parts, scheme), expected):
         raise CheckpointError(
             "packed codes do not unpack to the rounded weights",
             where=name,
             next_step="report this: it is a fault of surgeon's",
         )
+
+
+def unpacked(parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """The rounded values [R, C] that compressed-tensors unpacks from PARTS, in the dtype of the scales."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    reader = QuantizationScheme(targets=["Linear"], weights=weight_arguments(scheme))
+    found: torch.Tensor = PackedQuantizationCompressor.decompress(parts, reader)["weight"]
+    return found
 
 
 def check_packed_loads(folder: Path, beside: Collection[str] = ()) -> None:

@@ -23,6 +23,8 @@ import torch
 from surgery.errors import UsageError
 
 CLIPS = (4.0, 6.0, 9.0, 12.0, 20.0)  # standard deviations; those of the paper are 9, 11, 12 and 20
+NEAREST, AUTOROUND = "nearest", "autoround"
+ROUNDINGS = (NEAREST, AUTOROUND)
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Scheme:
 
     `bits` is 2 to 8. `granularity` says which weights share a scale: "group" `size` consecutive weights of a
     row; "block" `size` consecutive weights of the flattened matrix, as in the paper; "channel" a row;
-    "tensor" all weights. `clip` is z, or None for no clipping. Raises UsageError for bits or sizes out of
-    range.
+    "tensor" all weights. `clip` is z, or None for no clipping. `rounding` is one of ROUNDINGS. Raises
+    UsageError for bits or sizes out of range.
     """
 
     bits: int = 4
@@ -40,6 +42,7 @@ class Scheme:
     granularity: str = "group"
     size: int = 128
     clip: float | None = None
+    rounding: str = NEAREST
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -51,7 +54,8 @@ class Scheme:
     def name(self) -> str:
         """Name for tables, such as "INT4 asym group 128"."""
         size = f" {self.size}" if self.granularity in ("group", "block") else ""
-        return f"INT{self.bits} {'sym' if self.symmetric else 'asym'} {self.granularity}{size}"
+        by = "" if self.rounding == NEAREST else " by AutoRound"
+        return f"INT{self.bits} {'sym' if self.symmetric else 'asym'} {self.granularity}{size}{by}"
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,4 +1,4 @@
-"""Rounds every linear of the decoder layers to nearest and keeps super weights (`surgeon quantize`).
+"""Rounds every linear of the decoder layers and keeps super weights (`surgeon quantize`).
 
 One tensor is in memory at a time. There are two output formats. Simulated: the same tensors with rounded
 values, for measurements and for any loader. Packed: integer codes in the compressed-tensors format, which
@@ -33,6 +33,7 @@ from surgery.model.ffn import Ffn
 from surgery.model.leftovers import leftovers_json
 from surgery.model.meta_model import MetaModel
 from surgery.progress import Progress, no_progress
+from surgery.quantize.autoround import InstallPacked, TunedMatrices
 from surgery.quantize.compressed_tensors import (
     check_packable,
     check_packed_loads,
@@ -108,13 +109,15 @@ def write_quantized(
     *,
     packed: bool,
     weights: list[dict[str, Any]],
+    tuned: TunedMatrices | None = None,
     index: dict[str, Any] | None = None,
     command: str | None = None,
     progress: Progress[Any] = no_progress,
 ) -> dict[str, Any]:
     """Write the quantised checkpoint, verify that it loads, and return its manifest.
 
-    `power` is the result of `input_power`; `weights` are super weights for the manifest, `index` its entry
+    `power` is the result of `input_power`; `tuned` are the matrices of a scheme that is not rounded to
+    nearest; `weights` are super weights for the manifest, `index` its entry
     about the published index they are from. Raises UsageError for a plan that can't be packed, and
     CheckpointError when the result does not load; `destination` is then left as it was.
     """
@@ -132,7 +135,10 @@ def write_quantized(
                     writer.copy(entry.name, checkpoint, entry)
                     continue
                 tensor = checkpoint.read(entry.name)
-                clips[entry.name] = _write_rounded(writer, plan, entry.name, tensor, power, packed=packed)
+                if tuned is None:
+                    clips[entry.name] = _write_rounded(writer, plan, entry.name, tensor, power, packed=packed)
+                else:
+                    _write_parts(writer, entry.name, tuned.parts(entry.name, tensor))
                 del tensor
                 malloc.trim()
         manifest = {
@@ -189,9 +195,13 @@ def _write_rounded(
         return scheme.clip
     parts = packed_tensors(tensor, scheme)
     check_unpacks(parts, scheme, values, name)
+    _write_parts(writer, name, parts)
+    return scheme.clip
+
+
+def _write_parts(writer: ShardWriter, name: str, parts: dict[str, torch.Tensor]) -> None:
     for suffix, part in parts.items():
         writer.write(name.removesuffix("weight") + suffix, part)
-    return scheme.clip
 
 
 @dataclass(frozen=True)
@@ -216,9 +226,9 @@ class RoundMatrices:
 
 
 def rounding_edits(
-    meta_model: MetaModel, plan: QuantizePlan, power: dict[str, torch.Tensor]
+    meta_model: MetaModel, plan: QuantizePlan, power: dict[str, torch.Tensor], folder: Path | None = None
 ) -> dict[int, list[Any]]:
-    """Edits that round every layer, by layer.
+    """Edits that round every layer, by layer; to the values that a packed `folder` holds, where one is given.
 
     Raises UnsupportedModelError where stored matrices are one parameter in memory (experts), or the reverse.
     """
@@ -234,7 +244,8 @@ def rounding_edits(
             )
         names = {a.targets[0].removeprefix(prefix): a.stored[0] for a in matrices}
         dtype = meta_model.checkpoint.tensors[matrices[0].stored[0]].dtype if matrices else torch.float32
-        edits[number] = [RoundMatrices(plan, names, power, dtype)]
+        installed = folder and InstallPacked(folder, plan.scheme, names)
+        edits[number] = [installed or RoundMatrices(plan, names, power, dtype)]
     return edits
 
 

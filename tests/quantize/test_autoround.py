@@ -1,0 +1,120 @@
+"""`--rounding autoround`: what the library trains is what is written, measured and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import CALIBRATION
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from surgery.index.super_weights import SuperWeight
+
+pytest.importorskip("auto_round", reason="AutoRound is done by the library auto-round")
+
+TUNED = ["--bits", "3", "--group-size", "16", "--rounding", "autoround", *CALIBRATION]
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # the library wants multiples of 32
+DOWN = "model.layers.0.mlp.down_proj."
+# As a manifest has it: the module of a super weight stays whole.
+SUPER = SuperWeight(0, 3, 5, value=1.0, input=1.0, output=1.0, explained=1.0, ratio=1.0, rank=1, token=0)
+
+
+def logits(folder: str, text: str) -> torch.Tensor:
+    """Of the calibration text, by from_pretrained of the whole model, [4, 32, V] float32."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained("tiny")(text)["input_ids"][:128]).view(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float()
+
+
+def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], license_text: str
+) -> None:
+    source = save_tiny("llama", **WIDE)
+    manifest = {"schema_version": 1, "super_weights": [SUPER.as_json()]}
+    (source / "surgeon.json").write_text(json.dumps(manifest))
+    for out in ("tuned", "again"):
+        surgeon("quantize", "tiny", *TUNED, "--tuning-steps", "60", "--out", out, "--quiet")
+    surgeon("quantize", "tiny", *TUNED[:4], "--out", "nearest", "--quiet")
+    first = Path("tuned/model.safetensors").read_bytes()
+    assert first == Path("again/model.safetensors").read_bytes()
+    tuned, nearest = load_file("tuned/model.safetensors"), load_file("nearest/model.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in tuned.items()} == {
+        name: (t.dtype, t.shape) for name, t in nearest.items()
+    }
+    dense = load_file(source / "model.safetensors")
+    assert torch.equal(tuned[DOWN + "weight"], dense[DOWN + "weight"])
+    up = "model.layers.0.mlp.up_proj.weight_packed"
+    assert not torch.equal(tuned[up], nearest[up])
+    exact = logits("tiny", license_text)
+    far, near = (float((logits(f, license_text) - exact).square().mean()) for f in ("nearest", "tuned"))
+    assert near < 0.9 * far
+    fields = json.loads(Path("tuned/surgeon.json").read_text())
+    assert fields["quantization"]["name"] == "INT3 sym group 16 by AutoRound"
+    assert "--rounding autoround --tuning-steps 60" in fields["command"]
+    assert "AutoRound" in Path("tuned/README.md").read_text()
+
+
+def test_a_frontier_measures_what_quantize_writes(
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+    license_text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("surgery.quantize.autoround.STEPS", 10)
+    save_tiny("llama", **WIDE)
+    on = ["--text", "text.txt", "--text-blocks", "4", "--text-block-size", "32", "--no-speed"]
+    points = ["--sparsity", "0.5", "--multiple-of", "32", "--round", "3:16:autoround", "--dtype", "float32"]
+    command = ["frontier", "tiny", *CALIBRATION, *on, *points, "--out", "front", "--json", "--quiet"]
+    found = {point["name"]: point for point in json.loads(surgeon(*command).stdout)["points"]}
+    assert list(found) == [
+        *("dense", "INT3 sym group 16 by AutoRound"),
+        *("cut 50%", "cut 50%, INT3 sym group 16 by AutoRound"),
+    ]
+    surgeon("quantize", "tiny", *TUNED, "--out", "tuned", "--super-weights", "none", "--quiet")
+    rows = logits("tuned", license_text)[:, :-1].double()
+    ids = torch.tensor(AutoTokenizer.from_pretrained("tiny")(license_text)["input_ids"][:128]).view(4, 32)
+    nats = torch.nn.functional.cross_entropy(rows.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert found["INT3 sym group 16 by AutoRound"]["texts"][0]["nats"] == pytest.approx(float(nats), rel=1e-5)
+    for point in found.values():
+        assert 0 <= point["bytes"] - point["predicted_bytes"] < 16_000
+
+
+def test_what_autoround_can_not_do_is_refused(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("llama", intermediate_size=48)
+    how = ["quantize", "tiny", "--group-size", "16", "--rounding", "autoround", "--out", "x"]
+    for more, told in (
+        (["--asymmetric"], "symmetric"),
+        (["--bits", "5"], "2, 3, 4, 8 bits"),
+        (["--simulate"], "--simulate"),
+        (["--compare"], "--compare"),
+        (["--clip"], "--clip"),
+    ):
+        assert told in surgeon(*how, *more, code=2).stderr
+    assert "multiples of 32" in surgeon(*how, code=1).stderr
+    assert "at least" in surgeon(*how, "--memory", "1MiB", code=1).stderr
+    only = surgeon("quantize", "tiny", "--tuning-steps", "9", "--out", "x", code=2).stderr
+    assert "--rounding autoround" in only
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "m.M"}}))
+    assert "code of its own" in surgeon(*how, code=1).stderr
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("surgery.quantize.autoround.find_spec", lambda _: None)
+    assert "ffn-surgeon[autoround]" in surgeon(*how, code=2).stderr
+    assert not Path("x").exists()
+
+
+def test_a_failure_of_the_library_leaves_nothing(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", **WIDE)
+    monkeypatch.setattr("surgery.quantize.autoround.SEED", "no seed")
+    failed = surgeon("quantize", "tiny", *TUNED, "--out", "x", "--quiet", code=1)
+    assert "AutoRound failed" in failed.stderr and not Path("x").exists()
