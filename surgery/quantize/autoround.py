@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,13 @@ def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = Non
 
 @dataclass(frozen=True)
 class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
-    """Packed parts (PARTS) of matrices by stored name, in the safetensors files of a folder."""
+    """Packed parts (PARTS) of matrices by stored name, in the safetensors files of a folder.
+
+    `tuning` is what surgeon.json says of the training: `steps` of a layer, `blocks` of `block_size` tokens.
+    """
 
     files: dict[str, Path]
+    tuning: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> TunedMatrices:
@@ -179,6 +183,8 @@ def tuned_matrices(
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run(folder, quiet)
         tuned = TunedMatrices.of(folder / "out")
+        blocks, block_size = ids.shape
+        told = {"steps": job["steps"], "blocks": blocks, "block_size": block_size}
         missing = sorted(set(plan.tensors) - set(tuned))
         if missing:
             raise UnsupportedModelError(
@@ -187,7 +193,7 @@ def tuned_matrices(
                 found=f"{len(missing)} left, as {missing[0]}",
                 next_step="round to nearest",
             )
-        yield tuned
+        yield replace(tuned, tuning=told)
 
 
 def _run(folder: Path, quiet: bool) -> None:

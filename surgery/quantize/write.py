@@ -154,6 +154,7 @@ def write_quantized(
                 "super_weights": plan.handling,
                 "modules_kept": list(plan.whole),
                 "clip_chosen": clips if plan.clipping else None,
+                **({} if tuned is None else {"tuning": tuned.tuning}),
             },
             "super_weights": weights,
             **(index or {}),

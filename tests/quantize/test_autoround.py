@@ -57,7 +57,8 @@ def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
     fields = json.loads(Path("tuned/surgeon.json").read_text())
     assert fields["quantization"]["name"] == "INT3 sym group 16 by AutoRound"
     assert "--rounding autoround --tuning-steps 60" in fields["command"]
-    assert "AutoRound" in Path("tuned/README.md").read_text()
+    assert fields["quantization"]["tuning"] == {"steps": 60, "blocks": 4, "block_size": 32}
+    assert "by AutoRound: 60 training steps a layer on 4 blocks" in Path("tuned/README.md").read_text()
 
 
 def test_a_frontier_measures_what_quantize_writes(
