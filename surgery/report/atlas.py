@@ -33,7 +33,8 @@ def atlas_document(members: Named, failures: list[Failure]) -> Document:
     if failures:
         sections.append(_failures(failures))
     models = dict.fromkeys(index.source["name"] for _, index in members)
-    subtitle = f"{len(members)} indexes of {len(models)} models: {', '.join(models)}"
+    of = "1 model" if len(models) == 1 else f"{len(models)} models"
+    subtitle = f"{len(members)} {'index' if len(members) == 1 else 'indexes'} of {of}: {', '.join(models)}"
     return Document("indexes", "Atlas", subtitle, __version__, sections)
 
 
