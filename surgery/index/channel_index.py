@@ -119,10 +119,11 @@ class ChannelIndex:
                     tensors |= coded_tensors(stem, ffns, stacked=ffns[0].expert is not None)
         save_by_statistic(tensors, folder / TENSOR_FILE)
         fields = {**self.as_json(), "schema_version": PUBLISHED_VERSION}
-        fields[INTERVALS] = self.intervals if intervals is None else intervals
+        kept = self.intervals if intervals is None else intervals
+        fields |= {INTERVALS: kept} if kept else {}
         if layer_intervals is not None:
             entries = zip(fields["layers"], layer_intervals, strict=True)
-            fields["layers"] = [{**entry, INTERVALS: own} for entry, own in entries]
+            fields["layers"] = [{**entry, **({INTERVALS: own} if own else {})} for entry, own in entries]
         _write_json(fields, folder)
 
     @classmethod
