@@ -94,5 +94,9 @@ class NumericsError(SurgeonError):
     """NaN or infinity where finite numbers were expected."""
 
 
+class AutoRoundError(SurgeonError):
+    """The library auto-round failed, or what it returned can't be the matrices it was given."""
+
+
 class HubError(SurgeonError):
     """A request to the Hub that failed: refused by the Hub, or no connection."""

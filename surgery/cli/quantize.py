@@ -106,6 +106,7 @@ def quantize(
     from surgery.cli.ablation_table import save_outcomes
     from surgery.model.meta_model import check_model
     from surgery.quantize.autoround import check_autoround, check_matrices
+    from surgery.quantize.plan import plan_quantization
     from surgery.quantize.write import kept_tensors, quantized_specs
 
     if scheme.rounding != "nearest" and (simulate or compare or clip):
@@ -123,6 +124,7 @@ def quantize(
     check_model(opened.checkpoint)
     if scheme.rounding != "nearest":
         check_autoround(opened, schemes[0])
+        check_matrices(opened, plan_quantization(opened.meta_model, [], schemes[0], "none"))
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
     index = read_index(index_folder, opened.checkpoint)
@@ -140,8 +142,6 @@ def quantize(
     cost = quantization_cost(opened, clipping, text_options, scheme)
     weights = known_super_weights(opened, index, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
-    if scheme.rounding != "nearest":
-        check_matrices(opened, plan)
     specs = quantized_specs(kept_tensors(opened.meta_model), plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
     if dry_run:

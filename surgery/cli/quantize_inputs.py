@@ -83,8 +83,8 @@ scheme_options = collected(
             type=click.Choice(["nearest", "autoround"]),
             default="nearest",
             show_default=True,
-            help="To nearest, or by AutoRound, which trains it on calibration text, layer by layer, with the "
-            "whole model in memory (pip install 'ffn-surgeon[autoround]').",
+            help="To nearest, or by AutoRound, which trains the rounding on calibration text, layer by "
+            "layer, with the whole model in memory (pip install 'ffn-surgeon[autoround]').",
         ),
         click.option(
             "--tuning-steps",

@@ -19,7 +19,7 @@ from surgery.checkpoint.manifest import MANIFEST
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.engine.token_stream import TokenStream
-from surgery.errors import SurgeonError, UnsupportedModelError, UsageError
+from surgery.errors import AutoRoundError, SurgeonError, UnsupportedModelError, UsageError
 from surgery.evaluate.agreement import (
     Agreement,
     agreement_cost,
@@ -126,7 +126,7 @@ class Frontier:
                     self._edit(base, point)  # refuses what can't be measured
                     self._rounded(base, point)
                 return True
-            except (UsageError, UnsupportedModelError) as error:
+            except (UsageError, UnsupportedModelError, AutoRoundError) as error:
                 if point.slug == "dense":
                     raise
                 why = error.message

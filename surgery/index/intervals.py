@@ -44,6 +44,8 @@ def why_none(index: ChannelIndex) -> str:
 def why_no_sums(index: ChannelIndex) -> str:
     """Why an index gives no intervals of figures that depend on more: another index, a plan; or empty."""
     sums = [ffn.block_sums for layer in index.layers for ffn in layer.ffns.values()]
+    if len(index.input_ids) < LEAST_BLOCKS:
+        return f"No intervals: they need {LEAST_BLOCKS} calibration blocks or more."
     if index.coded:
         return "No intervals: a published index leaves out the sums by calibration block."
     if any(one is None for one in sums):

@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from surgery.budget.budget import Budget, refuse_below
+import surgery
+from surgery.budget.budget import Budget
 from surgery.budget.model_size import ModelSize
 from surgery.budget.pass_cost import PassCost, rounding_cost
+from surgery.byte_units import format_bytes
+from surgery.checkpoint.transformers_model import text_config
 from surgery.engine.open_model import Model
-from surgery.errors import NumericsError, SurgeonError, UnsupportedModelError, UsageError
+from surgery.errors import AutoRoundError, MemoryBudgetError, UnsupportedModelError, UsageError
 from surgery.model.ffn import Ffn
 from surgery.quantize.compressed_tensors import PARTS, unpacked
 from surgery.quantize.plan import QuantizePlan
 from surgery.quantize.rounding import Scheme
 
+PACKAGE = Path(surgery.__file__).parent.parent  # where the job finds this package
 STEPS = 200  # of training a layer, the library's default
 BATCH = 8  # blocks of a step
 BITS = (2, 3, 4, 8)
+TINY = 1e-30  # a matrix of zeros is rounded to zeros
 MULTIPLE = 32  # of the sides of a matrix; the library passes over others
 SEED = 42
 
@@ -58,23 +65,37 @@ def check_autoround(model: Model, scheme: Scheme) -> None:
         )
     checkpoint = model.checkpoint
     folder = Path(checkpoint.source.path)
-    if checkpoint.stored_form is not None or not any(folder.glob("*.safetensors")):
+    missing = sorted(
+        {entry.file for entry in checkpoint.tensors.values() if not (folder / entry.file).exists()}
+    )
+    if checkpoint.stored_form is not None or missing:
         raise UnsupportedModelError(
-            "AutoRound reads what transformers loads from a folder of safetensors",
+            "AutoRound reads a model from a folder with all its safetensors files",
             where=checkpoint.name,
-            found=checkpoint.stored_form or "no such folder",
-            next_step="round to nearest",
+            found=checkpoint.stored_form or f"{missing[0]} is not in it",
+            next_step="round to nearest, or give a folder: hf download ORG/NAME --local-dir FOLDER",
         )
-    if "auto_map" in checkpoint.config:
+    if "per_layer_config" in text_config(checkpoint.config):
         raise UnsupportedModelError(
-            "AutoRound loads the model by a class of transformers, and this one needs code of its own",
+            "AutoRound loads the model by a class of transformers, whose layers are all alike",
             where=checkpoint.name,
+            found="per_layer_config",
             next_step="round to nearest",
         )
 
 
 def check_matrices(model: Model, plan: QuantizePlan) -> None:
-    """Raise UnsupportedModelError for a plan with a matrix that the library passes over."""
+    """Raise UnsupportedModelError for a plan with a matrix that the library passes over or names otherwise.
+
+    Experts that transformers joins in memory are such matrices.
+    """
+    other = [name for name in plan.tensors if plan.modules.get(name, "") + ".weight" != name]
+    if other:
+        raise UnsupportedModelError(
+            "AutoRound rounds matrices that are a module of their own, under the name they are stored by",
+            where=other[0],
+            next_step="round to nearest",
+        )
     tensors = model.checkpoint.tensors
     odd = [name for name in plan.tensors if any(size % MULTIPLE for size in tensors[name].shape)]
     if odd:
@@ -89,22 +110,39 @@ def check_matrices(model: Model, plan: QuantizePlan) -> None:
 def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = None) -> PassCost:
     """The cost of tuning on blocks of `shape` [N, T], and of writing. Raises MemoryBudgetError.
 
-    In memory are the model, inputs and outputs of a layer, and the layer in float32 with what is trained.
+    In memory are the model, in float32 where the machine has no fast bfloat16; inputs and outputs of a layer
+    and their masks; activations of a step; and 28 bytes for every weight of a layer that is trained.
     """
     blocks, block_size = shape
     size = ModelSize.of(model.meta_model, model.run.dtype, block_size)
-    states = 2 * blocks * block_size * size.hidden * 4
+    states = 2 * blocks * block_size * size.hidden * 4 + 4 * blocks * block_size**2
     itemsize = model.run.dtype.itemsize
-    needed = model.checkpoint.nbytes + states + 4 * 4 * size.layer // itemsize
-    smallest = Budget.of(model.run).smallest(needed)
-    refuse_below(smallest, model.run.memory, "host")
+    weights = size.layer // itemsize
+    activations = size.saved_token * min(BATCH, blocks) * block_size
+    numbers = sum(entry.numel for entry in model.checkpoint.tensors.values())
+    needed = max(model.checkpoint.nbytes, numbers * itemsize) + states + activations + 28 * weights
+    budget = Budget.of(model.run)
+    smallest = budget.smallest(needed)
+    limit = budget.usable if budget.on_device else model.run.memory
+    if smallest > limit:
+        raise MemoryBudgetError(
+            "AutoRound holds the whole model, which is more than the memory budget",
+            where=model.checkpoint.name,
+            expected=f"at least {format_bytes(smallest)}",
+            found=format_bytes(limit),
+            next_step="round to nearest, or use fewer or smaller --blocks",
+        )
     layers = len(model.meta_model.layer_parameters)
     seen = (steps or STEPS) * min(
         BATCH, blocks
     ) * 3 + 2 * blocks  # forward and backward of a step; inputs and outputs
     flops = 2.0 * layers * size.layer / itemsize * seen * block_size
     return replace(
-        rounding_cost(model.meta_model, model.run), host_bytes=needed, smallest_bytes=smallest, flops=flops
+        rounding_cost(model.meta_model, model.run),
+        host_bytes=needed,
+        device_bytes=needed * budget.on_device,
+        smallest_bytes=smallest,
+        flops=flops,
     )
 
 
@@ -112,11 +150,12 @@ def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = Non
 class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
     """Packed parts (PARTS) of matrices by stored name, in the safetensors files of a folder.
 
-    `tuning` is what surgeon.json says of the training: `steps` of a layer, `blocks` of `block_size` tokens.
+    `tuning` is what surgeon.json says of the training: `steps` of a layer, `blocks` of `block_size` tokens
+    and the sha256 of their ids, `seed`, the version of auto_round.
     """
 
     files: dict[str, Path]
-    tuning: dict[str, int] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> TunedMatrices:
@@ -139,12 +178,17 @@ class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def parts(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of a matrix, scales in the dtype of the stored `tensor` [R, C]. Raises NumericsError."""
+    def parts(self, name: str, tensor: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+        """The parts of a matrix, scales in the dtype of the stored `tensor` W [R, C].
+
+        Raises AutoRoundError where the rounded values are further from W than 0 is: then they are those of
+        another matrix, or not finite.
+        """
         parts = self[name]
         parts["weight_scale"] = parts["weight_scale"].to(tensor.dtype)
-        if not parts["weight_scale"].isfinite().all():
-            raise NumericsError("AutoRound gave scales that are not finite", where=name)
+        values = unpacked(parts, scheme).float()
+        if not (values - tensor.float()).norm() < tensor.float().norm().clamp_min(TINY):
+            raise AutoRoundError("AutoRound gave values that are not those of the matrix", where=name)
         return parts
 
 
@@ -176,7 +220,7 @@ def tuned_matrices(
             "batch": min(BATCH, len(ids)),
             "steps": steps or STEPS,
             "seed": SEED,
-            "device": model.run.device.type,
+            "device": str(model.run.device),
             "out": str(folder / "out"),
             "error": str(folder / "error"),
         }
@@ -184,33 +228,56 @@ def tuned_matrices(
         _run(folder, quiet)
         tuned = TunedMatrices.of(folder / "out")
         blocks, block_size = ids.shape
-        told = {"steps": job["steps"], "blocks": blocks, "block_size": block_size}
-        missing = sorted(set(plan.tensors) - set(tuned))
-        if missing:
-            raise UnsupportedModelError(
-                "AutoRound did not round every matrix of the plan",
+        told: dict[str, Any] = {
+            "steps": job["steps"],
+            "blocks": blocks,
+            "block_size": block_size,
+            "seed": SEED,
+        }
+        told |= {
+            "auto_round": version("auto-round"),
+            "sha256": sha256(ids.int().numpy().tobytes()).hexdigest(),
+        }
+        other = sorted(set(plan.tensors) ^ set(tuned))
+        if other:
+            raise AutoRoundError(
+                "AutoRound rounded other matrices than those of the plan",
                 where=model.checkpoint.name,
-                found=f"{len(missing)} left, as {missing[0]}",
+                found=f"{len(other)} differ, as {other[0]}",
                 next_step="round to nearest",
             )
         yield replace(tuned, tuning=told)
 
 
 def _run(folder: Path, quiet: bool) -> None:
-    """Run the job in a folder; the library's progress goes to stderr."""
-    command = [sys.executable, "-m", "surgery.quantize.autoround_job", str(folder / "job.json")]
-    environment = {**os.environ, "AR_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
+    """Run the job in a folder; the library's progress goes to stderr.
+
+    -P keeps modules of the current folder, which may be a checkpoint's, from being imported. The job ends
+    when its stdin does, also where this process is killed.
+    """
+    command = [sys.executable, "-P", "-m", "surgery.quantize.autoround_job", str(folder / "job.json")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("AR_")}
+    environment |= {"AR_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), environment.get("PYTHONPATH", "")]).rstrip(":")
+    with subprocess.Popen(
         command,
+        cwd=folder,
         env=environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL if quiet else None,
-        check=False,
-    )
-    if done.returncode:
+    ) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if status:
         told = folder / "error"
-        found = told.read_text(encoding="utf-8") if told.exists() else f"exit status {done.returncode}"
-        raise SurgeonError(
+        found = told.read_text(encoding="utf-8") if told.exists() else f"exit status {status}"
+        if status == -9:
+            found = "killed, perhaps for lack of memory"
+        raise AutoRoundError(
             "AutoRound failed", where="the library auto-round", found=found, next_step="round to nearest"
         )
 

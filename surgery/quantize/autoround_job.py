@@ -7,7 +7,9 @@ message of a failure goes to its file `error`.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,21 @@ def run(job: dict[str, Any]) -> None:
     library.quantize_and_save(output_dir=job["out"], format="llm_compressor")
 
 
+def end_with_parent() -> None:
+    """End this process when its stdin ends, as it does when the parent is gone."""
+    while os.read(0, 1):  # not sys.stdin, whose lock Python wants when it ends
+        pass
+    os._exit(1)
+
+
 def main() -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         run(job)
-    except Exception as error:
-        Path(job["error"]).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+    except (Exception, SystemExit) as error:  # whatever the library raises is told by the parent
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        Path(job["error"]).write_text(told, encoding="utf-8")
         raise SystemExit(1) from error
 
 

@@ -138,7 +138,7 @@ def write_quantized(
                 if tuned is None:
                     clips[entry.name] = _write_rounded(writer, plan, entry.name, tensor, power, packed=packed)
                 else:
-                    _write_parts(writer, entry.name, tuned.parts(entry.name, tensor))
+                    _write_parts(writer, entry.name, tuned.parts(entry.name, tensor, plan.scheme))
                 del tensor
                 malloc.trim()
         manifest = {
