@@ -33,8 +33,7 @@ class PointOptions:
     def schemes(self, model: Model) -> list[Scheme]:
         """How weights are rounded. Raises UsageError for a group size that does not fit the model."""
         from surgery.frontier.points import check_schemes, default_schemes
-        from surgery.quantize.autoround import check_autoround, check_matrices
-        from surgery.quantize.plan import plan_quantization
+        from surgery.quantize.autoround import check_autoround
         from surgery.quantize.rounding import NEAREST, ROUNDINGS, Scheme
 
         if self.no_round:
@@ -53,9 +52,7 @@ class PointOptions:
                     found=words,
                 )
             scheme = Scheme(int(bits), symmetric=True, size=int(size), rounding=rounding or NEAREST)
-            if scheme.rounding != NEAREST:
-                check_autoround(model, scheme)
-                check_matrices(model, plan_quantization(model.meta_model, [], scheme, "none"))
+            check_autoround(model, scheme)
             found.append(scheme)
         check_schemes(model, found, self.sparsities, self.multiple_of)
         return found

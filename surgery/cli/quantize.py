@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +103,10 @@ def quantize(
     from surgery.checkpoint.output_folder import check_destination
     from surgery.cli.ablation_table import save_outcomes
     from surgery.model.meta_model import check_model
-    from surgery.quantize.autoround import check_autoround, check_matrices
-    from surgery.quantize.plan import plan_quantization
+    from surgery.quantize.autoround import check_autoround, tuned_matrices
     from surgery.quantize.write import kept_tensors, quantized_specs
 
-    if scheme.rounding != "nearest" and (simulate or compare or clip):
+    if scheme.tuned and (simulate or compare or clip):
         raise UsageError("AutoRound writes packed checkpoints: leave out --simulate, --compare and --clip")
     if compare and (simulate or clip is not None or handling is not None):
         raise UsageError("--compare tries every handling: leave out --simulate, --clip and --super-weights")
@@ -122,9 +119,7 @@ def quantize(
         )
     opened = how.open(model)
     check_model(opened.checkpoint)
-    if scheme.rounding != "nearest":
-        check_autoround(opened, schemes[0])
-        check_matrices(opened, plan_quantization(opened.meta_model, [], schemes[0], "none"))
+    check_autoround(opened, schemes[0])
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
     index = read_index(index_folder, opened.checkpoint)
@@ -148,7 +143,8 @@ def quantize(
         show_quantize_dry_run(opened, plan, specs, cost, as_json)
         return
     command = canonical_command(opened, plan, simulate, how, text_options, scheme.tuning_steps)
-    with tuned(opened, plan, scheme.tuning_steps, text_options, quiet) as matrices:
+    ids = text_options.draw(opened, text_options.blocks).ids if scheme.tuned else None
+    with tuned_matrices(opened, plan, ids, scheme.tuning_steps, quiet=quiet) as tuned:
         manifest = run_quantize(
             opened,
             plan,
@@ -158,7 +154,7 @@ def quantize(
             command,
             text_options,
             quiet,
-            tuned=matrices,
+            tuned=tuned,
             packed=not simulate,
         )
     if as_json:
@@ -227,22 +223,6 @@ def run_quantize(
     )
 
 
-@contextmanager
-def tuned(
-    model: Model, plan: QuantizePlan, steps: int | None, text: CalibrationOptions, quiet: bool
-) -> Iterator[TunedMatrices | None]:
-    """The matrices that AutoRound rounds; None where they are rounded to nearest."""
-    from surgery.quantize.autoround import tuned_matrices
-    from surgery.quantize.rounding import NEAREST
-
-    if plan.scheme.rounding == NEAREST:
-        yield None
-        return
-    blocks = text.draw(model, text.blocks)
-    with tuned_matrices(model, plan, blocks.ids, steps, quiet=quiet) as matrices:
-        yield matrices
-
-
 def quantization_cost(
     model: Model, clipping: bool, text: CalibrationOptions, scheme: SchemeOptions
 ) -> PassCost:
@@ -254,7 +234,7 @@ def quantization_cost(
     from surgery.quantize.write import input_power_cost
 
     costs = [rounding_cost(model.meta_model, model.run)]
-    if scheme.rounding != "nearest":
+    if scheme.tuned:
         shape = (text.blocks, text.block_size)
         costs.append(autoround_cost(model, shape, scheme.tuning_steps))
     if clipping:

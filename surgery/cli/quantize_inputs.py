@@ -33,6 +33,11 @@ class SchemeOptions:
     rounding: str
     tuning_steps: int | None
 
+    @property
+    def tuned(self) -> bool:
+        """Whether the rounding is trained on calibration text."""
+        return self.rounding != "nearest"
+
     def schemes(self, symmetric: bool) -> list[Scheme]:
         """One scheme for each granularity given, groups of 128 where none is.
 
@@ -40,7 +45,7 @@ class SchemeOptions:
         """
         from surgery.quantize.rounding import Scheme
 
-        if self.tuning_steps is not None and self.rounding != "autoround":
+        if self.tuning_steps is not None and not self.tuned:
             raise UsageError("--tuning-steps are those of AutoRound", next_step="add --rounding autoround")
         grains = [("group", size) for size in self.groups] + [("block", size) for size in self.flat]
         grains += [("channel", 0)] * self.per_channel + [("tensor", 0)] * self.per_tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from surgery.progress import Progress, no_progress
 from surgery.pruning.plan_pruning import plan_pruning
 from surgery.pruning.prune import prune
 from surgery.pruning.prune_pass import index_use_fingerprint
-from surgery.quantize.autoround import TunedMatrices, tuned_matrices
+from surgery.quantize.autoround import tuned_matrices
 from surgery.quantize.plan import QuantizePlan, plan_quantization
 from surgery.quantize.rounding import NEAREST
 from surgery.quantize.write import rounding_edits, write_quantized
@@ -216,17 +215,12 @@ class Frontier:
         if folder.exists():
             return folder
         plan = self._plan(base, point)
-        with self._tuned(base, plan) as tuned:
+        quiet = self.progress is no_progress
+        with tuned_matrices(base, plan, self.index.input_ids, quiet=quiet) as tuned:
             write_quantized(
                 base, plan, {}, folder, packed=True, weights=[], tuned=tuned, progress=self.progress
             )
         return folder
-
-    def _tuned(self, base: Model, plan: QuantizePlan) -> AbstractContextManager[TunedMatrices | None]:
-        """The matrices of a point that AutoRound rounds, tuned on the calibration blocks of the index."""
-        if plan.scheme.rounding == NEAREST:
-            return nullcontext()
-        return tuned_matrices(base, plan, self.index.input_ids, quiet=self.progress is no_progress)
 
     # -- quality ------------------------------------------------------------------------------------------
 

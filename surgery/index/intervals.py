@@ -55,6 +55,15 @@ def why_no_sums(index: ChannelIndex) -> str:
     return ""
 
 
+def resampled_groups(index: ChannelIndex) -> int:
+    """Groups of calibration blocks that an index's intervals are from; 0 where it gives none."""
+    if why_none(index):
+        return 0
+    sums = [ffn.block_sums for layer in index.layers for ffn in layer.main if ffn.block_sums]
+    kept = [one["blocks"] for one in index.intervals.get(TOP, {}).values() if one]
+    return next((one.groups for one in sums), next(iter(kept), 0))
+
+
 def top_share(layer: LayerIndex, fraction: float = SUPERNODE_FRACTION) -> Interval | None:
     """Share of a layer's LP in the top `fraction` of the channels of each FFN, in [0, 1].
 

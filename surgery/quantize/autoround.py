@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -38,8 +39,8 @@ from surgery.engine.open_model import Model
 from surgery.errors import AutoRoundError, MemoryBudgetError, UnsupportedModelError, UsageError
 from surgery.model.ffn import Ffn
 from surgery.quantize.compressed_tensors import PARTS, unpacked
-from surgery.quantize.plan import QuantizePlan
-from surgery.quantize.rounding import Scheme
+from surgery.quantize.plan import QuantizePlan, plan_quantization
+from surgery.quantize.rounding import NEAREST, Scheme
 
 PACKAGE = Path(surgery.__file__).parent.parent  # where the job finds this package
 STEPS = 200  # of training a layer, the library's default
@@ -51,7 +52,12 @@ SEED = 42
 
 
 def check_autoround(model: Model, scheme: Scheme) -> None:
-    """Raise UsageError or UnsupportedModelError for what AutoRound can't round, or if it is not installed."""
+    """Raise UsageError or UnsupportedModelError for what AutoRound can't round, or if it is not installed.
+
+    Nothing is refused for a scheme that rounds to nearest.
+    """
+    if scheme.rounding == NEAREST:
+        return
     if find_spec("auto_round") is None:
         raise UsageError(
             "AutoRound is done by the library auto-round, which is not installed",
@@ -82,9 +88,10 @@ def check_autoround(model: Model, scheme: Scheme) -> None:
             found="per_layer_config",
             next_step="round to nearest",
         )
+    _check_matrices(model, plan_quantization(model.meta_model, [], scheme, "none"))
 
 
-def check_matrices(model: Model, plan: QuantizePlan) -> None:
+def _check_matrices(model: Model, plan: QuantizePlan) -> None:
     """Raise UnsupportedModelError for a plan with a matrix that the library passes over or names otherwise.
 
     Experts that transformers joins in memory are such matrices.
@@ -108,7 +115,7 @@ def check_matrices(model: Model, plan: QuantizePlan) -> None:
 
 
 def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = None) -> PassCost:
-    """The cost of tuning on blocks of `shape` [N, T], and of writing. Raises MemoryBudgetError.
+    """The cost of tuning on blocks of `shape` [N, T]. Raises MemoryBudgetError.
 
     In memory are the model, in float32 where the machine has no fast bfloat16; inputs and outputs of a layer
     and their masks; activations of a step; and 28 bytes for every weight of a layer that is trained.
@@ -133,9 +140,8 @@ def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = Non
             next_step="round to nearest, or use fewer or smaller --blocks",
         )
     layers = len(model.meta_model.layer_parameters)
-    seen = (steps or STEPS) * min(
-        BATCH, blocks
-    ) * 3 + 2 * blocks  # forward and backward of a step; inputs and outputs
+    trained = (steps or STEPS) * min(BATCH, blocks)
+    seen = 3 * trained + 2 * blocks  # forward and backward of a step; inputs and outputs
     flops = 2.0 * layers * size.layer / itemsize * seen * block_size
     return replace(
         rounding_cost(model.meta_model, model.run),
@@ -150,22 +156,24 @@ def autoround_cost(model: Model, shape: tuple[int, ...], steps: int | None = Non
 class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
     """Packed parts (PARTS) of matrices by stored name, in the safetensors files of a folder.
 
+    Headers are read when a matrix is first asked for, so that the folder need not be there before.
+
     `tuning` is what surgeon.json says of the training: `steps` of a layer, `blocks` of `block_size` tokens
     and the sha256 of their ids, `seed`, the version of auto_round.
     """
 
-    files: dict[str, Path]
+    folder: Path
     tuning: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, folder: Path) -> TunedMatrices:
-        """The packed matrices in a folder."""
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The file of every matrix."""
         files: dict[str, Path] = {}
-        for path in sorted(folder.rglob("*.safetensors")):
+        for path in sorted(self.folder.rglob("*.safetensors")):
             with safe_open(path, framework="pt") as stored:
                 names = [name for name in stored.keys() if name.endswith(f".{PARTS[0]}")]  # noqa: SIM118
             files |= {name.removesuffix(PARTS[0]) + "weight": path for name in names}
-        return cls(files)
+        return files
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         stem = name.removesuffix("weight")
@@ -194,14 +202,23 @@ class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
 
 @contextmanager
 def tuned_matrices(
-    model: Model, plan: QuantizePlan, ids: torch.Tensor, steps: int | None = None, *, quiet: bool = False
-) -> Iterator[TunedMatrices]:
+    model: Model,
+    plan: QuantizePlan,
+    ids: torch.Tensor | None,
+    steps: int | None = None,
+    *,
+    quiet: bool = False,
+) -> Iterator[TunedMatrices | None]:
     """The matrices of a plan, tuned on calibration blocks of ids [N, T]; they are gone afterwards.
 
-    Raises UsageError and UnsupportedModelError as `check_autoround`, SurgeonError where the library fails.
+    None where the plan rounds to nearest, which needs no ids. Raises UsageError and UnsupportedModelError as
+    `check_autoround`, AutoRoundError where the library fails.
     """
     check_autoround(model, plan.scheme)
-    check_matrices(model, plan)
+    if plan.scheme.rounding == NEAREST:
+        yield None
+        return
+    assert ids is not None
     with tempfile.TemporaryDirectory(prefix="surgeon-autoround-") as name:
         folder = Path(name)
         save_file({"ids": ids.to(torch.int32).contiguous()}, folder / "ids.safetensors")
@@ -226,18 +243,15 @@ def tuned_matrices(
         }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         _run(folder, quiet)
-        tuned = TunedMatrices.of(folder / "out")
-        blocks, block_size = ids.shape
-        told: dict[str, Any] = {
+        tuning: dict[str, Any] = {
             "steps": job["steps"],
-            "blocks": blocks,
-            "block_size": block_size,
-            "seed": SEED,
-        }
-        told |= {
-            "auto_round": version("auto-round"),
+            "blocks": ids.shape[0],
+            "block_size": ids.shape[1],
             "sha256": sha256(ids.int().numpy().tobytes()).hexdigest(),
+            "seed": SEED,
+            "auto_round": version("auto-round"),
         }
+        tuned = TunedMatrices(folder / "out", tuning)
         other = sorted(set(plan.tensors) ^ set(tuned))
         if other:
             raise AutoRoundError(
@@ -246,7 +260,7 @@ def tuned_matrices(
                 found=f"{len(other)} differ, as {other[0]}",
                 next_step="round to nearest",
             )
-        yield replace(tuned, tuning=told)
+        yield tuned
 
 
 def _run(folder: Path, quiet: bool) -> None:
@@ -258,7 +272,8 @@ def _run(folder: Path, quiet: bool) -> None:
     command = [sys.executable, "-P", "-m", "surgery.quantize.autoround_job", str(folder / "job.json")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("AR_")}
     environment |= {"AR_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE), environment.get("PYTHONPATH", "")]).rstrip(":")
+    paths = [str(PACKAGE), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with subprocess.Popen(
         command,
         cwd=folder,
@@ -284,18 +299,17 @@ def _run(folder: Path, quiet: bool) -> None:
 
 @dataclass(frozen=True)
 class InstallPacked:
-    """An edit that installs the packed matrices of a folder in the resident layer, unpacked.
+    """An edit that installs packed matrices in the resident layer, unpacked.
 
     `names` maps parameter paths in the layer to stored names.
     """
 
-    folder: Path
+    tuned: TunedMatrices
     scheme: Scheme
     names: dict[str, str]
 
     def apply(self, _: list[Ffn], layer: nn.Module) -> int:
         """Change the resident layer; returns the number of matrices changed."""
-        tuned = TunedMatrices.of(self.folder)
         for path, stored in self.names.items():
-            layer.get_parameter(path).data.copy_(unpacked(tuned[stored], self.scheme))
+            layer.get_parameter(path).data.copy_(unpacked(self.tuned[stored], self.scheme))
         return len(self.names)

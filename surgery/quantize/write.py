@@ -117,9 +117,9 @@ def write_quantized(
     """Write the quantised checkpoint, verify that it loads, and return its manifest.
 
     `power` is the result of `input_power`; `tuned` are the matrices of a scheme that is not rounded to
-    nearest; `weights` are super weights for the manifest, `index` its entry
-    about the published index they are from. Raises UsageError for a plan that can't be packed, and
-    CheckpointError when the result does not load; `destination` is then left as it was.
+    nearest; `weights` are super weights for the manifest, `index` its entry about the published index they
+    are from. Raises UsageError for a plan that can't be packed, and CheckpointError when the result does not
+    load; `destination` is then left as it was.
     """
     if packed:
         check_packable(plan)
@@ -233,7 +233,9 @@ def rounding_edits(
 
     Raises UnsupportedModelError where stored matrices are one parameter in memory (experts), or the reverse.
     """
-    chosen, edits = set(plan.tensors), {}
+    chosen = set(plan.tensors)
+    edits: dict[int, list[Any]] = {}
+    packed = None if folder is None else TunedMatrices(folder)
     for number, stored_parameters in enumerate(meta_model.layer_parameters):
         prefix = f"{meta_model.layers_path}.{number}."
         matrices = [a for a in stored_parameters if chosen.intersection(a.stored)]
@@ -245,8 +247,10 @@ def rounding_edits(
             )
         names = {a.targets[0].removeprefix(prefix): a.stored[0] for a in matrices}
         dtype = meta_model.checkpoint.tensors[matrices[0].stored[0]].dtype if matrices else torch.float32
-        installed = folder and InstallPacked(folder, plan.scheme, names)
-        edits[number] = [installed or RoundMatrices(plan, names, power, dtype)]
+        if packed is None:
+            edits[number] = [RoundMatrices(plan, names, power, dtype)]
+        else:
+            edits[number] = [InstallPacked(packed, plan.scheme, names)]
     return edits
 
 

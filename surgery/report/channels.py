@@ -13,7 +13,14 @@ import torch
 
 from surgery.chart import LAYER_AXIS, LP_SHARE_AXIS, Axis, Figure, Series, layer_line
 from surgery.index.channel_index import ChannelIndex
-from surgery.index.intervals import bounds, median_top_share, outlier_overlap, top_share, why_none
+from surgery.index.intervals import (
+    bounds,
+    median_top_share,
+    outlier_overlap,
+    resampled_groups,
+    top_share,
+    why_none,
+)
 from surgery.index.supernodes import SUPERNODE_FRACTION
 from surgery.report.channel_sample import (
     DIGITS,
@@ -70,12 +77,9 @@ def channel_sections(index: ChannelIndex) -> list[Section]:
 
 def interval_note(index: ChannelIndex) -> str:
     """What the intervals of an index's figures are, or why it has none."""
-    found = median_top_share(index)
-    if found is None:
-        return why_none(index)
-    return (
-        f"Bands, and values in parentheses: 95% intervals over {found.blocks} groups of calibration blocks, "
-        "by the bootstrap. "
+    return why_none(index) or (
+        f"Bands, and values in parentheses: 95% intervals over {resampled_groups(index)} groups of "
+        "calibration blocks, by the bootstrap. "
         "They say how much depends on the blocks drawn from this text, not on the choice of the text."
     )
 
