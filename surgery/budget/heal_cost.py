@@ -34,8 +34,8 @@ class HealJob:
 
     `trained` numbers of every layer, `adapters` or norms unless all is; `steps` of `batch` blocks of
     `block_size` tokens, `distinct` blocks of them; `measures` of `held_out` blocks each; `target_bytes` of
-    targets on disk, or `recomputes` them in every step, `top` tokens of a position; `written` bytes are the
-    result.
+    targets on disk, or `recomputes` them in every step, `top` tokens of a position, unless the loss does
+    not need the teacher; `written` bytes are the result.
     """
 
     trained: list[int]
@@ -47,6 +47,7 @@ class HealJob:
     measures: int
     target_bytes: int
     recomputes: bool
+    needs_teacher: bool
     adapters: bool
     top: int
     written: int
@@ -64,7 +65,8 @@ class HealCost(Cost):
     `state_bytes` are those of what is trained, kept on `state_on`: device, memory or disk. Files and saves of
     it take `state_disk_bytes`. `keep_bytes` may hold the student's layers between passes, and
     `graph_bytes` what autograd saved of them; `teacher_bytes` may hold the teacher's layers. `ends_held`:
-    embeddings and head stay in memory. `target_bytes` are on disk.
+    embeddings and head stay in memory. `target_bytes` are on disk; `targets` of the teacher: "disk",
+    "recompute", or "none".
     """
 
     state_bytes: int
@@ -74,6 +76,7 @@ class HealCost(Cost):
     graph_bytes: int
     teacher_bytes: int
     target_bytes: int
+    targets: str
     ends_held: bool
 
 
@@ -118,6 +121,7 @@ def heal_cost(student: MetaModel, teacher: MetaModel, job: HealJob, run: RunOpti
         graph_bytes=graphs,
         teacher_bytes=teacher_keep,
         target_bytes=job.target_bytes,
+        targets="none" if not job.needs_teacher else "recompute" if job.recomputes else "disk",
         ends_held=bool(ends),
     )
 
@@ -147,7 +151,7 @@ class _Needs:
         self.graphs = GRAPH_SHARE * self.student.layers * self.student.saved_token * self.tokens
         self.graphs += dtype.itemsize * self.trained
         self.student_layers = _resident(student, dtype.itemsize)
-        self.teacher_layers = _resident(teacher, dtype.itemsize)
+        self.teacher_layers = _resident(teacher, dtype.itemsize) * job.needs_teacher
         self.ends = max(self.student.other_resident, self.teacher.other_resident)
         self.host = max(2 * size.layer + size.merging for size in (self.student, self.teacher))
         self.merging = max(self.student.merging, self.teacher.merging) * (kind != "cuda")
@@ -179,9 +183,11 @@ class _Needs:
         again = 1 - keep / max(1, self.student_layers)
         read = student.layers_stored * (1 + passes * again) + 2 * (student.other_stored + job.written)
         read += (STEP_READS * job.steps + 8 * job.measures) * self.trained * in_files
-        passes = job.steps if job.recomputes else -(-job.distinct // TARGET_CHUNK)
-        again = 1 - teacher_keep / max(1, self.teacher_layers)
-        return round(read + teacher.layers_stored * (1 + (passes - 1) * again) + teacher.other_stored)
+        if job.needs_teacher:
+            passes = job.steps if job.recomputes else -(-job.distinct // TARGET_CHUNK)
+            again = 1 - teacher_keep / max(1, self.teacher_layers)
+            read += teacher.layers_stored * (1 + (passes - 1) * again) + teacher.other_stored
+        return round(read)
 
     def flops(self, graphs: int) -> float:
         """Operations of all steps: forward, the recomputation that graphs do not spare, gradients of inputs
@@ -194,6 +200,7 @@ class _Needs:
         step = 2 * layers + again + weights + 4.0 * student.head + 6.0 * sum(job.trained) * job.adapters
         measured = job.measures * job.held_out * job.block_size * (layers + 2.0 * student.head)
         seen = job.tokens if job.recomputes else job.distinct * job.block_size
+        seen *= job.needs_teacher
         return job.tokens * step + measured + seen * 2.0 * (teacher.active + teacher.attention + teacher.head)
 
 

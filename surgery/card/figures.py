@@ -61,7 +61,7 @@ def heal_figures(entry: dict[str, Any]) -> list[Figure]:
             "lines",
             steps,
             Axis("nats a token"),
-            series=[Series("divergence from the teacher", points=losses, style="core")],
+            series=[Series("loss", points=losses, style="core")],
         ),
         Figure(
             "heal-perplexity",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 MADE_BY = "surgeon"  # the tag by which all models that surgeon made are found
-HEALED_TAGS = ["distilled", MADE_BY]
 PRUNED_TAGS = ["pruned", "structured-pruning", MADE_BY]
 QUANTIZED_TAGS = ["quantized", MADE_BY]
 GGUF_TAGS = ["gguf", MADE_BY]
@@ -29,9 +28,10 @@ def own_tags(manifest: dict[str, Any]) -> list[str]:
         return GGUF_TAGS
     if is_quantized(manifest):
         return QUANTIZED_TAGS
+    distilled = any(heal["options"]["cross_entropy"] < 1 for heal in manifest.get("heals") or [])
+    healed = ["distilled"] if distilled else []
     if "plan" not in manifest:
-        return HEALED_TAGS
-    healed = ["distilled"] if manifest.get("heals") else []
+        return [*healed, MADE_BY]
     return [*PRUNED_TAGS, *healed, manifest["plan"]["method"]]
 
 

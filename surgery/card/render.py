@@ -39,7 +39,11 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
 
     quantized, pruned = "quantization" in manifest, "plan" in manifest
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.FunctionLoader(shipped_template),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
     environment.filters["count"] = lambda count: f"{count:,}"

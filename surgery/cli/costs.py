@@ -48,7 +48,11 @@ def prune_cost_lines(cost: PruneCost, passes: int = 1) -> list[str]:
 def heal_cost_lines(cost: HealCost) -> list[str]:
     """Lines about a heal, without time."""
     kept = format_bytes(cost.keep_bytes) if cost.keep_bytes else "none"
-    targets = f"on disk: {format_bytes(cost.target_bytes)}" if cost.target_bytes else "computed in every step"
+    targets = {
+        "disk": f"on disk: {format_bytes(cost.target_bytes)}",
+        "recompute": "computed in every step",
+        "none": "not needed",
+    }[cost.targets]
     return [
         memory_line(cost),
         f"Trained numbers and their state: {format_bytes(cost.state_bytes)}, kept {PLACES[cost.state_on]}; "

@@ -162,7 +162,8 @@ how_to_train = [
         type=click.FloatRange(0, 1),
         default=0.0,
         show_default=True,
-        help="Share of plain cross-entropy in the loss; the rest is the divergence from the teacher.",
+        help="Share of plain cross-entropy in the loss; the rest is the divergence from the teacher. "
+        "With 1 the teacher's predictions are not computed.",
     ),
     click.option(
         "--targets",

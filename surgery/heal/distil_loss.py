@@ -33,6 +33,11 @@ class DistilLoss:
     temperature: float = 1.0
     cross_entropy: float = 0.0
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss depends on the teacher's predictions."""
+        return self.cross_entropy < 1
+
 
 @dataclass(frozen=True)
 class TopTokens:
@@ -40,6 +45,11 @@ class TopTokens:
 
     ids: torch.Tensor
     log_p: torch.Tensor
+
+    @classmethod
+    def none(cls, *shape: int) -> TopTokens:
+        """No tokens at positions of this shape, for a loss that needs no teacher."""
+        return cls(torch.empty((*shape, 0), dtype=torch.int32), torch.empty((*shape, 0), dtype=torch.half))
 
     @property
     def rest(self) -> torch.Tensor:
@@ -60,9 +70,11 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Loss [n] of each token in nats, its gradient [n, V] by the logits) of float32 student logits [n, V].
 
-    `following` [n] are the ids of the tokens that come next.
+    `following` [n] are the ids of the tokens that come next. With c = 1 the teacher is not looked at.
     """
     temperature, share = loss.temperature, loss.cross_entropy
+    if not loss.needs_teacher:
+        return _cross_entropy(torch.log_softmax(logits, -1), following)
     log_q = torch.log_softmax(_tempered(logits, temperature), -1)
     log_q_top = log_q.gather(-1, teacher.ids)
     cross = None

@@ -176,11 +176,13 @@ def _train(
         place=cost.hidden_on,
     )
 
-    def recomputed(numbers: torch.Tensor) -> TopTokens:
+    def unstored(numbers: torch.Tensor) -> TopTokens:
+        if not options.loss.needs_teacher:
+            return TopTokens.none(len(numbers), block_size - 1)
         return source.targets(text.ids[numbers])
 
-    targets: Callable[[torch.Tensor], TopTokens] = recomputed
-    if not options.recompute:
+    targets: Callable[[torch.Tensor], TopTokens] = unstored
+    if options.stores_targets:
         stored = StoredTargets(journal, schedule.own, block_size, source.top)
         stored.fill(source, text.ids, progress)
         source.model.kept.clear()  # its layers have done their work

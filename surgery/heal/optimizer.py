@@ -49,7 +49,7 @@ class Optimizer:
 
     def _step_layer(self, tensors: dict[str, list[torch.Tensor]], done: int, rate: float) -> None:
         """One step of AdamW, after `done` others, on masters with gradients and on their moments in place."""
-        adam = torch.optim.AdamW(tensors[MASTER], lr=rate, weight_decay=0.0)
+        adam = torch.optim.AdamW(tensors[MASTER], lr=rate, weight_decay=0.0, fused=True)
         for place, master in enumerate(tensors[MASTER]):
             moments = {name: tensors[name][place] for name in MOMENTS}
             adam.state[master] = {"step": torch.tensor(float(done)), **moments}

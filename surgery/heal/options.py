@@ -39,6 +39,11 @@ class HealOptions:
     seed: int = 42
 
     @property
+    def stores_targets(self) -> bool:
+        """Whether the teacher's predictions are kept in files."""
+        return self.loss.needs_teacher and not self.recompute
+
+    @property
     def peak(self) -> float:
         """The peak learning rate."""
         return self.train.learning_rate if self.learning_rate is None else self.learning_rate
@@ -87,8 +92,9 @@ def estimate_heal(
         distinct=len(own),
         held_out=len(range(held_out)[shard(held_out)]),
         measures=1 + min(MEASURES, schedule.steps),
-        target_bytes=0 if options.recompute else target_bytes(len(own), block_size, options.top),
+        target_bytes=target_bytes(len(own), block_size, options.top) if options.stores_targets else 0,
         recomputes=options.recompute,
+        needs_teacher=options.loss.needs_teacher,
         adapters=options.train.kind != "all",
         top=options.top,
         written=student.checkpoint.nbytes,

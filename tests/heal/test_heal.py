@@ -122,6 +122,26 @@ def test_recomputed_targets_give_the_same_bytes(
     assert files[0] == files[1]
 
 
+def test_plain_cross_entropy_runs_no_pass_of_the_teacher(
+    pruned: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = pruned()
+    heal = ("heal", "cut", *HEAL[:-1], "1", "--out", "healed")
+    said = json.loads(surgeon(*heal, "--dry-run", "--json").stdout)["costs"]
+    mixed = json.loads(surgeon("heal", "cut", *HEAL, "--dry-run", "--json").stdout)["costs"]
+    assert (said["targets"], said["target_bytes"], said["teacher_bytes"]) == ("none", 0, 0)
+    assert said["flops"] < mixed["flops"]
+    assert said["read_bytes"] < mixed["read_bytes"]
+    assert "targets not needed" in surgeon(*heal, "--dry-run").output
+    monkeypatch.delattr("surgery.heal.targets.Teacher.targets")
+    surgeon(*heal)
+    [entry] = json.loads((cut.parent / "healed" / "surgeon.json").read_text())["heals"]
+    assert entry["held_out"]["text.txt"]["after"] < entry["held_out"]["text.txt"]["before"]
+    card = (cut.parent / "healed" / "README.md").read_text()
+    assert "Loss: cross-entropy with the token that follows" in card
+    assert "- distilled" not in card
+
+
 def test_what_does_not_help_writes_nothing(pruned: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
     cut = pruned()
     result = surgeon("heal", "cut", *HEAL, "--learning-rate", "30", "--train", "norms", "--out", "healed")
