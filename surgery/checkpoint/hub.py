@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from surgery.checkpoint.file_roles import INDEX_FILE, left_behind
-from surgery.checkpoint.fp8 import dequantised
+from surgery.checkpoint.plain import as_plain
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.source import LocalFolder, new_buffer
 from surgery.errors import HubError
@@ -271,11 +271,11 @@ def _listing(api: Any, repo: str, revision: str | None) -> tuple[str, dict[str, 
 def open_hub(
     repo: str, revision: str | None = None, *, ranges: bool = False, dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """Open `org/name` at a branch, tag or commit; reads no weights. FP8 weights are dequantised to `dtype`.
+    """Open `org/name` at a branch, tag or commit; reads no weights.
 
-    Raises HubError or CheckpointError.
+    Quantised weights are dequantised to `dtype`. Raises HubError or CheckpointError.
     """
     source = HubRepo(repo, revision, ranges=ranges)
-    checkpoint = dequantised(Checkpoint(source, repo, source.sha, fp8=True), dtype)
+    checkpoint = as_plain(Checkpoint(source, repo, source.sha, quantised=True), dtype)
     source.headers_only, source.weight_files = False, checkpoint.weight_files
     return checkpoint

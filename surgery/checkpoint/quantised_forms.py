@@ -1,6 +1,6 @@
 """Which quantised form a checkpoint has, told from its config and from the headers of its tensors.
 
-FP8 is read (`fp8.py`); every other form is refused by its name.
+FP8 (`fp8.py`) and packed integers (`packed_integers.py`) are read; every other form is refused by its name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ FORMS = {
     "quanto": "Quanto weights",
     "metal": "MLX weights",
 }
+PACKED = "pack-quantized"  # the format of compressed-tensors that packs integers into int32
+PACKED_ENDING = ".weight_packed"
 # Endings of stored names that only a quantised form has.
 ENDINGS = {
     ".qweight": "GPTQ or AWQ weights",
-    ".weight_packed": "packed compressed-tensors weights",
+    PACKED_ENDING: "packed compressed-tensors weights",
     ".absmax": "bitsandbytes weights",
     ".SCB": "bitsandbytes weights",
     ".W_q": "HQQ weights",
@@ -102,9 +104,40 @@ def fp8_scheme(config: dict[str, Any]) -> Fp8Scheme | None:
     return None
 
 
-def refused_tensors(tensors: Mapping[str, TensorEntry]) -> str | None:
-    """The quantised form other than FP8 that stored tensors have, in words, with an example; else None."""
+def packed_bits(config: dict[str, Any]) -> int | None:
+    """Bits of the packed integers of compressed-tensors that a config.json states; None for another form.
+
+    Other forms are those whose activations are rounded as well, so that the weights alone are not the model,
+    and those with several numbers of bits.
+    """
+    stated = _stated(config)
+    groups = stated.get("config_groups")
+    if stated.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict) or not groups:
+        return None
+    if _obstacle(stated) is not None:
+        return None
+    found = set()
+    for group in groups.values():
+        weights = group.get("weights") or {}
+        if group.get("input_activations") or group.get("output_activations"):
+            return None
+        if (group.get("format") or stated.get("format")) != PACKED or weights.get("type") != "int":
+            return None
+        if weights.get("strategy") not in ("group", "channel"):
+            return None
+        found.add(weights.get("num_bits"))
+    bits = found.pop()
+    return bits if not found and isinstance(bits, int) and 2 <= bits <= 8 else None
+
+
+def refused_tensors(tensors: Mapping[str, TensorEntry], packed: bool = False) -> str | None:
+    """The quantised form that stored tensors have and that is not read, in words, with an example; else None.
+
+    FP8 is read, and with `packed` packed integers are.
+    """
     for name, entry in tensors.items():
+        if packed and name.endswith(PACKED_ENDING):
+            continue
         stem, _, leaf = name.rpartition(".")
         kind = DTYPE_NAMES[entry.dtype]
         form = next((form for ending, form in ENDINGS.items() if name.endswith(ending)), None)
@@ -158,11 +191,9 @@ def _weights(stated: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _groups_form(stated: dict[str, Any]) -> str:
     """ "FP8" where every group of a compressed-tensors config is, else what stands against it."""
-    sparse = stated.get("sparsity_config")
-    if isinstance(sparse, dict) and sparse.get("format") not in (None, "dense"):
-        return f"sparse, {sparse['format']}"
-    if (stated.get("transform_config") or {}).get("config_groups"):
-        return "with transforms"
+    obstacle = _obstacle(stated)
+    if obstacle is not None:
+        return obstacle
     groups = _weights(stated)
     for weights in groups:
         bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
@@ -173,6 +204,14 @@ def _groups_form(stated: dict[str, Any]) -> str:
     if len({str(w.get("block_structure")) for w in groups if w.get("strategy") == "block"}) > 1:
         return "FP8 in blocks of several sizes"
     return "FP8" if groups else str(stated.get("format") or "no config_groups")
+
+
+def _obstacle(stated: dict[str, Any]) -> str | None:
+    """What compressed-tensors does beside rounding, which is not read; None for nothing."""
+    sparse = stated.get("sparsity_config")
+    if isinstance(sparse, dict) and sparse.get("format") not in (None, "dense"):
+        return f"sparse, {sparse['format']}"
+    return "with transforms" if (stated.get("transform_config") or {}).get("config_groups") else None
 
 
 def _modelopt_algorithm(stated: dict[str, Any]) -> str:

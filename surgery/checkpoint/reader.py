@@ -18,8 +18,14 @@ from typing import Any
 import torch
 
 from surgery.checkpoint.file_roles import INDEX_FILE, SINGLE_FILE, left_behind
-from surgery.checkpoint.quantised_forms import FP8_DTYPES, fp8_scheme, refused_tensors, stated_form
-from surgery.checkpoint.refusals import no_config, no_folder, no_weights, parse_json, quantised
+from surgery.checkpoint.quantised_forms import (
+    FP8_DTYPES,
+    fp8_scheme,
+    packed_bits,
+    refused_tensors,
+    stated_form,
+)
+from surgery.checkpoint.refusals import no_config, no_folder, no_weights, parse_json, quantised_weights
 from surgery.checkpoint.safetensors_header import DTYPE_NAMES, TensorEntry, read_header
 from surgery.checkpoint.source import ByteSource, LocalFolder
 from surgery.errors import CheckpointError
@@ -37,15 +43,15 @@ class Checkpoint:
     """The tensors and the config of one safetensors checkpoint, read-only.
 
     `name` identifies the source in manifests: a folder's name or a Hub id, never a full path. `revision` is
-    the commit of a Hub checkpoint. With `fp8`, FP8 weights are let through as they are stored, for an
-    Fp8Checkpoint to dequantise. `trust_remote_code` permits to run the code of its tokenizer. Raises
-    CheckpointError for anything missing, damaged or refused.
+    the commit of a Hub checkpoint. With `quantised`, the forms that surgeon dequantises are let through as
+    they are stored, for `as_plain` to present. `trust_remote_code` permits to run the code of its tokenizer.
+    Raises CheckpointError for anything missing, damaged or refused.
     """
 
     trust_remote_code = False
 
     def __init__(
-        self, source: ByteSource, name: str, revision: str | None = None, *, fp8: bool = False
+        self, source: ByteSource, name: str, revision: str | None = None, *, quantised: bool = False
     ) -> None:
         self.source = source
         self.name = name
@@ -53,28 +59,30 @@ class Checkpoint:
         self.file_names = source.files()
         self.config = self._read_config()
         stated = stated_form(self.config)
-        if stated is not None and (not fp8 or fp8_scheme(self.config) is None):
+        self.packed_bits = packed_bits(self.config)
+        readable = fp8_scheme(self.config) is not None or self.packed_bits is not None
+        if stated is not None and not (quantised and readable):
             raise self._quantised(stated)
         self.weight_files, self.weight_map = self._find_weights()
         self.tensors = self._read_tensors()
         found = [entry for entry in self.tensors.values() if entry.dtype in FP8_DTYPES]
-        self.in_fp8 = stated is not None or bool(found)
-        refused = refused_tensors(self.tensors)
-        if refused is None and found and not fp8:
+        self.in_fp8 = self.packed_bits is None and (stated is not None or bool(found))
+        refused = refused_tensors(self.tensors, packed=self.packed_bits is not None)
+        if refused is None and found and not (quantised and self.in_fp8):
             refused = f"{DTYPE_NAMES[found[0].dtype]} weights, as {found[0].name}"
         if refused is not None:
             raise self._quantised(refused)
 
     @classmethod
-    def open(cls, folder: str | Path, *, fp8: bool = False) -> Checkpoint:
+    def open(cls, folder: str | Path, *, quantised: bool = False) -> Checkpoint:
         """Open a local folder. Raises CheckpointError when it is not a safetensors checkpoint."""
         path = Path(folder)
         if not path.is_dir():
             raise no_folder(str(folder))
         snapshot = SNAPSHOT.search(path.absolute().as_posix())
         if snapshot:
-            return cls(LocalFolder(path), snapshot[1].replace("--", "/"), snapshot[2], fp8=fp8)
-        return cls(LocalFolder(path), path.resolve().name, fp8=fp8)
+            return cls(LocalFolder(path), snapshot[1].replace("--", "/"), snapshot[2], quantised=quantised)
+        return cls(LocalFolder(path), path.resolve().name, quantised=quantised)
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` on the CPU with its stored dtype and shape, in memory that the caller owns."""
@@ -183,7 +191,7 @@ class Checkpoint:
         if "README.md" in self.file_names:
             content = bytes(self.source.read("README.md", 0, self.source.size("README.md")))
             card = content.decode("utf-8", "replace")
-        return quantised(self.name, form, card)
+        return quantised_weights(self.name, form, card)
 
     def _find_weights(self) -> tuple[list[str], str | None]:
         """(Weight files, weight map that lists them or None), chosen as transformers chooses them."""

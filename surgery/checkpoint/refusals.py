@@ -93,13 +93,13 @@ def no_weights(name: str, files: Sequence[str]) -> CheckpointError:
     )
 
 
-def quantised(name: str, form: str, card: str = "") -> CheckpointError:
+def quantised_weights(name: str, form: str, card: str = "") -> CheckpointError:
     """The error for weights in a quantised form; `card` is the README.md, which may name the base model."""
     found = re.search(r"^base_model:\s*(?:\n- *)?([\w./-]+)", card, re.M)
     return CheckpointError(
         "the checkpoint is quantised, and surgery needs the original weights",
         where=name,
-        expected="float32, float16, bfloat16 or FP8 weights",
+        expected="float32, float16, bfloat16, FP8 or packed integer weights",
         found=form,
         next_step=f"use the unquantised checkpoint it was made from{': ' + found[1] if found else ''}",
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from surgery.checkpoint.fp8 import dequantised
 from surgery.checkpoint.gguf import GgufCheckpoint
 from surgery.checkpoint.hub import open_hub
+from surgery.checkpoint.plain import as_plain
 from surgery.checkpoint.reader import Checkpoint
 from surgery.checkpoint.refusals import no_folder
 from surgery.checkpoint.source import LocalFolder
@@ -55,7 +55,7 @@ class Model:
 
     def written(self, folder: Path) -> Model:
         """Open a `folder` written from this model, with the same run options. Raises CheckpointError."""
-        return Model(Checkpoint.open(folder), self.run)
+        return Model(as_plain(Checkpoint.open(folder, quantised=True)), self.run)
 
 
 def open_model(
@@ -71,8 +71,8 @@ def open_model(
     """Open a local checkpoint folder, a .gguf file, or `org/name` on the Hub at a revision.
 
     - `device`: auto, cpu, cuda, cuda:N or mps.
-    - `dtype`: auto, float32, bfloat16 or float16. A GGUF file and FP8 weights are dequantised to it; for auto
-      to bfloat16, or to the dtype that the config of FP8 weights states.
+    - `dtype`: auto, float32, bfloat16 or float16. A GGUF file, FP8 and packed integers are dequantised to it;
+      for auto to bfloat16, or to the dtype that the config of a folder states.
     - `memory`: a budget in bytes or as "8GiB"; by default half of the machine's memory.
     - `range_reads`: read a Hub checkpoint's weights in byte ranges and do not store them.
     - `trust_remote_code`: run the code that comes with the checkpoint's tokenizer.
@@ -96,7 +96,7 @@ def open_checkpoint(
         raise UsageError("--revision is for models on the Hub", where=str(source))
     check_dtype(dtype)
     if path.is_dir():
-        return dequantised(Checkpoint.open(path, fp8=True), DTYPE_OPTIONS.get(dtype))
+        return as_plain(Checkpoint.open(path, quantised=True), DTYPE_OPTIONS.get(dtype))
     if is_gguf:
         return GgufCheckpoint(path, DTYPE_OPTIONS.get(dtype, DTYPE_OPTIONS["bfloat16"]))
     if path.is_file() or not HUB_ID.fullmatch(source):
