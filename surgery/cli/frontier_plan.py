@@ -89,7 +89,7 @@ class FrontierJob:
     def _costs(self, calibration: tuple[int, int], indexes: bool) -> list[Cost]:
         """What every step takes: the index, cuts, heals, and the passes that measure the points."""
         from surgery.budget.index_cost import index_cost
-        from surgery.budget.pass_cost import ROUNDING_BYTES
+        from surgery.budget.pass_cost import rounding_cost
         from surgery.evaluate.agreement import agreement_cost
         from surgery.heal.options import HealOptions, estimate_heal
         from surgery.pruning.jobs import estimate_prune
@@ -120,12 +120,13 @@ class FrontierJob:
                     estimate_heal(model, model, shape, len(self.healing.held_out.ids), HealOptions())
                 )
         shapes = [tuple(blocks.ids.shape) for blocks in self.texts]
-        edit_bytes = ROUNDING_BYTES * any(point.scheme is not None for point in self.points)
-        both = agreement_cost(model, model, shapes, edit_bytes)  # the dense model's passes, and a point's
+        both = agreement_cost(model, model, shapes)  # the dense model's passes, and a point's
         alone = replace(both, flops=both.flops / 4, read_bytes=both.read_bytes // 2)
         for point in self.points:
             if point.scheme is not None and point.scheme.rounding == AUTOROUND:
                 costs.append(autoround_cost(model, calibration))
+            elif point.scheme is not None:
+                costs.append(rounding_cost(model.meta_model, model.run))
         return [*costs, *([alone] * (len(self.points) + 1))]
 
 

@@ -19,7 +19,6 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import UsageError
 from surgery.evaluate.perplexity import Perplexity
-from surgery.model.meta_model import LayerEdit
 from surgery.progress import Progress, no_progress
 from surgery.text import TokenBlocks
 
@@ -84,13 +83,12 @@ def last_states(
     texts: Sequence[TokenBlocks],
     cost: PassCost,
     progress: Progress[Any] = no_progress,
-    edit: LayerEdit | None = None,
 ) -> list[TokenStream]:
     """The blocks of every text after the last layer, one decoder layer in memory at a time.
 
-    `edit` may change each layer's weights as they are loaded. Raises NumericsError on NaN.
+    Raises NumericsError on NaN.
     """
-    streamed = StreamedModel(model, edit)
+    streamed = StreamedModel(model)
     with streamed.other_weights():
         streams = [
             TokenStream(
@@ -108,19 +106,17 @@ def last_states(
     return streams
 
 
-def agreement_cost(
-    model: Model, against: Model, shapes: Sequence[tuple[int, ...]], edit_bytes: int = 0
-) -> PassCost:
+def agreement_cost(model: Model, against: Model, shapes: Sequence[tuple[int, ...]]) -> PassCost:
     """Cost of running both models on blocks of `shapes` [N, T], one after the other, and comparing them.
 
-    `edit_bytes` as in PassJob. Raises MemoryBudgetError.
+    Raises MemoryBudgetError.
     """
     costs = []
     streams = tuple(StreamShape(blocks, size, copies=2) for blocks, size in shapes)
     longest = max(size for _, size in shapes)
     for one, other in ((model, against), (against, model)):
         beside = ModelSize.of(other.meta_model, other.run.dtype, longest).other_resident
-        job = PassJob(streams, compares=True, beside_head=beside, edit_bytes=edit_bytes)
+        job = PassJob(streams, compares=True, beside_head=beside)
         costs.append(pass_cost(one.meta_model, job, one.run))
     return merged_cost(costs)
 

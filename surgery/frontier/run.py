@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from surgery import defaults
 from surgery.budget.kv_cache import cached_numbers
-from surgery.budget.pass_cost import ROUNDING_BYTES, PassCost
+from surgery.budget.pass_cost import PassCost
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -32,15 +30,13 @@ from surgery.frontier.speed import measure_speeds
 from surgery.heal.heal import heal
 from surgery.heal.heal_text import HealText
 from surgery.index.channel_index import ChannelIndex
-from surgery.model.meta_model import LayerEdit
 from surgery.progress import Progress, no_progress
 from surgery.pruning.plan_pruning import plan_pruning
 from surgery.pruning.prune import prune
 from surgery.pruning.prune_pass import index_use_fingerprint
 from surgery.quantize.autoround import tuned_matrices
 from surgery.quantize.plan import QuantizePlan, plan_quantization
-from surgery.quantize.rounding import NEAREST
-from surgery.quantize.write import rounding_edits, write_quantized
+from surgery.quantize.write import write_quantized
 from surgery.text import TokenBlocks
 
 
@@ -122,7 +118,6 @@ class Frontier:
             try:
                 base = self._base(point)
                 if point.scheme is not None:
-                    self._edit(base, point)  # refuses what can't be measured
                     self._rounded(base, point)
                 return True
             except (UsageError, UnsupportedModelError, AutoRoundError) as error:
@@ -141,7 +136,7 @@ class Frontier:
             return self.journal.load(name)[0]
         base = self._base(point)
         folder = self._rounded(base, point) if point.scheme is not None else None
-        texts = self._quality(base, point)
+        texts = self._quality(base if folder is None else base.written(folder), point)
         predicted = None
         if point.other is None:
             predicted = predicted_bytes(self.model, point, self.weights, self.options.multiple_of)
@@ -224,37 +219,24 @@ class Frontier:
 
     # -- quality ------------------------------------------------------------------------------------------
 
-    def _quality(self, base: Model, point: Point) -> list[dict[str, Any]]:
+    def _quality(self, measured: Model, point: Point) -> list[dict[str, Any]]:
         """What a point's texts measured, compared with the dense model where the tokenizer is the same."""
-        texts, cost = self.texts, self._cost(base, point)
-        same = point.other is None or _same_tokens(base, self.model)
+        texts, cost = self.texts, self._cost(measured)
+        same = point.other is None or _same_tokens(measured, self.model)
         if not same:
-            size = self.options.text_block_size or default_block_size(base.checkpoint.config)
-            texts = [evaluation_blocks(base, spec, self.options.text_blocks, size) for spec in self.specs]
+            size = self.options.text_block_size or default_block_size(measured.checkpoint.config)
+            texts = [evaluation_blocks(measured, spec, self.options.text_blocks, size) for spec in self.specs]
         if same and self._dense is None:
             self._dense = last_states(self.model, self.texts, cost, self.progress)
-        streams = last_states(base, texts, cost, self.progress, self._edit(base, point))
+        streams = last_states(measured, texts, cost, self.progress)
         dense = self._dense if same else streams
         assert dense is not None
         found = [measure_agreement(*each) for each in zip(streams, dense, texts, strict=True)]
         return [_text_json(one, compared=same) for one in found]
 
-    def _cost(self, base: Model, point: Point) -> PassCost:
+    def _cost(self, measured: Model) -> PassCost:
         shapes = [tuple(blocks.ids.shape) for blocks in self.texts]
-        return agreement_cost(base, self.model, shapes, ROUNDING_BYTES * (point.scheme is not None))
-
-    def _edit(self, base: Model, point: Point) -> LayerEdit | None:
-        """Rounds each layer as it is loaded, to the values that the packed folder holds."""
-        if point.scheme is None:
-            return None
-        folder = None if point.scheme.rounding == NEAREST else self._folder(point.slug)
-        edits = rounding_edits(base.meta_model, self._plan(base, point), {}, folder)
-
-        def edit(number: int, layer: nn.Module) -> None:
-            for each in edits[number]:
-                each.apply([], layer)
-
-        return edit
+        return agreement_cost(measured, self.model, shapes)
 
     # -- speed --------------------------------------------------------------------------------------------
 

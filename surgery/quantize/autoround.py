@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 import surgery
 from surgery.budget.budget import Budget
@@ -37,7 +36,6 @@ from surgery.byte_units import format_bytes
 from surgery.checkpoint.transformers_model import text_config
 from surgery.engine.open_model import Model
 from surgery.errors import AutoRoundError, MemoryBudgetError, UnsupportedModelError, UsageError
-from surgery.model.ffn import Ffn
 from surgery.quantize.compressed_tensors import PARTS, unpacked
 from surgery.quantize.plan import QuantizePlan, plan_quantization
 from surgery.quantize.rounding import NEAREST, Scheme
@@ -295,21 +293,3 @@ def _run(folder: Path, quiet: bool) -> None:
         raise AutoRoundError(
             "AutoRound failed", where="the library auto-round", found=found, next_step="round to nearest"
         )
-
-
-@dataclass(frozen=True)
-class InstallPacked:
-    """An edit that installs packed matrices in the resident layer, unpacked.
-
-    `names` maps parameter paths in the layer to stored names.
-    """
-
-    tuned: TunedMatrices
-    scheme: Scheme
-    names: dict[str, str]
-
-    def apply(self, _: list[Ffn], layer: nn.Module) -> int:
-        """Change the resident layer; returns the number of matrices changed."""
-        for path, stored in self.names.items():
-            layer.get_parameter(path).data.copy_(unpacked(self.tuned[stored], self.scheme))
-        return len(self.names)

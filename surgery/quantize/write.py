@@ -33,7 +33,7 @@ from surgery.model.ffn import Ffn
 from surgery.model.leftovers import leftovers_json
 from surgery.model.meta_model import MetaModel
 from surgery.progress import Progress, no_progress
-from surgery.quantize.autoround import InstallPacked, TunedMatrices
+from surgery.quantize.autoround import TunedMatrices
 from surgery.quantize.compressed_tensors import (
     check_packable,
     check_packed_loads,
@@ -227,15 +227,14 @@ class RoundMatrices:
 
 
 def rounding_edits(
-    meta_model: MetaModel, plan: QuantizePlan, power: dict[str, torch.Tensor], folder: Path | None = None
+    meta_model: MetaModel, plan: QuantizePlan, power: dict[str, torch.Tensor]
 ) -> dict[int, list[Any]]:
-    """Edits that round every layer, by layer; to the values that a packed `folder` holds, where one is given.
+    """Edits that round every layer, by layer.
 
     Raises UnsupportedModelError where stored matrices are one parameter in memory (experts), or the reverse.
     """
     chosen = set(plan.tensors)
     edits: dict[int, list[Any]] = {}
-    packed = None if folder is None else TunedMatrices(folder)
     for number, stored_parameters in enumerate(meta_model.layer_parameters):
         prefix = f"{meta_model.layers_path}.{number}."
         matrices = [a for a in stored_parameters if chosen.intersection(a.stored)]
@@ -243,14 +242,11 @@ def rounding_edits(
             raise UnsupportedModelError(
                 "experts joined in memory can't be compared without writing them",
                 where=meta_model.checkpoint.name,
-                next_step="quantise with --simulate, then `surgeon eval`",
+                next_step="quantise, then `surgeon eval` of the folder",
             )
         names = {a.targets[0].removeprefix(prefix): a.stored[0] for a in matrices}
         dtype = meta_model.checkpoint.tensors[matrices[0].stored[0]].dtype if matrices else torch.float32
-        if packed is None:
-            edits[number] = [RoundMatrices(plan, names, power, dtype)]
-        else:
-            edits[number] = [InstallPacked(packed, plan.scheme, names)]
+        edits[number] = [RoundMatrices(plan, names, power, dtype)]
     return edits
 
 
