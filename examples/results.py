@@ -78,9 +78,10 @@ SUBJECTS = {
             "--blocks 256 --block-size 128",
             "--text-blocks 64",
             CUTS[:-1],
-            rounding="",  # experts, which transformers joins in memory, are not rounded there
+            rounding="",  # edits of a comparison can't round experts that transformers joins in memory
             extra="--multiple-of 8",
-            frontier="--text-block-size 128 --sparsity 0.25 --sparsity 0.5 --no-round --multiple-of 8",
+            frontier="--text-block-size 128 --sparsity 0.25 --sparsity 0.5 --round 8:16 --round 4:16 "
+            "--multiple-of 16",
         ),
         Subject(
             "qwen2.5-coder-1.5b",
