@@ -232,6 +232,8 @@ def tuned_matrices(
                 "act_bits": 16,
             },
             "ignored": list(plan.ignored),
+            # that of the packed files: scales trained in another lose digits when they are written
+            "scale_dtype": str(model.checkpoint.tensors[plan.tensors[0]].dtype).removeprefix("torch."),
             "batch": min(BATCH, len(ids)),
             "steps": steps or STEPS,
             "seed": SEED,

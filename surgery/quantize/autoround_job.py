@@ -33,6 +33,7 @@ def run(job: dict[str, Any]) -> None:
         model,
         tokenizer,
         scheme=job["scheme"],
+        scale_dtype=job["scale_dtype"],
         layer_config=dict.fromkeys(job["ignored"], whole),
         dataset=DataLoader(samples, batch_size=job["batch"]),
         seqlen=ids.shape[1],
