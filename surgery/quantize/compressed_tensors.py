@@ -46,6 +46,14 @@ def check_packable(plan: QuantizePlan) -> None:
             where="--super-weights restore",
             next_step="use --super-weights module, which leaves their matrices as they are, or --simulate",
         )
+    joined = [name for name in plan.whole if name not in plan.modules]
+    if joined:
+        raise UsageError(
+            "transformers loads the experts of a layer all packed or all whole",
+            where="--super-weights module",
+            found=f"a super weight in {joined[0]}",
+            next_step="use --super-weights none, which rounds it too, or --simulate",
+        )
 
 
 def packed_tensors(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:

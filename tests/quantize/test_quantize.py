@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from surgery.card.publish import name_repo, record_tasks
 from surgery.engine.open_model import open_model
 from surgery.errors import UsageError
+from surgery.index.super_weights import SuperWeight
 from surgery.quantize.rounding import CLIPS, Scheme, choose_clip, round_excluding, round_to_nearest
 from surgery.quantize.w8a8 import round_tokens
 
@@ -284,6 +285,23 @@ def test_packed_leaves_whole_what_is_not_rounded(
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained("packed")(ids, use_cache=False).logits
     assert logits.isfinite().all()
+
+
+def test_a_super_weight_of_an_expert_is_refused_before_packing(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    """transformers can't load a parameter of which one expert is packed and another is not."""
+    source = save_tiny("mixtral")
+    weight = SuperWeight(
+        0, 3, 5, value=1.0, input=1.0, output=1.0, explained=1.0, ratio=1.0, rank=1, token=0, ffn="expert.2"
+    )
+    manifest = {"schema_version": 1, "super_weights": [weight.as_json()]}
+    (source / "surgeon.json").write_text(json.dumps(manifest))
+    rounding = ("quantize", str(source), "--group-size", "8", "--out", "packed")
+    refused = surgeon(*rounding, code=2).stderr
+    assert "all packed or all whole" in refused and "experts.2.w2.weight" in refused
+    assert "all packed or all whole" in surgeon(*rounding, "--dry-run", code=2).stderr
+    surgeon(*rounding, "--simulate", "--no-clip")
 
 
 def test_routers_stay_and_experts_in_one_tensor_are_refused(
