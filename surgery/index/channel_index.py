@@ -18,7 +18,14 @@ from surgery.index.ffn_index import SECOND_ORDER as SECOND_ORDER
 from surgery.index.ffn_index import STATISTICS as STATISTICS
 from surgery.index.ffn_index import FfnIndex
 from surgery.index.findings import Finding
-from surgery.index.layer_index import INTERVALS, LayerIndex, layer_from, layer_tensors, sample_tensors
+from surgery.index.layer_index import (
+    INTERVALS,
+    LayerIndex,
+    checked_intervals,
+    layer_from,
+    layer_tensors,
+    sample_tensors,
+)
 from surgery.index.published_form import StoredTensors, coded_tensors, save_by_statistic
 from surgery.index.super_weights import SuperWeight
 
@@ -156,6 +163,8 @@ class ChannelIndex:
             if not lazily:
                 tensors.read_all()
             tokens = fields["calibration"]["tokens"]
+            for entry in fields["layers"]:
+                checked_intervals(entry.get(INTERVALS, {}))
             layers = [
                 layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
             ]
@@ -172,7 +181,7 @@ class ChannelIndex:
                 keys=fields.get("width_keys", {}),
                 structures=[Finding.from_json(entry) for entry in fields.get("structures", [])],
                 coded=fields["schema_version"] == PUBLISHED_VERSION,
-                intervals=fields.get(INTERVALS, {}),
+                intervals=checked_intervals(fields.get(INTERVALS, {})),
             )
         except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             raise IndexMismatchError(

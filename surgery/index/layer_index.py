@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from surgery.bootstrap import Interval
 from surgery.index import supernodes as supernode_module
 from surgery.index.block_sums import restored, stored
 from surgery.index.ffn_index import HALO_ONLY, LATER, SECOND_ORDER, STATISTICS, FfnIndex
@@ -16,6 +18,30 @@ from surgery.index.published_form import StoredTensors, left_out
 from surgery.model.families import DENSE, EXPERT
 
 INTERVALS = "intervals"  # of a published layer's figures, in index.json
+
+
+def checked_intervals(fields: Any) -> dict[str, Any]:
+    """`fields` as an index.json holds intervals: word -> key -> fields of an Interval, or null.
+
+    Raises ValueError for anything else, as in an index of somebody else's.
+    """
+    for entries in _dictionary(fields).values():
+        for found in _dictionary(entries).values():
+            if found is None:
+                continue
+            one = Interval(**_dictionary(found))
+            numbers = (one.estimate, one.low, one.high, one.level)
+            if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+                raise ValueError("an interval is not of finite numbers")
+            if one.low > one.high or not isinstance(one.blocks, int):
+                raise ValueError("an interval has its ends in the wrong order, or no number of blocks")
+    return dict(fields)
+
+
+def _dictionary(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError("intervals are not by word and key")
+    return found
 
 
 @dataclass

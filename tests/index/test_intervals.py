@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.tiny_models import byte_tokenizer, opened, token_blocks
 
+from surgery.errors import IndexMismatchError
 from surgery.index.block_sums import GROUPS, block_sums, stored
 from surgery.index.build import build_index
 from surgery.index.calibration import Calibration
@@ -180,6 +182,28 @@ def test_a_published_index_keeps_its_intervals(
             assert top_share(mine) == top_share(theirs) is not None
             assert outlier_overlap(mine, "max_abs") == outlier_overlap(theirs, "max_abs") is not None
         assert overlap_interval(published, index) is None
+
+
+@pytest.mark.parametrize("where", ["index", "layer"])
+@pytest.mark.parametrize(
+    ("intervals", "told"),
+    [
+        ([1], "by word and key"),
+        ({"top_share": {"0.01": {"estimate": 1}}}, "missing"),
+        ({"top_share": {"0.01": {"estimate": "a", "low": 0, "high": 1, "blocks": 8}}}, "finite numbers"),
+        ({"top_share": {"0.01": {"estimate": 1, "low": 2, "high": 1, "blocks": 8}}}, "wrong order"),
+    ],
+)
+def test_damaged_intervals_are_refused_when_the_index_is_read(
+    where: str, intervals: Any, told: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    indexed(surgeon, save_tiny("llama"), "index")
+    file = Path("index/index.json")
+    fields = json.loads(file.read_text())
+    (fields if where == "index" else fields["layers"][0])["intervals"] = intervals
+    file.write_text(json.dumps(fields))
+    with pytest.raises(IndexMismatchError, match=told):
+        ChannelIndex.load("index")
 
 
 def test_without_sums_it_is_said_why(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
