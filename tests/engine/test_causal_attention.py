@@ -39,19 +39,19 @@ def test_gradients_are_those_of_float64(tokens: int, keys: int, scale: float | N
 
 
 @pytest.mark.parametrize(("tokens", "keys", "scale"), [(70, 4, None), (1100, 2, 3.0), (1, 1, None)])
-def test_output_is_that_of_float64_as_nearly_as_the_fused_kernel(
+def test_output_is_that_of_float64_up_to_little_more_than_its_rounding(
     tokens: int, keys: int, scale: float | None
 ) -> None:
+    """P is rounded to bfloat16 as a factor. The fused kernel's error depends on the processor."""
     found = inputs(tokens, keys=keys)
     options = {"is_causal": True, "scale": scale, "enable_gqa": keys != 4}
     with torch.no_grad():
         right = attention(*(tensor.double() for tensor in found), **options)
-        fused = attention(*found, **options)
         with FastAttention():
             output = attention(*found, **options)
-    error, least = (float((one.double() - right).norm()) for one in (output, fused))
-    assert output.dtype == torch.bfloat16 and output.shape == fused.shape
-    assert error <= 1.1 * least and error <= 0.004 * float(right.norm())
+    error, rounding = (float((one.double() - right).norm()) for one in (output, right.bfloat16()))
+    assert output.dtype == torch.bfloat16 and output.shape == right.shape
+    assert error <= 1.6 * rounding
     precision = torch.get_float32_matmul_precision()
     assert precision == "highest"  # as it was
 
