@@ -33,9 +33,9 @@ class HealJob:
     """What a heal does, or one of its processes.
 
     `trained` numbers of every layer, `adapters` or norms unless all is; `steps` of `batch` blocks of
-    `block_size` tokens, `distinct` blocks of them; `measures` of `held_out` blocks each; `target_bytes` of
-    targets on disk, or `recomputes` them in every step, `top` tokens of a position, unless the loss does
-    not need the teacher; `written` bytes are the result.
+    `block_size` tokens, `distinct` blocks of them; `measures` of `held_out` blocks each; `targets` of the
+    teacher, `top` tokens of a position: "disk", where they take `target_bytes`, "recompute" in every step, or
+    "none"; `written` bytes are the result.
     """
 
     trained: list[int]
@@ -46,11 +46,15 @@ class HealJob:
     held_out: int
     measures: int
     target_bytes: int
-    recomputes: bool
-    needs_teacher: bool
+    targets: str
     adapters: bool
     top: int
     written: int
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the teacher runs in every step."""
+        return self.targets == "recompute"
 
     @property
     def tokens(self) -> int:
@@ -65,8 +69,7 @@ class HealCost(Cost):
     `state_bytes` are those of what is trained, kept on `state_on`: device, memory or disk. Files and saves of
     it take `state_disk_bytes`. `keep_bytes` may hold the student's layers between passes, and
     `graph_bytes` what autograd saved of them; `teacher_bytes` may hold the teacher's layers. `ends_held`:
-    embeddings and head stay in memory. `target_bytes` are on disk; `targets` of the teacher: "disk",
-    "recompute", or "none".
+    embeddings and head stay in memory. `targets` and their `target_bytes` on disk are those of the job.
     """
 
     state_bytes: int
@@ -121,7 +124,7 @@ def heal_cost(student: MetaModel, teacher: MetaModel, job: HealJob, run: RunOpti
         graph_bytes=graphs,
         teacher_bytes=teacher_keep,
         target_bytes=job.target_bytes,
-        targets="none" if not job.needs_teacher else "recompute" if job.recomputes else "disk",
+        targets=job.targets,
         ends_held=bool(ends),
     )
 
@@ -151,7 +154,7 @@ class _Needs:
         self.graphs = GRAPH_SHARE * self.student.layers * self.student.saved_token * self.tokens
         self.graphs += dtype.itemsize * self.trained
         self.student_layers = _resident(student, dtype.itemsize)
-        self.teacher_layers = _resident(teacher, dtype.itemsize) * job.needs_teacher
+        self.teacher_layers = _resident(teacher, dtype.itemsize) * (job.targets != "none")
         self.ends = max(self.student.other_resident, self.teacher.other_resident)
         self.host = max(2 * size.layer + size.merging for size in (self.student, self.teacher))
         self.merging = max(self.student.merging, self.teacher.merging) * (kind != "cuda")
@@ -183,7 +186,7 @@ class _Needs:
         again = 1 - keep / max(1, self.student_layers)
         read = student.layers_stored * (1 + passes * again) + 2 * (student.other_stored + job.written)
         read += (STEP_READS * job.steps + 8 * job.measures) * self.trained * in_files
-        if job.needs_teacher:
+        if job.targets != "none":
             passes = job.steps if job.recomputes else -(-job.distinct // TARGET_CHUNK)
             again = 1 - teacher_keep / max(1, self.teacher_layers)
             read += teacher.layers_stored * (1 + (passes - 1) * again) + teacher.other_stored
@@ -199,8 +202,7 @@ class _Needs:
         weights = 0.0 if job.adapters else 2.0 * student.active
         step = 2 * layers + again + weights + 4.0 * student.head + 6.0 * sum(job.trained) * job.adapters
         measured = job.measures * job.held_out * job.block_size * (layers + 2.0 * student.head)
-        seen = job.tokens if job.recomputes else job.distinct * job.block_size
-        seen *= job.needs_teacher
+        seen = {"disk": job.distinct * job.block_size, "recompute": job.tokens, "none": 0}[job.targets]
         return job.tokens * step + measured + seen * 2.0 * (teacher.active + teacher.attention + teacher.head)
 
 

@@ -131,11 +131,12 @@ class PackedCheckpoint(DequantisedCheckpoint):
 
     def _group_of_columns(self, stem: str, columns: int, groups: int) -> torch.Tensor:
         """The group [C] of every column. Raises CheckpointError for one that does not exist."""
+        in_order = torch.arange(columns) // max(1, columns // groups)
         if stem + GROUP not in self.stored.tensors:
-            return torch.arange(columns) // max(1, columns // groups)
+            return in_order
         found = self.stored.read(stem + GROUP).long()
         if (found < 0).all():  # as files have it where columns are in order
-            return torch.arange(columns) // max(1, columns // groups)
+            return in_order
         if not ((found >= 0) & (found < groups)).all():
             raise CheckpointError(
                 "a column of packed weights belongs to a group that has no scale",

@@ -11,7 +11,6 @@ from typing import Any
 
 from surgery import defaults
 from surgery.budget.kv_cache import cached_numbers
-from surgery.budget.pass_cost import PassCost
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -221,7 +220,8 @@ class Frontier:
 
     def _quality(self, measured: Model, point: Point) -> list[dict[str, Any]]:
         """What a point's texts measured, compared with the dense model where the tokenizer is the same."""
-        texts, cost = self.texts, self._cost(measured)
+        texts = self.texts
+        cost = agreement_cost(measured, self.model, [blocks.ids.shape for blocks in texts])
         same = point.other is None or _same_tokens(measured, self.model)
         if not same:
             size = self.options.text_block_size or default_block_size(measured.checkpoint.config)
@@ -233,10 +233,6 @@ class Frontier:
         assert dense is not None
         found = [measure_agreement(*each) for each in zip(streams, dense, texts, strict=True)]
         return [_text_json(one, compared=same) for one in found]
-
-    def _cost(self, measured: Model) -> PassCost:
-        shapes = [tuple(blocks.ids.shape) for blocks in self.texts]
-        return agreement_cost(measured, self.model, shapes)
 
     # -- speed --------------------------------------------------------------------------------------------
 

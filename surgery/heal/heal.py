@@ -39,7 +39,7 @@ from surgery.heal.processes import check_same
 from surgery.heal.saved_states import agree_on_saves
 from surgery.heal.state import HeldState, StateFiles
 from surgery.heal.targets import StoredTargets, Teacher
-from surgery.heal.train import Division, History, Trainer
+from surgery.heal.train import Division, History, Schedule, Trainer
 from surgery.heal.trainable import Trainables, open_state
 from surgery.heal.write import trained_logits, write_trained
 from surgery.progress import Progress, no_progress
@@ -165,28 +165,9 @@ def _train(
     journal: Journal,
     progress: Progress[Any],
 ) -> tuple[Trainer, History]:
-    """Compute the targets, where they are not recomputed in every step, and train."""
-    blocks, block_size = text.ids.shape
-    schedule = options.schedule(blocks, block_size)
-    source = Teacher(
-        StreamedModel(teacher, keep_bytes=cost.teacher_bytes),
-        top=options.top,
-        temperature=options.loss.temperature,
-        micro_batch=cost.micro_batch,
-        place=cost.hidden_on,
-    )
-
-    def unstored(numbers: torch.Tensor) -> TopTokens:
-        if not options.loss.needs_teacher:
-            return TopTokens.none(len(numbers), block_size - 1)
-        return source.targets(text.ids[numbers])
-
-    targets: Callable[[torch.Tensor], TopTokens] = unstored
-    if options.stores_targets:
-        stored = StoredTargets(journal, schedule.own, block_size, source.top)
-        stored.fill(source, text.ids, progress)
-        source.model.kept.clear()  # its layers have done their work
-        targets = stored.take
+    """Compute the targets that are kept on disk, and train."""
+    schedule = options.schedule(*text.ids.shape)
+    targets = _targets(teacher, text, options, schedule, cost, journal, progress)
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
     files = journal if cost.state_on == "disk" else None
     agree_on_saves(journal, (HeldState.mark, StateFiles.mark), model.device)
@@ -208,6 +189,34 @@ def _train(
         return trainer, trainer.run(progress)
     with model.other_weights():
         return trainer, trainer.run(progress)
+
+
+def _targets(
+    teacher: Model,
+    text: HealText,
+    options: HealOptions,
+    schedule: Schedule,
+    cost: HealCost,
+    journal: Journal,
+    progress: Progress[Any],
+) -> Callable[[torch.Tensor], TopTokens]:
+    """The targets of blocks with given numbers: none, computed anew, or from files, which are filled now."""
+    block_size = text.ids.shape[1]
+    if options.targets == "none":
+        return lambda numbers: TopTokens.none(len(numbers), block_size - 1)
+    source = Teacher(
+        StreamedModel(teacher, keep_bytes=cost.teacher_bytes),
+        top=options.top,
+        temperature=options.loss.temperature,
+        micro_batch=cost.micro_batch,
+        place=cost.hidden_on,
+    )
+    if options.targets == "recompute":
+        return lambda numbers: source.targets(text.ids[numbers])
+    stored = StoredTargets(journal, schedule.own, block_size, source.top)
+    stored.fill(source, text.ids, progress)
+    source.model.kept.clear()  # its layers have done their work
+    return stored.take
 
 
 def heal_entry(

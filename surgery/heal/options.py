@@ -39,9 +39,11 @@ class HealOptions:
     seed: int = 42
 
     @property
-    def stores_targets(self) -> bool:
-        """Whether the teacher's predictions are kept in files."""
-        return self.loss.needs_teacher and not self.recompute
+    def targets(self) -> str:
+        """Where the teacher's predictions come from: "disk", "recompute", or "none" where none are needed."""
+        if not self.loss.needs_teacher:
+            return "none"
+        return "recompute" if self.recompute else "disk"
 
     @property
     def peak(self) -> float:
@@ -92,9 +94,8 @@ def estimate_heal(
         distinct=len(own),
         held_out=len(range(held_out)[shard(held_out)]),
         measures=1 + min(MEASURES, schedule.steps),
-        target_bytes=target_bytes(len(own), block_size, options.top) if options.stores_targets else 0,
-        recomputes=options.recompute,
-        needs_teacher=options.loss.needs_teacher,
+        target_bytes=target_bytes(len(own), block_size, options.top) * (options.targets == "disk"),
+        targets=options.targets,
         adapters=options.train.kind != "all",
         top=options.top,
         written=student.checkpoint.nbytes,

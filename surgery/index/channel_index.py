@@ -163,8 +163,6 @@ class ChannelIndex:
             if not lazily:
                 tensors.read_all()
             tokens = fields["calibration"]["tokens"]
-            for entry in fields["layers"]:
-                checked_intervals(entry.get(INTERVALS, {}))
             layers = [
                 layer_from(number, entry, tensors, tokens) for number, entry in enumerate(fields["layers"])
             ]

@@ -194,7 +194,10 @@ def sample_tensors(number: int, layer: LayerIndex) -> dict[str, torch.Tensor]:
 def layer_from(
     number: int, entry: dict[str, Any], tensors: Mapping[str, torch.Tensor], tokens: int
 ) -> LayerIndex:
-    """Inverse of `layer_tensors` and `LayerIndex.summary`; `tokens` is the number of calibration tokens."""
+    """Inverse of `layer_tensors` and `LayerIndex.summary`; `tokens` is the number of calibration tokens.
+
+    Raises ValueError for intervals that are none.
+    """
 
     def load(prefix: str, width: int, expert: int | None = None) -> LazyStatistics:
         return _statistics(tensors, f"layers.{number}.{prefix}", width, expert)
@@ -203,6 +206,7 @@ def layer_from(
         sample, positions = (tensors.get(sample_name(number, ffn, kind)) for kind in ("q", "position"))
         return sample, positions
 
+    checked_intervals(entry.get(INTERVALS, {}))
     core = torch.tensor(entry["supernodes"], dtype=torch.long)
     maxima, width = entry.get("prompt_max", {}), entry["width"]
     kept_entry = entry if left_out(tensors) else None  # can't be computed from what is left

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
@@ -161,7 +161,7 @@ class TunedMatrices(Mapping[str, dict[str, torch.Tensor]]):
     """
 
     folder: Path
-    tuning: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any]
 
     @cached_property
     def files(self) -> dict[str, Path]:
