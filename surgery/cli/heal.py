@@ -54,14 +54,14 @@ def heal(
     from surgery.heal.heal import check_outputs, open_heal_journal
     from surgery.heal.heal import heal as run
     from surgery.heal.options import estimate_heal
-    from surgery.heal.pair import check_pair
+    from surgery.heal.pair import shared_tokens
     from surgery.pruning.prune import Provenance
 
     quiet = quiet or rank() > 0  # of the processes torchrun started, the first talks and writes
     options = training.options()
     opened = how.open(student)
     dense = open_teacher(opened, teacher, how)
-    check_pair(opened, dense)
+    shared_tokens(opened, dense)
     text = training.draw(opened)
     for note in text.notes:
         say(note, quiet)

@@ -32,7 +32,8 @@ class KindOptions:
     vocabulary_text: tuple[str, ...]
 
     def check(self, healed: bool, rounds: int = 1, cuts: tuple[str, ...] | None = None) -> None:
-        """Raise UsageError for options that contradict each other, or a heal, which needs the same tokens.
+        """Raise UsageError for options that contradict each other, or a heal, whose text has the whole
+        vocabulary's tokens.
 
         `cuts` are the kinds that may go for a target: how much of these goes is not searched for.
         """
@@ -60,9 +61,9 @@ class KindOptions:
             )
         if self.keep_vocabulary is not None and healed:
             raise UsageError(
-                "a model with a smaller vocabulary can't be healed: it does not predict its teacher's tokens",
+                "a smaller vocabulary is not healed in the same command, as its text has other tokens",
                 where="--keep-vocabulary, --heal",
-                next_step="prune and heal without --keep-vocabulary, then cut the vocabulary of the result",
+                next_step="leave out --heal, then run `surgeon heal` on the result",
             )
 
     @property

@@ -34,7 +34,7 @@ from surgery.heal.adapter import adapter_bytes, adapter_folder, check_adapter
 from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
 from surgery.heal.options import HealOptions, estimate_heal
-from surgery.heal.pair import check_pair, student_manifest
+from surgery.heal.pair import shared_tokens, student_manifest
 from surgery.heal.processes import check_same
 from surgery.heal.saved_states import agree_on_saves
 from surgery.heal.state import HeldState, StateFiles
@@ -122,7 +122,7 @@ def heal(
     """
     options, destination = options or HealOptions(), Path(out)
     manifest = student_manifest(student)
-    check_pair(student, teacher)
+    shared_tokens(student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
     check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
     distributed.init(student.run.device)
@@ -167,7 +167,7 @@ def _train(
 ) -> tuple[Trainer, History]:
     """Compute the targets that are kept on disk, and train."""
     schedule = options.schedule(*text.ids.shape)
-    targets = _targets(teacher, text, options, schedule, cost, journal, progress)
+    targets = _targets(student, teacher, text, options, schedule, cost, journal, progress)
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
     files = journal if cost.state_on == "disk" else None
     agree_on_saves(journal, (HeldState.mark, StateFiles.mark), model.device)
@@ -192,6 +192,7 @@ def _train(
 
 
 def _targets(
+    student: Model,
     teacher: Model,
     text: HealText,
     options: HealOptions,
@@ -210,6 +211,7 @@ def _targets(
         temperature=options.loss.temperature,
         micro_batch=cost.micro_batch,
         place=cost.hidden_on,
+        rows=shared_tokens(student, teacher),
     )
     if options.targets == "recompute":
         return lambda numbers: source.targets(text.ids[numbers])
@@ -225,9 +227,11 @@ def heal_entry(
     """The entry of `heals` in surgeon.json: what the model was healed on, how, and what that changed."""
     best = history.measures[history.best]
     seen = len(history.losses) * options.batch(text.ids.shape[1]) * text.ids.shape[1]
+    rows = shared_tokens(student, teacher)
+    shared = {} if rows is None else {"shared_tokens": int((rows >= 0).sum())}
     return {
         "student": student.name,
-        "teacher": {"name": teacher.name, "revision": teacher.checkpoint.revision},
+        "teacher": {"name": teacher.name, "revision": teacher.checkpoint.revision, **shared},
         "options": options.as_json(),
         "text": text.as_json(),
         "steps": len(history.losses),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from surgery.checkpoint.manifest import MANIFEST
 from surgery.checkpoint.transformers_model import load_tokenizer, text_config
 from surgery.engine.open_model import Model
@@ -64,21 +66,28 @@ def teacher_name(
     return str(beside), None
 
 
-def check_pair(student: Model, teacher: Model) -> None:
-    """Raise UsageError unless teacher and student predict the same tokens."""
-    sizes = [text_config(model.checkpoint.config).get("vocab_size") for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            "teacher and student have vocabularies of different size",
-            where=student.name,
-            expected=f"{sizes[0]} as {teacher.name}",
-            found=str(sizes[1]),
-        )
-    words = [load_tokenizer(model.checkpoint).get_vocab() for model in (teacher, student)]
-    if words[0] != words[1]:
+def shared_tokens(student: Model, teacher: Model) -> torch.Tensor | None:
+    """The teacher's id of every row of the student's vocabulary, [V], -1 for a row without a token.
+
+    None where both have the same tokens and as many rows. A student may have fewer tokens, as with
+    `--keep-vocabulary`. Raises UsageError for one with a token that the teacher does not have, or has under
+    another id where both have as many rows.
+    """
+    words = [load_tokenizer(model.checkpoint).get_vocab() for model in (student, teacher)]
+    rows = [int(text_config(model.checkpoint.config)["vocab_size"]) for model in (student, teacher)]
+    if words[0] == words[1] and rows[0] == rows[1]:
+        return None
+    unknown = [word for word in words[0] if word not in words[1]]
+    if unknown or rows[0] == rows[1]:
         raise UsageError(
             "teacher and student have different tokenizers",
             where=student.name,
-            expected=f"the tokenizer of {teacher.name}",
+            expected=f"tokens of {teacher.name}",
+            found=f"{len(unknown)} others, as {unknown[0]!r}" if unknown else "other ids of the same tokens",
             next_step="name the model this folder was made from with --teacher",
         )
+    ids = torch.full((rows[0],), -1)
+    for word, number in words[0].items():
+        if number < rows[0] and words[1][word] < rows[1]:
+            ids[number] = words[1][word]
+    return ids

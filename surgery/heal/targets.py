@@ -30,21 +30,38 @@ def target_bytes(blocks: int, block_size: int, top: int) -> int:
 
 
 class Teacher:
-    """The dense model as a source of targets, at a temperature."""
+    """The dense model as a source of targets, at a temperature.
+
+    `rows` [V], where the student has other rows of the vocabulary, are the teacher's ids of them, -1 for none
+    (`shared_tokens`). The teacher then reads the student's tokens, and its distribution is the one over these
+    tokens alone: what it gives to others is shared out in proportion.
+    """
 
     def __init__(
-        self, model: StreamedModel, *, top: int, temperature: float, micro_batch: int, place: str
+        self,
+        model: StreamedModel,
+        *,
+        top: int,
+        temperature: float,
+        micro_batch: int,
+        place: str,
+        rows: torch.Tensor | None = None,
     ) -> None:
         self.model = model
-        self.top = min(top, int(model.model.config.get_text_config().vocab_size))
+        known = (
+            int(model.model.config.get_text_config().vocab_size) if rows is None else int((rows >= 0).sum())
+        )
+        self.top = min(top, known)
         self.temperature = temperature
         self.micro_batch = micro_batch
         self.place = place
+        self.rows = rows
 
     @torch.no_grad()
     def targets(self, ids: torch.Tensor) -> TopTokens:
-        """Targets [N, T - 1, k] of blocks of token ids [N, T], on the CPU, from one pass over the layers."""
+        """Targets [N, T - 1, k] of blocks of token ids [N, T], the student's; on the CPU, from one pass."""
         model = self.model
+        ids = ids if self.rows is None else self.rows[ids]
         stream = TokenStream(model, ids, micro_batch=self.micro_batch, place=self.place)
         for number, layer in model.stream_layers(range(len(model.layers))):
             stream.forward(number, layer)
@@ -54,10 +71,18 @@ class Teacher:
             for block in range(len(ids)):
                 hidden = stream.last_hidden(slice(block, block + 1))[0]
                 for rows in head_slices(model, shape[1]):
-                    best = top_tokens(model.logits(hidden[rows]).float(), self.top, self.temperature)
+                    best = top_tokens(self._logits(hidden[rows]), self.top, self.temperature)
                     found.ids[block, rows], found.log_p[block, rows] = best.ids.cpu(), best.log_p.cpu()
                 model.malloc.trim()
         return found
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [n, V] of the student's tokens, from the last hidden states [n, D]."""
+        logits = self.model.logits(hidden).float()
+        if self.rows is None:
+            return logits
+        rows = self.rows.to(logits.device)
+        return logits[:, rows.clamp_min(0)].masked_fill_(rows < 0, -torch.inf)
 
 
 class StoredTargets:
