@@ -1,7 +1,8 @@
 """How fast layers of a model's shapes are on this machine, and from that how fast any cut of it will be.
 
 Random models of the family are timed in transformers, each in a process of its own: with n and n / 2 layers,
-with whole FFNs and with half of their channels. The time of a token is fitted by least squares, relative to
+with whole FFNs and with half of their channels; all in turn, in ROUNDS rounds, of which the median counts, so
+that a machine that slows down slows all of them. The time of a token is fitted by least squares, relative to
 each measurement, to
 
     t = e + a L + b P
@@ -13,6 +14,7 @@ so that weights do not stay in a processor's cache that the model exceeds.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +34,8 @@ from surgery.errors import PlanError, SurgeonError
 from surgery.plan.widths import width_changes
 from surgery.progress import Progress, no_progress
 
-SETTINGS = BenchSettings(prompt_tokens=256, new_tokens=48, batches=(1,), repeats=5)
+SETTINGS = BenchSettings(prompt_tokens=256, new_tokens=48, batches=(1,), repeats=3)
+ROUNDS = 3
 FILL = 512 << 20  # bytes of layers that are timed, where the model has so many
 LEAST = 4  # layers
 MULTIPLE = 8  # of the narrower width
@@ -60,9 +63,10 @@ def measure_layer_speed(
     depths = sorted({max(1, full // 2), full})
     shapes = [(depth, fields) for depth in depths for fields in (config, _narrower(model))]
     settings = replace(settings, dtype=model.run.dtype_name, device=str(model.run.device))
-    points: list[Point] = []
-    for depth, fields in progress(shapes, "speed of layers", len(shapes)):
-        short = shortened_config(fields, list(range(depth)), name)
+    seconds: list[list[float]] = [[] for _ in shapes]
+    configs = [shortened_config(fields, list(range(depth)), name) for depth, fields in shapes]
+    runs = list(enumerate(configs)) * ROUNDS
+    for place, short in progress(runs, "speed of layers", len(runs)):
         with tempfile.TemporaryDirectory(prefix="surgeon-speed-") as folder:
             found = run(
                 {**settings.as_json(), "runtime": "random", "config": short, "model": name}, Path(folder)
@@ -75,8 +79,11 @@ def measure_layer_speed(
                 found=found.get("failed", "times too short to tell apart"),
                 next_step="use --target-params or --target-size",
             )
-        seconds = 1 / speed["median"]
-        points.append((depth, _layer_parameters(short, name, path), seconds))
+        seconds[place].append(1 / speed["median"])
+    points = [
+        (depth, _layer_parameters(short, name, path), statistics.median(times))
+        for (depth, _), short, times in zip(shapes, configs, seconds, strict=True)
+    ]
     return fit(points, of, model.checkpoint.parameters - in_layers)
 
 

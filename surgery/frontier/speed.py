@@ -18,7 +18,8 @@ from surgery.engine.run_options import RunOptions
 from surgery.errors import one_line
 from surgery.progress import Progress, no_progress
 
-PROMPT, NEW_TOKENS = 256, 16
+PROMPT, NEW_TOKENS = 256, 32
+REPEATS = 3  # in a round, of which the median counts
 ROUNDS = 3  # of all points in turn, so that a machine that slows down slows all of them
 
 
@@ -86,7 +87,7 @@ def _one_round(folder: Path | None, model: Model) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_once(folder: Path, run: RunOptions) -> tuple[float, float]:
-    """(Prefill, decode) in tokens a second of the whole model in memory, one sequence, after a warm-up.
+    """(Prefill, decode) in tokens a second of the whole model in memory, one sequence: medians of REPEATS.
 
     Packed folders are run as transformers runs them. Raises what transformers raises.
     """
@@ -100,14 +101,20 @@ def measure_once(folder: Path, run: RunOptions) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, PROMPT), generator=generator).to(run.device)
     model(ids[:, :8])
-    start = _now(run.device)
+    found = [_seconds(model, ids, run.device) for _ in range(REPEATS)]
+    prefill, decode = (statistics.median(times) for times in zip(*found, strict=True))
+    return PROMPT / prefill, NEW_TOKENS / decode
+
+
+def _seconds(model: Any, ids: torch.Tensor, device: torch.device) -> tuple[float, float]:
+    """Seconds of reading `ids`, and of NEW_TOKENS one by one after them."""
+    start = _now(device)
     output = model(ids, use_cache=True)
-    read = _now(run.device)
+    read = _now(device)
     for _ in range(NEW_TOKENS):
         last = output.logits[:, -1:].argmax(-1)
         output = model(last, past_key_values=output.past_key_values, use_cache=True)
-    done = _now(run.device)
-    return PROMPT / (read - start), NEW_TOKENS / (done - read)
+    return read - start, _now(device) - read
 
 
 def _now(device: torch.device) -> float:
