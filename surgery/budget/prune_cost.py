@@ -16,7 +16,7 @@ from torch import nn
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.machine import Machine
 from surgery.budget.model_size import ModelSize, token_share
-from surgery.budget.repair_cost import column_blocks, pass_schedule, repair_bytes
+from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule, repair_bytes
 from surgery.budget.sensitivity_cost import MEASURE_TOKENS, sensitivity_cost
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.run_options import RunOptions
@@ -225,11 +225,14 @@ def _operations(meta_model: MetaModel, needs: _Needs, budget: int, passes: int) 
     forward = 2.0 * weights * (2 * VERIFY_TOKENS + job.text_tokens)
     if not job.repairs:
         return forward, 0.0, 0.0
-    forward += 2.0 * weights * job.tokens * (1 + passes * job.cuts)
+    mixture = job.follows_pruned and any(ffn.stacked for ffns in meta_model.ffns for ffn in ffns)
+    together = EXPERT_PASSES * mixture  # times that routed experts are solved for again, all of a layer
+    forward += 2.0 * weights * job.tokens * (1 + passes * (1 + together) * job.cuts)
     config = meta_model.config.get_text_config()
     solved: list[tuple[int, float]] = []  # (width, share of the tokens that go through it)
     for ffns, kept in zip(meta_model.ffns, job.kept, strict=True):
-        solved += [(kept[ffn.name], token_share(ffn, ffns, config)) for ffn in ffns]
+        for ffn in ffns:
+            solved += [(kept[ffn.name], token_share(ffn, ffns, config))] * (1 + together * ffn.stacked)
         solved += [(needs.inner, 1.0)] * job.follows_pruned
     single = double = 0.0
     for width, share in solved:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 GRAMS = 3  # K x K beside the sums while a ridge is solved for, the copy LAPACK makes included
 CHANGES = 4  # D x K at the same time
+EXPERT_PASSES = 3  # over a layer, for its routed experts together, each from what the one before left
 
 
 def moment_bytes(width: int, outputs: int) -> int:

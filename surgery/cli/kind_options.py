@@ -85,13 +85,13 @@ class KindOptions:
     def sized(self, cut: CutOptions, *, elsewhere: bool) -> CutOptions:
         """`cut` with whole FFNs where these options alone say what goes; `elsewhere`: others say it too.
 
-        With all channels, experts are refitted to what they put out already, so nothing is repaired then
-        unless a repair is asked for.
+        A smaller vocabulary changes no layer, so that nothing is repaired then unless a repair is asked for.
         """
         if elsewhere or not self.any or cut.sparsity is not None or cut.intermediate_size is not None:
             return cut
         asked = click.get_current_context().get_parameter_source("repair") is ParameterSource.COMMANDLINE
-        return replace(cut, sparsity=0.0, repair=cut.repair if asked else "none")
+        repair = cut.repair if asked or self.keep_experts is not None else "none"
+        return replace(cut, sparsity=0.0, repair=repair)
 
     def experts(self, model: Model, index: ChannelIndex, protect: bool, quiet: bool) -> tuple[KindPlan, ...]:
         """The experts that go, by what `index` was calibrated on. Raises PlanError, MemoryBudgetError."""

@@ -4,6 +4,8 @@ residual stream.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.model.ffn import Ffn
 from surgery.repair.least_squares import HELD_OUT, adds
+from surgery.repair.mixture import adds_experts
 
 
 class DenseReference:
@@ -22,8 +25,8 @@ class DenseReference:
     Between the two, `stream` holds the layer's input and `leaving` its output. In a layer that is `additive`
     (it adds its only FFN's output, unscaled, to the residual stream) `before` is the stream before the FFN,
     and `attention` names the linear whose output, added to the layer's input, makes it; None where no linear
-    does. Several prunings may share one reference. `place` is where hidden states are stored, as for
-    `HiddenStore`.
+    does. A layer is a `mixture` where it adds its routed experts' outputs, times the router's weights.
+    Several prunings may share one reference. `place` is where hidden states are stored, as for `HiddenStore`.
 
     The last blocks, one in HELD_OUT and at least one, are held out: they choose ridges. `first_held` is the
     first of them. With `shared`, the blocks `ids` [N, T] are shared out to all processes: each has some of
@@ -43,13 +46,16 @@ class DenseReference:
         self.place = place
         self.shared = shared
         own = distributed.shard(len(ids)) if shared else slice(0, len(ids))
-        self.first_held = len(ids) - max(1, len(ids) // HELD_OUT) - own.start
+        held_out = max(1, len(ids) // HELD_OUT)
+        self.held_out_tokens = held_out * ids.shape[1]
+        self.first_held = len(ids) - held_out - own.start
         self.stream = TokenStream(model, ids[own], micro_batch=micro_batch, place=place)
         width = self.stream.store.shape[-1]
         self.leaving, self.before = self._store(width), self._store(width)
         self._channels: HiddenStore | None = None
         self.additive = False
         self.attention: str | None = None
+        self.mixture = False
 
     def _store(self, width: int) -> HiddenStore:
         shape = (1, *self.stream.ids.shape, width)
@@ -68,8 +74,8 @@ class DenseReference:
         ffns = self.model.ffns(number)
         additive = self._is_additive(number, layer, ffns)
         attention = self._attention_output(number, layer) if additive else None
-        said = (additive, attention)
-        self.additive, self.attention = distributed.first_value(said) if self.shared else said
+        said = (additive, attention, adds_experts(ffns, partial(self._first, number, layer)))
+        self.additive, self.attention, self.mixture = distributed.first_value(said) if self.shared else said
 
         def use(part: slice, output: torch.Tensor, calls: list[FfnCall]) -> None:
             self.leaving.put(0, part, output)
@@ -105,6 +111,11 @@ class DenseReference:
             if found.numel() == added.numel() and adds(added, found.view_as(added), output):
                 return name
         return None
+
+    def _first(self, number: int, layer: nn.Module) -> torch.Tensor:
+        """Output of a layer for the first micro-batch."""
+        entering = self.stream.store.get(0, self.stream.slices[0], self.model.device)
+        return self.model.run_layer(layer, entering, self.stream.calls[0][number])
 
     def _try(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input and output of a layer with one FFN, and that FFN's output, on the first micro-batch."""

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.budget.prune_cost import PruneCost
-from surgery.budget.repair_cost import column_blocks, pass_schedule
+from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule
 from surgery.cut.groups import Cut
 from surgery.cut.slice_edits import mask_cut, mask_members
 from surgery.engine import distributed
@@ -29,8 +29,9 @@ from surgery.model.ffn import Ffn
 from surgery.plan.kind_plan import ATTENTION, KV_HEADS
 from surgery.repair.attention import repair_attention
 from surgery.repair.dense_reference import DenseReference
-from surgery.repair.least_squares import Moments, SplitMoments, refit, summed
+from surgery.repair.least_squares import Moments, Refit, SplitMoments, refit, summed
 from surgery.repair.methods import RepairMethod
+from surgery.repair.mixture import run_routed, shares
 from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]  # of a down projection: W [D, F] and its bias [D]
@@ -100,6 +101,8 @@ class LayerRepair:
         if additive:
             self._add_ffn_output(number)
         elif self.method.follows_pruned:
+            if self.dense.mixture:
+                self._repair_experts(number, layer, result)
             self.pruned.forward(number, layer)
         return result
 
@@ -131,14 +134,43 @@ class LayerRepair:
         for turn, columns in enumerate(passes):
             last = turn == len(passes) - 1
             moments = self._ffn_moments(number, layer, additive, columns, originals if turn else {}, last)
-            for name, collected in moments.items():
-                ffn = ffns[name]
-                found = refit(collected, partial(self._solve, ffn.bias_name is not None))
-                result.ffns.setdefault(name, []).append(found.without_change())
-                if found.change is not None:
-                    kept = self.kept[number, name][columns[name]].to(found.change.device)
-                    _apply_change(ffn, kept, found.change, result)
+            for name, found in self._refit_all(number, ffns, moments, columns, result).items():
+                result.ffns.setdefault(name, []).append(found)
         self.mask(number, layer)
+
+    def _repair_experts(self, number: int, layer: nn.Module, result: LayerRepairResult) -> None:
+        """Refit the kept columns of all routed experts together, towards the dense stream (`mixture`)."""
+        ffns = {ffn.name: ffn for ffn in self.model.ffns(number) if ffn.stacked}
+        outputs = max(len(ffn.down_weight()) for ffn in ffns.values())
+        blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
+        schedule = pass_schedule(blocks, outputs, self.budget)
+        for _ in range(EXPERT_PASSES):
+            lacking: dict[str, float] = {}
+            for columns in schedule:
+                moments = self._expert_moments(number, layer, ffns, columns)
+                for name, collected in moments.items():
+                    lacking.setdefault(name, float(collected.held_out.power))
+                self._refit_all(number, ffns, moments, columns, result)
+            result.lacking.append(sum(lacking.values()) / self.dense.held_out_tokens)
+
+    def _refit_all(
+        self,
+        number: int,
+        ffns: dict[str, Ffn],
+        moments: dict[str, SplitMoments],
+        columns: dict[str, slice],
+        result: LayerRepairResult,
+    ) -> dict[str, Refit]:
+        """Change every FFN by its moments; returns how well that does on held-out blocks."""
+        done = {}
+        for name, collected in moments.items():
+            ffn = ffns[name]
+            found = refit(collected, partial(self._solve, ffn.bias_name is not None))
+            done[name] = found.without_change()
+            if found.change is not None:
+                kept = self.kept[number, name][columns[name]].to(found.change.device)
+                _apply_change(ffn, kept, found.change, result)
+        return done
 
     def _solve(self, has_bias: bool, moments: Moments, ridge: float) -> torch.Tensor:
         return self.method.solved(moments, ridge, has_bias)
@@ -191,6 +223,36 @@ class LayerRepair:
                 self.pruned.store.put(0, part, output - call.y.view_as(output))
 
         self.pruned.run_observed(number, layer, use)
+        return self._of_all(number, found, ffns, columns) if self.dense.shared else found
+
+    def _expert_moments(
+        self, number: int, layer: nn.Module, ffns: dict[str, Ffn], columns: dict[str, slice]
+    ) -> dict[str, SplitMoments]:
+        """Moments of the kept channels in `columns` of routed experts, and of their shares of what is missing
+        in the pruned stream after the layer.
+        """
+        found: dict[str, SplitMoments] = {}
+        pruned, device = self.pruned, self.model.device
+        for part, calls in zip(pruned.slices, pruned.calls, strict=True):
+            entering = pruned.store.get(0, part, device)
+            run = partial(self.model.run_layer, layer, entering, calls[number])
+            output, routed = run_routed(list(ffns.values()), run)
+            aim = self.dense.leaving.get(0, part, device)
+            weights = self.method.weights(aim)
+            missing = (aim - output).flatten(0, -2)
+            for one, share, power in shares(routed, missing):
+                call = one.call
+                if call.ffn not in columns:
+                    continue
+                own = ffns[call.ffn]
+                if call.ffn not in found:
+                    found[call.ffn] = self._no_moments(number, own, columns[call.ffn])
+                u = call.u[:, self.kept[number, call.ffn].to(device)]
+                scaled = weights.flatten().clone()
+                scaled[one.tokens] *= power
+                nothing = u.new_zeros(share.shape[1], u.shape[1])  # e is the share itself
+                at = columns[call.ffn]
+                found[call.ffn].add(part, u, share, nothing, scaled.view_as(weights), one.tokens, at)
         return self._of_all(number, found, ffns, columns) if self.dense.shared else found
 
     def _no_moments(self, number: int, ffn: Ffn, columns: slice) -> SplitMoments:

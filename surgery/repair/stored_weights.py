@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,20 @@ class WeightDelta:
     transposed: bool = False
     expert: int | None = None
 
+    def at_the_place_of(self, other: WeightDelta) -> bool:
+        """Whether both change the same numbers."""
+        if self.expert != other.expert or self.columns is None or other.columns is None:
+            return self.expert == other.expert and self.columns is other.columns
+        return torch.equal(self.columns, other.columns)
+
 
 @dataclass
 class LayerRepairResult:
     """What was repaired in one layer: refits by FFN, refits of the attention's output, and changed parameters
     by name.
+
+    `lacking`, where routed experts were refitted together: before each pass, the mean over held-out tokens of
+    w ||dense - pruned stream after the layer||^2, with the token's weight w.
 
     `parameters` are paths inside the layer whose values in memory differ from the checkpoint's. `deltas` are
     what was added to them, in float64, kept where `keeps_deltas`: where tensors are stored in another dtype
@@ -36,6 +45,7 @@ class LayerRepairResult:
     """
 
     ffns: dict[str, list[Refit]] = field(default_factory=dict)
+    lacking: list[float] = field(default_factory=list)
     attention: list[Refit] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
@@ -44,7 +54,12 @@ class LayerRepairResult:
     def note(self, path: str, delta: WeightDelta) -> None:
         """Record a change of a parameter."""
         if self.keeps_deltas:
-            self.deltas.setdefault(path, []).append(delta)
+            own = self.deltas.setdefault(path, [])
+            place = next((i for i, one in enumerate(own) if one.at_the_place_of(delta)), None)
+            if place is None:
+                own.append(delta)
+            else:  # of an earlier pass
+                own[place] = replace(delta, added=own[place].added + delta.added)
         if path not in self.parameters:
             self.parameters.append(path)
 
@@ -53,6 +68,7 @@ class LayerRepairResult:
         return {
             "ffns": {name: _summary(found) for name, found in self.ffns.items()},
             "attention": _summary(self.attention) if self.attention else None,
+            **({"experts": {"lacking": self.lacking}} if self.lacking else {}),
         }
 
 

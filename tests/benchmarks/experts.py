@@ -4,7 +4,7 @@
 
 A Mixtral of half a million parameters, eight experts a layer of which a token goes to two, reads TEXT byte by
 byte. Then a quarter and half of its experts go, by REAP's score and by the loss proxy, or as many channels of
-every expert. Prints a Markdown table of the perplexity per byte on HELD_OUT.
+every expert; without repair and with it. Prints a Markdown table of the perplexity per byte on HELD_OUT.
 """
 
 from __future__ import annotations
@@ -70,19 +70,24 @@ def main(text: str, held_out: str, folder: Path) -> None:
     index = surgery.build_index(model, text=text, blocks=96, block_size=BLOCK)
 
     def measured(one: surgery.Model) -> str:
-        found = surgery.perplexity(one, held_out, blocks=200, block_size=BLOCK).perplexity
-        return f"| {one.checkpoint.parameters:,} | {found:.2f} |"
+        return f"{surgery.perplexity(one, held_out, blocks=200, block_size=BLOCK).perplexity:.2f}"
 
-    print("| cut | parameters | perplexity per byte |\n|---|---|---|", flush=True)
-    print("| none", measured(model), flush=True)
+    print("| cut | parameters | without repair | repaired |\n|---|---|---|---|", flush=True)
+    print(f"| none | {model.checkpoint.parameters:,} | {measured(model)} | |", flush=True)
     for share in (0.25, 0.5):
         for what in ("reap", "lp", "narrower"):
             size, cuts = share, ()
             if what != "narrower":
                 size, cuts = 0.0, (surgery.plan_experts(model, index, int(EXPERTS * (1 - share)), what),)
-            plan = surgery.plan_pruning(model, index, sparsity=size, multiple_of=8, cuts=cuts)
-            cut = surgery.prune(model, index, plan, folder / "byte-mixtral-cut", overwrite=True)
-            print(f"| {share:.0%} of the experts' weights, {what}", measured(cut), flush=True)
+            found = []
+            for repair in ("none", "lstsq-acc"):
+                plan = surgery.plan_pruning(
+                    model, index, sparsity=size, multiple_of=8, cuts=cuts, repair=repair
+                )
+                cut = surgery.prune(model, index, plan, folder / "byte-mixtral-cut", overwrite=True)
+                found.append(measured(cut))
+            name = f"{share:.0%} of the experts' weights, {what}"
+            print(f"| {name} | {cut.checkpoint.parameters:,} | {' | '.join(found)} |", flush=True)
 
 
 if __name__ == "__main__":
