@@ -32,12 +32,13 @@ class Variant:
 
 def check_variants(model: Model, variants: list[Variant], multiple_of: int | None) -> None:
     """Raise PlanError for a cut that can't be made of this model."""
+    from surgery.plan.prune_plan import MEASURED
     from surgery.plan.widths import width_changes
     from surgery.repair.sensitivity import check_sensitivity_measurable
 
     for sparsity in {variant.sparsity for variant in variants if not variant.kinds}:
         width_changes(model.meta_model.widths(), sparsity, None, multiple_of)
-    if any(variant.allocation == "global" for variant in variants):
+    if any(variant.allocation in MEASURED for variant in variants):
         check_sensitivity_measurable(model.meta_model)
 
 
@@ -50,6 +51,7 @@ def estimate(
 ) -> tuple[int, PruneCost]:
     """Cuts made in one pass and what it takes, from the widths alone. Raises MemoryBudgetError."""
     from surgery.evaluate.compare import share_passes, text_tokens
+    from surgery.plan.prune_plan import MEASURED
     from surgery.plan.widths import WidthChange, width_changes
     from surgery.pruning.jobs import comparison_job, estimated_widths
 
@@ -65,7 +67,7 @@ def estimate(
         calibration,
         len(variants),
         text_tokens(blocks),
-        "global" in allocations,
+        not allocations.isdisjoint(MEASURED),
     )
     return share_passes(model, job)
 
@@ -106,6 +108,7 @@ def plans_for(
     quiet: bool,
 ) -> list[PrunePlan]:
     """A plan for every variant; sensitivity is measured once a method, and saved in the journal."""
+    from surgery.plan.prune_plan import MEASURED
     from surgery.pruning.plan_pruning import plan_pruning
     from surgery.search.plan_to_target import plan_to_target
 
@@ -113,7 +116,7 @@ def plans_for(
     plans = []
     for variant in variants:
         sensitivity = None
-        if variant.allocation == "global":
+        if variant.allocation in MEASURED:
             if variant.method not in measured:
                 measured[variant.method] = saved_sensitivity(
                     comparison.opened, comparison.index, variant.method, seed, journal, quiet

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.engine.open_model import Model
     from surgery.text import TokenBlocks
 
-ALLOCATION_NAMES = ("uniform", "global", "score")
+ALLOCATION_NAMES = ("uniform", "global", "searched", "score")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

@@ -230,14 +230,23 @@ def plan_for(
     quiet: bool,
 ) -> PrunePlan:
     """The plan that the options ask for; `fixed` goes in any case."""
+    from surgery.plan.prune_plan import MEASURED
     from surgery.pruning.plan_pruning import plan_pruning
 
     if target.target is not None:
         return target.plan(model, index, options, fixed, seed, search, quiet)
-    if options.allocation == "global":
+    if options.allocation in MEASURED:
         say("Measuring the sensitivity of each layer at five widths", quiet)
     parts = (*target.parts(model, index, quiet), *fixed)
-    return plan_pruning(model, index, seed=seed, cuts=parts, progress=bars(quiet), **vars(options))
+    return plan_pruning(
+        model,
+        index,
+        seed=seed,
+        cuts=parts,
+        progress=bars(quiet),
+        say=lambda line: say(line, quiet),
+        **vars(options),
+    )
 
 
 def planned_edits(model: Model, plan: PrunePlan) -> dict[str, TensorEdit]:

@@ -17,7 +17,8 @@ from surgery.plan.methods import METHODS
 from surgery.plan.search_plan import SearchPlan
 from surgery.plan.widths import WidthChange, default_multiple, deployability, width_changes
 
-ALLOCATIONS = ("uniform", "global", "score")
+ALLOCATIONS = ("uniform", "global", "searched", "score")
+MEASURED = ("global", "searched")  # which start from the sensitivity of layers
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class PrunePlan:
     widths: changes of the config keys that hold FFN widths, the key with the most channels first.
     sparsity: share of all FFN channels that is removed.
     super_weights: entries of the index, with their columns after pruning (None if removed).
-    allocation: "uniform", "global" or "score".
+    allocation: "uniform", "global", "searched" or "score".
     padded: whether layers are zero-padded to the widest layer.
     repair: name of the repair method.
     protect: whether supernodes and super-weight columns are kept.
@@ -193,6 +194,7 @@ def make_plan(
     sensitivity: list[torch.Tensor] | None = None,
     protect: bool | None = None,
     cuts: tuple[KindPlan, ...] = (),
+    layer_widths: list[int] | None = None,
 ) -> PrunePlan:
     """Choose the channels to keep from an index, the same number in all FFNs with the same config key.
 
@@ -201,24 +203,25 @@ def make_plan(
     width: exact number of channels to keep, for a model with one FFN width.
     multiple_of: widths are rounded to a multiple of this number (default: `default_multiple`).
     seed: seed of the method "random".
-    allocation: "uniform", or "global" or "score" for a width per layer with the same total of channels.
-        Layers that lose the least are pruned the most. "global" takes the loss from `sensitivity`, "score"
-        from the scores.
+    allocation: "uniform", or "global", "searched" or "score" for a width per layer with the same total of
+        channels. Layers that lose the least are pruned the most. "global" and "searched" take the loss from
+        `sensitivity`, "score" from the scores.
     pad: zero-pad layers to the widest one, so that stock classes load the checkpoint.
     repair: name of the method that refits the kept weights when the plan is applied.
     sensitivity: [F + 1] per layer, as `measure_sensitivity` returns it.
     protect: whether supernodes and super-weight columns are never removed (default: as the method says).
     cuts: what goes besides FFN channels. FFNs of layers that go keep no channel; sizes are those of the
         others.
+    layer_widths: with the allocation "searched", the widths that were found (`search_widths`).
 
     Raises PlanError for an unknown method, conflicting arguments, or a width that can't be reached.
     """
     chosen = METHODS.find(method)
     if (sparsity is None) == (width is None):
         raise PlanError("give either a sparsity or a width", where="--sparsity, --intermediate-size")
-    if allocation not in ALLOCATIONS or (allocation == "global") != (sensitivity is not None):
+    if allocation not in ALLOCATIONS or (allocation in MEASURED) != (sensitivity is not None):
         raise PlanError(
-            "sensitivity must be given with the allocation global, and only then",
+            "sensitivity must be given with the allocations global and searched, and only then",
             expected=", ".join(ALLOCATIONS),
             found=allocation,
         )
@@ -231,7 +234,11 @@ def make_plan(
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
     gone = removed_layers(cuts)
-    if allocation != "uniform":
+    if layer_widths is not None:
+        (change,) = changes
+        widths = [None if number in gone else width for number, width in enumerate(layer_widths)]
+        changes = (WidthChange(change.key, change.before, max(layer_widths), tuple(widths)),)
+    elif allocation != "uniform":
         changes = tuple(
             _spread(index, change, rankings, multiple, method, sensitivity, gone) for change in changes
         )

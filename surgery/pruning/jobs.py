@@ -9,7 +9,7 @@ from surgery.cut.ffn_channels import planned_cut
 from surgery.cut.planned_model import check_planned
 from surgery.engine.open_model import Model
 from surgery.model.meta_model import MetaModel
-from surgery.plan.prune_plan import PrunePlan
+from surgery.plan.prune_plan import MEASURED, PrunePlan
 from surgery.plan.widths import WidthChange, width_changes
 from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import check_sensitivity_measurable
@@ -26,7 +26,7 @@ def prune_job(plan: PrunePlan, calibration: tuple[int, ...], written: int = 0) -
         blocks,
         block_size,
         written=written,
-        sensitivity=plan.allocation == "global",
+        sensitivity=plan.allocation in MEASURED,
     )
 
 
@@ -84,7 +84,7 @@ def estimate_prune(
     Raises PlanError, UnsupportedModelError or MemoryBudgetError for what can't be done.
     """
     meta_model = opened.meta_model
-    if allocation == "global":
+    if allocation in MEASURED:
         check_sensitivity_measurable(meta_model)
     method = REPAIRS.find(repair)
     changes = width_changes(meta_model.widths(), sparsity, intermediate_size, multiple_of)
@@ -94,6 +94,6 @@ def estimate_prune(
         method.changes_weights,
         method.follows_pruned,
         *calibration,
-        sensitivity=allocation == "global",
+        sensitivity=allocation in MEASURED,
     )
     return prune_cost(meta_model, job, opened.run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KindPlan
-from surgery.plan.prune_plan import PrunePlan, channel_orders, make_plan
+from surgery.plan.prune_plan import MEASURED, PrunePlan, channel_orders, make_plan
 from surgery.progress import Progress, no_progress
+from surgery.pruning.layer_widths import search_widths
 from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import measure_sensitivity
 
@@ -36,11 +39,13 @@ def plan_pruning(
     sensitivity: list[torch.Tensor] | None = None,
     cuts: tuple[KindPlan, ...] = (),
     progress: Progress[Any] = no_progress,
+    say: Callable[[str], None] = lambda _: None,
 ) -> PrunePlan:
     """Choose the channels that stay, as `surgeon prune` does; nothing is written.
 
     Half of the channels go unless `sparsity` (in [0, 1)) or `intermediate_size` says otherwise. `method`
-    ranks channels, `allocation` is "uniform", "global" (widths by measured sensitivity) or "score", `repair`
+    ranks channels, `allocation` is "uniform", "global" (widths by measured sensitivity), "searched" (which
+    starts from these and measures whole configurations: `search_widths`) or "score", `repair`
     names how what stays is refitted; see `make_plan` for the others. `sensitivity`, as `sensitivity_of`
     returns it, is measured where it is needed and not given. `cuts` goes besides FFN channels. Raises
     IndexMismatchError for an index of another model, PlanError for a cut that can't be made.
@@ -50,11 +55,12 @@ def plan_pruning(
     REPAIRS.find(repair)
     if sparsity is None and intermediate_size is None:
         sparsity = defaults.SPARSITY
-    if allocation == "global" and sensitivity is None:
+    if allocation in MEASURED and sensitivity is None:
         sensitivity = sensitivity_of(
             model, index, method=method, seed=seed, protect=protect, progress=progress
         )
-    return make_plan(
+    build = partial(
+        make_plan,
         index,
         method=method,
         sparsity=sparsity,
@@ -68,6 +74,11 @@ def plan_pruning(
         protect=protect,
         cuts=cuts,
     )
+    plan = build()
+    if allocation == "searched":
+        say("Searching for better widths of layers")
+        plan = build(layer_widths=search_widths(model, index, plan, progress, say))
+    return plan
 
 
 def sensitivity_of(

@@ -88,12 +88,12 @@ def _branch(
     """
     weight = model.ffns(number)[0].down_weight()
     original = weight.clone()
-    gram = _gram(model, fit, number, layer)
+    gram = channel_gram(model, fit, number, layer)
     branches = []
     for width in sorted({max(1, round(fraction * len(order))) for fraction in FRACTIONS}):
         kept = order[:width].sort().values.to(weight.device)
         weight.zero_()
-        weight[:, kept] = (original[:, kept].double() + _refit(gram, original, kept)).to(weight.dtype)
+        weight[:, kept] = (original[:, kept].double() + refit_change(gram, original, kept)).to(weight.dtype)
         branch = base.fork(len(base.ids), number, place)
         branch.forward(number, layer)
         branches.append((number, width, branch))
@@ -101,7 +101,7 @@ def _branch(
     return branches
 
 
-def _gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module) -> torch.Tensor:
+def channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module) -> torch.Tensor:
     """Second moments [F, F] of all channels of the layer's FFN, tokens weighted as in repair."""
     width = model.ffns(number)[0].width
     total = torch.zeros(width, width, dtype=wide_dtype(model.device), device=model.device)
@@ -114,7 +114,7 @@ def _gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module)
     return total
 
 
-def _refit(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def refit_change(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Change of the kept columns that best makes up for the removed ones, from all channels' moments."""
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False

@@ -24,9 +24,10 @@ from surgery.errors import PlanError, UnsupportedModelError, UsageError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KV_HEADS, KindPlan
-from surgery.plan.prune_plan import PrunePlan, make_plan
+from surgery.plan.prune_plan import MEASURED, PrunePlan, make_plan
 from surgery.plan.search_plan import SearchPlan
 from surgery.progress import Progress, no_progress
+from surgery.pruning.layer_widths import search_widths
 from surgery.pruning.plan_pruning import sensitivity_of
 from surgery.repair.methods import REPAIRS
 from surgery.search.head_scores import head_scores, heads_plan
@@ -69,13 +70,15 @@ def plan_to_target(
     index.check_source(model.checkpoint)
     REPAIRS.find(repair)
     check_target(model, target, cuts)
-    if allocation == "global" and sensitivity is None:
+    if allocation in MEASURED and sensitivity is None:
         say("Measuring the sensitivity of each layer at five widths")
         measured = partial(sensitivity_of, model, index, method=method, seed=seed, protect=protect)
         tensors = _saved(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
         sensitivity = [tensors[name] for name in sorted(tensors, key=int)]
 
-    def build(parts: tuple[KindPlan, ...], size: dict[str, Any]) -> PrunePlan:
+    def build(
+        parts: tuple[KindPlan, ...], size: dict[str, Any], layer_widths: list[int] | None = None
+    ) -> PrunePlan:
         return make_plan(
             index,
             method=method,
@@ -88,6 +91,7 @@ def plan_to_target(
             sensitivity=sensitivity,
             protect=protect,
             cuts=parts,
+            layer_widths=layer_widths,
         )
 
     fitter = Fitter(model, target, build, "ffn" in cuts, multiple_of, allocation != "uniform")
@@ -111,6 +115,11 @@ def plan_to_target(
     plan = search.run(seconds, finished[0] if finished else None)
     if journal is not None and not finished:
         journal.mark(f"tried {len(search.steps)}")
+    if allocation == "searched":
+        say("Searching for better widths of layers")
+        widths = partial(search_widths, model, index, plan, progress, say)
+        tensors = _saved(journal, "widths", lambda: {"widths": torch.tensor(widths())})
+        plan = build(plan.cuts, search.size_of(search.best), tensors["widths"].tolist())
     found = SearchPlan(
         target,
         fitter.amount(plan),

@@ -1,0 +1,103 @@
+"""What widths per layer cost together: KL to the dense model at given ones, and with one changed.
+
+Sensitivity (`measure_sensitivity`) asks the same of a model whose other layers are whole. Costs do not add:
+single ones say little about which layer of a model cut by half should get more. Here all layers have their
+widths, with the cheaper refit of sensitivity in place of the repair, and what else a plan removes is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from surgery.budget.sensitivity_cost import FIT_BLOCKS, SensitivityCost, measured_blocks
+from surgery.cut.groups import Cut
+from surgery.cut.slice_edits import mask_members
+from surgery.engine.hooks import preserved
+from surgery.engine.loss import measure_divergence
+from surgery.engine.streamed_model import StreamedModel
+from surgery.engine.token_stream import TokenStream
+from surgery.plan.kind_plan import ATTENTION, KV_HEADS
+from surgery.progress import Progress, no_progress
+from surgery.repair.sensitivity import channel_gram, refit_change
+
+
+@dataclass(frozen=True)
+class WidthCosts:
+    """`kl` at the widths; `others[layer][width]` with that layer at another width. Nats a token."""
+
+    kl: float
+    others: list[dict[int, float]]
+
+
+@torch.no_grad()
+def measure_width_costs(
+    model: StreamedModel,
+    ids: torch.Tensor,
+    orders: list[torch.Tensor],
+    widths: list[int],
+    others: list[list[int]],
+    cut: Cut,
+    cost: SensitivityCost,
+    progress: Progress[Any] = no_progress,
+) -> WidthCosts:
+    """KL(dense || pruned) of all layers at `widths`, and with one of them at one of `others`.
+
+    `ids` [N, T], `orders` and `cost` are as of `measure_sensitivity`, as are the blocks that are measured and
+    those that are refitted on. `cut` says what goes besides FFN channels. One pass over the layers; every
+    other width is a copy of the hidden states that branches off at its layer.
+    """
+    count = len(model.layers)
+    few = measured_blocks(*ids.shape)
+    dense = TokenStream(model, ids[-few:], micro_batch=cost.micro_batch)
+    rest = ids[:-few][:FIT_BLOCKS] if len(ids) > few else ids
+    fit = TokenStream(model, rest, micro_batch=cost.micro_batch)
+    pruned = dense.fork(few, 0, cost.branches_on)
+    branches: list[tuple[int, int, TokenStream]] = []
+    beside = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
+    mask = mask_members(beside, cut.kept)
+    for number, layer in progress(model.stream_layers(range(count)), "widths", count):
+        gram = None if number in cut.skipped else channel_gram(model, fit, number, layer)
+        fit.forward(number, layer)
+        dense.forward(number, layer)
+        if gram is None:
+            continue
+        earlier = list(branches)
+        with preserved(layer):
+            mask(number, layer)
+            original = model.ffns(number)[0].down_weight().clone()
+
+            def at(
+                width: int,
+                number: int = number,
+                gram: torch.Tensor = gram,
+                original: torch.Tensor = original,
+            ) -> None:
+                _narrow(model, number, original, gram, orders[number][:width])
+
+            for width in others[number]:
+                at(width)
+                branch = pruned.fork(few, number, cost.branches_on)
+                branch.forward(number, layer)
+                branches.append((number, width, branch))
+            at(widths[number])
+            for _, _, branch in earlier:
+                branch.forward(number, layer)
+            pruned.forward(number, layer)
+    found = measure_divergence(model, dense, [pruned, *(branch for *_, branch in branches)])
+    costs: list[dict[int, float]] = [{} for _ in range(count)]
+    for (number, width, _), one in zip(branches, found[1:], strict=True):
+        costs[number][width] = one.kl
+    return WidthCosts(found[0].kl, costs)
+
+
+def _narrow(
+    model: StreamedModel, number: int, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor
+) -> None:
+    """Give the resident layer the down projection of its best `channels`, refitted."""
+    weight = model.ffns(number)[0].down_weight()
+    kept = channels.sort().values.to(weight.device)
+    weight.zero_()
+    weight[:, kept] = (original[:, kept].double() + refit_change(gram, original, kept)).to(weight.dtype)

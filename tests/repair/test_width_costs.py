@@ -1,0 +1,129 @@
+"""Costs of widths together, and the search that uses them, against the whole model with masked weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import CALIBRATION, opened
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+import surgery
+import surgery.loading
+from surgery.budget.sensitivity_cost import SensitivityCost
+from surgery.cut.model_cut import model_cut
+from surgery.engine.streamed_model import StreamedModel
+from surgery.index.channel_index import ChannelIndex
+from surgery.plan.kind_plan import attention_plan, layers_plan
+from surgery.plan.prune_plan import channel_orders
+from surgery.pruning import layer_widths
+from surgery.pruning.layer_widths import moved, search_widths
+from surgery.repair import sensitivity
+from surgery.repair.width_costs import WidthCosts, measure_width_costs
+
+COST = SensitivityCost(2, 0, 0, "memory")
+
+
+def test_costs_are_those_of_the_whole_model_with_masked_weights(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers at widths of their own; layer 2 is gone, layer 4 has no attention."""
+    source = save_tiny("llama")
+    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
+    index, model = ChannelIndex.load("index"), opened(source)
+    ids, orders = index.input_ids.long(), channel_orders(index, "scar-prot")
+    cuts = (attention_plan(range(6), [4]), layers_plan(6, [2]))
+    plan = surgery.plan_pruning(model, index, method="scar-prot", sparsity=0.5, multiple_of=4, cuts=cuts)
+    cut = model_cut(model.meta_model, plan, widths_only=True)
+    monkeypatch.setattr(sensitivity, "RIDGE", 1e9)  # no refit: masking alone
+    widths, others = [24, 8, 0, 40, 16, 48], [[20, 28], [], [], [36], [12, 20], [44]]
+    found = measure_width_costs(StreamedModel(model), ids, orders, widths, others, cut, COST)
+    assert [sorted(one) for one in found.others] == others
+
+    whole = AutoModelForCausalLM.from_pretrained(source).eval()
+    held = ids[-(len(ids) // 4) :]
+    with torch.no_grad():
+        dense = functional.log_softmax(whole(held).logits[:, :-1], -1)
+        whole.model.layers[4].self_attn.o_proj.weight.zero_()
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            whole.model.layers[2].get_submodule(name).weight.zero_()
+    originals = [layer.mlp.down_proj.weight.clone() for layer in whole.model.layers]
+
+    def kl(sizes: list[int]) -> float:
+        with torch.no_grad():
+            for layer, original, order, size in zip(
+                whole.model.layers, originals, orders, sizes, strict=True
+            ):
+                layer.mlp.down_proj.weight.zero_()
+                layer.mlp.down_proj.weight[:, order[:size]] = original[:, order[:size]]
+            cut_logits = functional.log_softmax(whole(held).logits[:, :-1], -1)
+        return float((dense.exp() * (dense - cut_logits)).sum(-1).mean())
+
+    assert found.kl == pytest.approx(kl(widths), abs=1e-5)
+    for number, width in ((0, 20), (0, 28), (3, 36), (4, 12), (5, 44)):
+        expected = kl([*widths[:number], width, *widths[number + 1 :]])
+        assert found.others[number][width] == pytest.approx(expected, abs=1e-5)
+
+
+def test_channels_move_where_they_gain() -> None:
+    others = [{12: 1.3, 4: 1.5}, {12: 0.9, 4: 1.05}, {12: 0.99, 4: 1.01}, {4: 1.001}]
+    costs = WidthCosts(1.0, others)
+    assert moved([8, 8, 8, 8], costs, 4, 1) == [8, 12, 8, 4]
+    assert moved([8, 8, 8, 8], costs, 4, 5) == [8, 12, 8, 4]  # another pair would cost more than it gains
+    assert moved([8, 8, 8, 8], WidthCosts(1.0, [{}, {}, {}, {}]), 4, 5) == [8, 8, 8, 8]
+
+
+def test_a_search_lowers_the_divergence_and_keeps_the_size(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("llama")
+    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
+    cut = ("--index", "index", "--sparsity", "0.5", "--multiple-of", "4")
+    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)  # random layers differ little
+    said = surgeon("prune", "tiny", *cut, "--allocation", "searched", "--out", "cut").stderr
+    levels = [float(line.rpartition("KL ")[2].split()[0]) for line in said.splitlines() if "KL" in line]
+    assert len(levels) > 1 and levels == sorted(levels, reverse=True)
+    written = json.loads(Path("cut/surgeon.json").read_text())
+    widths = written["plan"]["widths"]["intermediate_size"]["per_layer"]
+    assert sum(widths) == 6 * 24 and len(set(widths)) > 1 and written["plan"]["allocation"] == "searched"
+    assert "--allocation searched" in written["command"]
+    loaded = AutoModelForCausalLM.from_pretrained("cut")
+    assert [layer.mlp.down_proj.in_features for layer in loaded.model.layers] == widths
+    again = surgery.plan_pruning(
+        opened(source), ChannelIndex.load("index"), sparsity=0.5, multiple_of=4, allocation="searched"
+    )
+    assert list(again.widths[0].per_layer) == widths
+
+
+def test_a_target_is_met_with_searched_widths(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama")
+    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
+    target = ("--target-params", "55k", "--cuts", "ffn,layers", "--search-time", "0s", "--multiple-of", "4")
+    surgeon("prune", "tiny", *target, "--allocation", "searched", "--out", "cut", *CALIBRATION)
+    written = json.loads(Path("cut/surgeon.json").read_text())
+    assert surgery.open_model("cut").checkpoint.parameters <= 55_000
+    assert written["plan"]["search"]["steps"] and written["plan"]["allocation"] == "searched"
+
+
+def test_layers_that_go_stay_at_zero(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("llama")
+    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
+    index, model = ChannelIndex.load("index"), opened(source)
+    plan = surgery.plan_pruning(
+        model, index, sparsity=0.5, multiple_of=4, allocation="global", cuts=(layers_plan(6, [2]),)
+    )
+    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
+    widths = search_widths(model, index, replace(plan, repair="lstsq"))
+    assert widths[2] == 0 and sum(widths) == sum(len(layer.kept) for layer in plan.layers)
+    least = [len(layer.ffns["dense"].protected) for layer in plan.layers]
+    assert all(width >= floor for width, floor in zip(widths, least, strict=True) if width)
