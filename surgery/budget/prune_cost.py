@@ -227,7 +227,7 @@ def _operations(meta_model: MetaModel, needs: _Needs, budget: int, passes: int) 
         return forward, 0.0, 0.0
     mixture = job.follows_pruned and any(ffn.stacked for ffns in meta_model.ffns for ffn in ffns)
     together = EXPERT_PASSES * mixture  # times that routed experts are solved for again, all of a layer
-    forward += 2.0 * weights * job.tokens * (1 + passes * (1 + together) * job.cuts)
+    forward += 2.0 * weights * job.tokens * (1 + (passes * (1 + together) + mixture) * job.cuts)
     config = meta_model.config.get_text_config()
     solved: list[tuple[int, float]] = []  # (width, share of the tokens that go through it)
     for ffns, kept in zip(meta_model.ffns, job.kept, strict=True):

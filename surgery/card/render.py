@@ -111,6 +111,9 @@ def describe_repair(manifest: dict[str, Any]) -> str:
     ffns = sum(any(r["ridge"] is not None for r in entry["ffns"].values()) for entry in entries)
     attention = sum(bool(entry["attention"] and entry["attention"]["ridge"] is not None) for entry in entries)
     parts = [f"the FFN's down projection in {ffns} of {len(entries)} layers"]
+    experts = sum(bool(entry.get("experts", {}).get("changed")) for entry in entries)
+    if experts:
+        parts.append(f"those of the routed experts together in {experts}")
     if attention:
         parts.append(f"the attention's output projection in {attention}")
     return ", ".join(parts)

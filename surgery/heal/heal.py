@@ -34,7 +34,7 @@ from surgery.heal.adapter import adapter_bytes, adapter_folder, check_adapter
 from surgery.heal.distil_loss import TopTokens
 from surgery.heal.heal_text import HealText
 from surgery.heal.options import HealOptions, estimate_heal
-from surgery.heal.pair import shared_tokens, student_manifest
+from surgery.heal.pair import check_known, shared_tokens, student_manifest, tokens_digest
 from surgery.heal.processes import check_same
 from surgery.heal.saved_states import agree_on_saves
 from surgery.heal.state import HeldState, StateFiles
@@ -70,6 +70,7 @@ def open_heal_journal(
         "teacher": source_json(teacher.checkpoint),
         "teacher_files": teacher.checkpoint.file_fingerprints(),
         "text": text.as_json(),
+        "shared_tokens": tokens_digest(shared_tokens(student, teacher)),
         "options": options.as_json(),
         "recompute": options.recompute,
         "run": student.run.as_json(),
@@ -122,7 +123,9 @@ def heal(
     """
     options, destination = options or HealOptions(), Path(out)
     manifest = student_manifest(student)
-    shared_tokens(student, teacher)
+    rows = shared_tokens(student, teacher)
+    if options.targets != "none":
+        check_known(rows, text.ids, student, teacher)
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
     check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
     distributed.init(student.run.device)
@@ -152,6 +155,7 @@ def _shared(student: Model, teacher: Model, text: HealText, options: HealOptions
         "the student": source_json(student.checkpoint),
         "the teacher": source_json(teacher.checkpoint),
         "the text": text.as_json(),
+        "the tokens": tokens_digest(shared_tokens(student, teacher)),
         "the options": [options.as_json(), options.recompute, student.run.dtype_name],
     }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 
 from surgery.checkpoint.manifest import MANIFEST
-from surgery.checkpoint.transformers_model import load_tokenizer, text_config
+from surgery.checkpoint.transformers_model import load_tokenizer
+from surgery.cut.vocabulary import vocabulary_rows
 from surgery.engine.open_model import Model
 from surgery.errors import UnsupportedModelError, UsageError
 
@@ -70,20 +72,20 @@ def shared_tokens(student: Model, teacher: Model) -> torch.Tensor | None:
     """The teacher's id of every row of the student's vocabulary, [V], -1 for a row without a token.
 
     None where both have the same tokens and as many rows. A student may have fewer tokens, as with
-    `--keep-vocabulary`. Raises UsageError for one with a token that the teacher does not have, or has under
-    another id where both have as many rows.
+    `--keep-vocabulary`; ids are matched by the tokens' texts. Raises UsageError for a student with a token
+    that the teacher does not have.
     """
     words = [load_tokenizer(model.checkpoint).get_vocab() for model in (student, teacher)]
-    rows = [int(text_config(model.checkpoint.config)["vocab_size"]) for model in (student, teacher)]
+    rows = [vocabulary_rows(model.meta_model) for model in (student, teacher)]
     if words[0] == words[1] and rows[0] == rows[1]:
         return None
     unknown = [word for word in words[0] if word not in words[1]]
-    if unknown or rows[0] == rows[1]:
+    if unknown:
         raise UsageError(
             "teacher and student have different tokenizers",
             where=student.name,
             expected=f"tokens of {teacher.name}",
-            found=f"{len(unknown)} others, as {unknown[0]!r}" if unknown else "other ids of the same tokens",
+            found=f"{len(unknown)} others, as {unknown[0]!r}",
             next_step="name the model this folder was made from with --teacher",
         )
     ids = torch.full((rows[0],), -1)
@@ -91,3 +93,21 @@ def shared_tokens(student: Model, teacher: Model) -> torch.Tensor | None:
         if number < rows[0] and words[1][word] < rows[1]:
             ids[number] = words[1][word]
     return ids
+
+
+def check_known(rows: torch.Tensor | None, ids: torch.Tensor, student: Model, teacher: Model) -> None:
+    """Raise UsageError for text `ids` [N, T] of the student with a token that the teacher has no row for."""
+    if rows is None or not (rows[ids] < 0).any():
+        return
+    first = int(ids[rows[ids] < 0][0])
+    raise UsageError(
+        "the teacher has no embedding of a token in the text",
+        where=teacher.name,
+        found=repr(load_tokenizer(student.checkpoint).convert_ids_to_tokens(first)),
+        next_step="leave that token out of the text, or use --cross-entropy 1, which needs no teacher",
+    )
+
+
+def tokens_digest(rows: torch.Tensor | None) -> str | None:
+    """A digest of what `shared_tokens` returns, None for None."""
+    return None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from surgery.budget.model_size import ModelSize
 from surgery.budget.sensitivity_cost import sensitivity_cost
 from surgery.cut.model_cut import model_cut

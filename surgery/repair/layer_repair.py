@@ -22,6 +22,7 @@ from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedu
 from surgery.cut.groups import Cut
 from surgery.cut.slice_edits import mask_cut, mask_members
 from surgery.engine import distributed
+from surgery.engine.device import wide_dtype
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
@@ -123,8 +124,15 @@ class LayerRepair:
         check_finite(finite, number)
 
     def _repair_ffns(self, number: int, layer: nn.Module, additive: bool, result: LayerRepairResult) -> None:
-        """Refit the kept columns of every FFN, a column block in each pass, and zero the removed ones."""
-        ffns = {ffn.name: ffn for ffn in self.model.ffns(number)}
+        """Refit the kept columns of every FFN, a column block in each pass, and zero the removed ones.
+
+        Where an FFN is to put out what it did, one that keeps all its channels stays as it is.
+        """
+        ffns = {
+            ffn.name: ffn
+            for ffn in self.model.ffns(number)
+            if additive or len(self.kept[number, ffn.name]) < ffn.width
+        }
         outputs = max((len(ffn.down_weight()) for ffn in ffns.values()), default=0)
         blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
         passes = pass_schedule(blocks, outputs, self.budget)
@@ -144,14 +152,19 @@ class LayerRepair:
         outputs = max(len(ffn.down_weight()) for ffn in ffns.values())
         blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
         schedule = pass_schedule(blocks, outputs, self.budget)
+        changed = set[str]()
         for _ in range(EXPERT_PASSES):
-            lacking: dict[str, float] = {}
-            for columns in schedule:
-                moments = self._expert_moments(number, layer, ffns, columns)
-                for name, collected in moments.items():
-                    lacking.setdefault(name, float(collected.held_out.power))
-                self._refit_all(number, ffns, moments, columns, result)
-            result.lacking.append(sum(lacking.values()) / self.dense.held_out_tokens)
+            helped = set[str]()
+            for turn, columns in enumerate(schedule):
+                moments, lacking = self._expert_moments(number, layer, ffns, columns)
+                if turn == 0:
+                    result.lacking.append(lacking)
+                done = self._refit_all(number, ffns, moments, columns, result)
+                helped |= {name for name, found in done.items() if found.ridge is not None}
+            changed |= helped
+            if not helped:
+                break  # another pass would find the same
+        result.experts_changed = len(changed)
 
     def _refit_all(
         self,
@@ -227,12 +240,13 @@ class LayerRepair:
 
     def _expert_moments(
         self, number: int, layer: nn.Module, ffns: dict[str, Ffn], columns: dict[str, slice]
-    ) -> dict[str, SplitMoments]:
+    ) -> tuple[dict[str, SplitMoments], float]:
         """Moments of the kept channels in `columns` of routed experts, and of their shares of what is missing
-        in the pruned stream after the layer.
+        in the pruned stream after the layer; and how much that is, as `LayerRepairResult.lacking`.
         """
         found: dict[str, SplitMoments] = {}
         pruned, device = self.pruned, self.model.device
+        lacking = torch.zeros((), dtype=wide_dtype(device), device=device)
         for part, calls in zip(pruned.slices, pruned.calls, strict=True):
             entering = pruned.store.get(0, part, device)
             run = partial(self.model.run_layer, layer, entering, calls[number])
@@ -240,6 +254,9 @@ class LayerRepair:
             aim = self.dense.leaving.get(0, part, device)
             weights = self.method.weights(aim)
             missing = (aim - output).flatten(0, -2)
+            held = torch.arange(part.start, part.stop, device=device) >= self.dense.first_held
+            left = missing.float().square().sum(-1).view_as(weights) * weights
+            lacking += left[held].sum()
             for one, share, power in shares(routed, missing):
                 call = one.call
                 if call.ffn not in columns:
@@ -253,7 +270,10 @@ class LayerRepair:
                 nothing = u.new_zeros(share.shape[1], u.shape[1])  # e is the share itself
                 at = columns[call.ffn]
                 found[call.ffn].add(part, u, share, nothing, scaled.view_as(weights), one.tokens, at)
-        return self._of_all(number, found, ffns, columns) if self.dense.shared else found
+        if self.dense.shared:
+            distributed.all_reduce_sum(lacking)
+            found = self._of_all(number, found, ffns, columns)
+        return found, float(lacking) / self.dense.held_out_tokens
 
     def _no_moments(self, number: int, ffn: Ffn, columns: slice) -> SplitMoments:
         constant = self.method.constant or ffn.down_bias() is not None

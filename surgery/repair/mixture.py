@@ -64,8 +64,8 @@ def adds_experts(ffns: list[Ffn], run: Callable[[], torch.Tensor]) -> bool:
     if not stacked:
         return False
     output, routed = run_routed(ffns, run)
-    if not routed:
-        return False
+    if not routed or any(one.call.y.shape[-1] != output.shape[-1] for one in routed):
+        return False  # some families' experts put out fewer numbers, which another matrix widens
     flat = output.reshape(-1, output.shape[-1])
     added = torch.zeros_like(flat, dtype=torch.float32)
     for one in routed:

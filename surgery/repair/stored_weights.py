@@ -36,8 +36,8 @@ class LayerRepairResult:
     """What was repaired in one layer: refits by FFN, refits of the attention's output, and changed parameters
     by name.
 
-    `lacking`, where routed experts were refitted together: before each pass, the mean over held-out tokens of
-    w ||dense - pruned stream after the layer||^2, with the token's weight w.
+    Of routed experts refitted together: `lacking`, before each pass, is the mean over held-out tokens of
+    w ||dense - pruned stream after the layer||^2, with the token's weight w; `experts_changed` of them were.
 
     `parameters` are paths inside the layer whose values in memory differ from the checkpoint's. `deltas` are
     what was added to them, in float64, kept where `keeps_deltas`: where tensors are stored in another dtype
@@ -46,6 +46,7 @@ class LayerRepairResult:
 
     ffns: dict[str, list[Refit]] = field(default_factory=dict)
     lacking: list[float] = field(default_factory=list)
+    experts_changed: int = 0
     attention: list[Refit] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     deltas: dict[str, list[WeightDelta]] = field(default_factory=dict)
@@ -68,7 +69,11 @@ class LayerRepairResult:
         return {
             "ffns": {name: _summary(found) for name, found in self.ffns.items()},
             "attention": _summary(self.attention) if self.attention else None,
-            **({"experts": {"lacking": self.lacking}} if self.lacking else {}),
+            **(
+                {"experts": {"lacking": self.lacking, "changed": self.experts_changed}}
+                if self.lacking
+                else {}
+            ),
         }
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import UsageError
-from surgery.heal.pair import shared_tokens
+from surgery.heal.pair import check_known, shared_tokens
 from surgery.heal.targets import Teacher
 from surgery.vocabulary.kept_ids import ids_of
 
@@ -64,6 +64,43 @@ def test_targets_are_the_dense_distribution_over_the_tokens_that_stay(pair: tupl
         logits = AutoModelForCausalLM.from_pretrained(dense).eval()(torch.tensor(kept)[ids]).logits
     expected = logits[:, :-1, kept].log_softmax(-1)
     assert torch.allclose(found.log_p.float(), expected.gather(-1, found.ids.long()), atol=0.01)
+
+
+def test_rows_without_a_token_are_never_a_target(pair: tuple[Path, Path]) -> None:
+    """A student with two rows that the teacher has no token for, and one token in another place."""
+    dense, rows = opened(pair[0]), torch.tensor([5, -1, 7, 300, -1])
+    teacher = Teacher(
+        StreamedModel(dense), top=2048, temperature=1.0, micro_batch=1, place="device", rows=rows
+    )
+    ids = torch.tensor([[0, 2, 3, 0]])
+    found = teacher.targets(ids)
+    assert found.ids.shape == (1, 3, 3) and set(found.ids.flatten().tolist()) == {0, 2, 3}
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(pair[0]).eval()(rows[ids]).logits
+    expected = logits[:, :-1, [5, 7, 300]].log_softmax(-1)
+    places = torch.tensor([0, -1, 1, 2])[found.ids.long()]
+    assert torch.allclose(found.log_p.float(), expected.gather(-1, places), atol=0.01)
+    check_known(rows, ids, dense, dense)
+    check_known(None, ids, dense, dense)
+    with pytest.raises(UsageError, match="no embedding of a token"):
+        check_known(rows, torch.tensor([[0, 4]]), dense, dense)
+
+
+def test_tokens_are_matched_by_their_texts(pair: tuple[Path, Path]) -> None:
+    """Two ids are swapped in the student."""
+    dense, cut = pair
+    file = cut / "tokenizer.json"
+    made = json.loads(file.read_text())
+    words = made["model"]["vocab"]
+    one, other = list(words)[300:302]
+    before = shared_tokens(opened(cut), opened(dense))
+    words[one], words[other] = words[other], words[one]
+    file.write_text(json.dumps(made))
+    after = shared_tokens(opened(cut), opened(dense))
+    assert before is not None and after is not None
+    moved = (before != after).nonzero()[:, 0].tolist()
+    assert sorted(moved) == sorted([words[one], words[other]])
+    assert after[moved].tolist() == before[moved].flip(0).tolist()
 
 
 def test_a_smaller_vocabulary_is_healed(pair: tuple[Path, Path], surgeon: Callable[..., Any]) -> None:
