@@ -8,7 +8,7 @@ half as many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from surgery.budget.model_size import ModelSize
@@ -37,7 +37,8 @@ def search_widths(
 ) -> list[int]:
     """Widths of all layers, as many channels in sum as `plan` keeps; 0 for a layer that goes.
 
-    The search starts from the widths of `plan`, and leaves what else it removes as it is. KL is measured on
+    The search starts from the widths of `plan`, or from one width for all where that costs less, and leaves
+    what else the plan removes as it is. KL is measured on
     the calibration blocks that sensitivity is measured on. The same arguments give the same widths.
     """
     orders = channel_orders(index, plan.method, plan.seed, plan.protect)
@@ -65,6 +66,11 @@ def search_widths(
     best = [len(layer.kept) for layer in plan.layers]
     costs = measured(best, moves(best))
     say(f"Widths by single costs: KL {costs.kl:.4f} nats a token")
+    alike = uniform(best, gone, least)
+    if alike is not None and alike != best:
+        found = measured(alike, moves(alike))
+        say(f"One width: KL {found.kl:.4f}")
+        best, costs = (alike, found) if found.kl < costs.kl else (best, costs)
     pairs = PAIRS
     for turn in range(1, ROUNDS + 1):
         widths = moved(best, costs, step, pairs)
@@ -78,6 +84,15 @@ def search_widths(
         else:
             pairs //= 2
     return best
+
+
+def uniform(widths: list[int], gone: Collection[int], least: list[int]) -> list[int] | None:
+    """One width for all layers but those `gone`, the same in sum; None where there is none."""
+    staying = [number for number in range(len(widths)) if number not in gone]
+    width, rest = divmod(sum(widths), len(staying))
+    if rest or any(least[number] > width for number in staying):
+        return None
+    return [0 if number in gone else width for number in range(len(widths))]
 
 
 def moved(widths: list[int], costs: WidthCosts, step: int, pairs: int) -> list[int]:
