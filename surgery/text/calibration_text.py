@@ -30,11 +30,12 @@ def draw_blocks(
 ) -> TokenBlocks:
     """Draw `blocks` blocks of `block_size` tokens with `seed`, shared among texts by `weights`.
 
-    Blocks come in the order of the texts, and within one in the order of the text. Without weights every text
-    has the same share. A file of up to WHOLE bytes is drawn from as a whole; of a larger one, stretches at
-    seeded places are read; of a stream, CHOICE times what is needed. With `answers`, `counted` says which of
-    the tokens, which are the same, belong to answers of chat or to plain text. Raises CalibrationError for a
-    text that is too short, UsageError for weights that do not fit.
+    Blocks of several texts take turns evenly, so that any stretch has about the share of each: what holds out
+    the last blocks, or fits on the first, does so of every text. Those of one text are in its order. Without
+    weights every text has the same share. A file of up to WHOLE bytes is drawn from as a whole; of a larger
+    one, stretches at seeded places are read; of a stream, CHOICE times what is needed. With `answers`,
+    `counted` says which of the tokens, which are the same, belong to answers of chat or to plain text. Raises
+    CalibrationError for a text that is too short, UsageError for weights that do not fit.
     """
     check_shape(blocks, block_size)
     counts = share_blocks(blocks, [text.name for text in texts], weights)
@@ -57,8 +58,18 @@ def draw_blocks(
     name = " + ".join(part["name"] for part in parts)
     kept = tuple(parts) if several or parts[0]["revision"] else ()
     notes = tuple(note for text in texts for note in text.notes)
-    mask = torch.cat(counted) if answers else None
-    return TokenBlocks(torch.cat(ids), name, seed, predicted, kept, notes, mask)
+    turns = in_turn([len(drawn) for drawn in ids])
+    mask = torch.cat(counted)[turns] if answers else None
+    return TokenBlocks(torch.cat(ids)[turns], name, seed, predicted, kept, notes, mask)
+
+
+def in_turn(counts: Sequence[int]) -> torch.Tensor:
+    """An order [sum of counts] of the blocks of several texts, which lie one text after the other.
+
+    Texts take turns: block k of a text of n blocks comes at (k + 1/2) / n.
+    """
+    places = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
+    return places.argsort(stable=True)
 
 
 def share_blocks(blocks: int, names: Sequence[str], weights: Sequence[float] | None) -> list[int]:

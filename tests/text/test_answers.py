@@ -18,6 +18,7 @@ from surgery.text import blocks as blocks_module
 from surgery.text import draw_blocks, open_text
 from surgery.text.answers import AnswersUnknown, ChatAnswers
 from surgery.text.blocks import tokenise
+from surgery.text.calibration_text import in_turn
 from surgery.text.marks import MarkedText, TokenMarks
 
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>\n{% endfor %}"
@@ -269,6 +270,8 @@ def test_the_blocks_drawn_are_the_same_and_plain_text_counts_whole(tmp_path: Pat
     assert without.counted is None
     assert torch.equal(without.ids, marked.ids) and without.as_json() == marked.as_json()
     assert draw("plain.txt", "rows.jsonl", answers=True).counted.all()
-    counted = [one.sum() for one in marked.counted.split([part["blocks"] for part in marked.parts])]
+    counts = [part["blocks"] for part in marked.parts]
+    one_after_another = marked.counted[in_turn(counts).argsort()]
+    counted = [one.sum() for one in one_after_another.split(counts)]
     assert counted[0] == 3 * 32 and counted[2] == 2 * 32
     assert 0 < counted[1] < 32

@@ -245,8 +245,8 @@ def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
     texts = [open_text(str(tmp_path / f"{name}.txt")) for name in "ab"]
     tokenizer = byte_tokenizer()
     drawn = draw_blocks(tokenizer, texts, blocks=8, block_size=32, seed=1, weights=[3, 1])
-    shown = tokenizer.decode(drawn.ids.flatten().tolist())
-    assert shown == "a" * 6 * 32 + "b" * 2 * 32
+    shown = [tokenizer.decode(block) for block in drawn.ids.tolist()]
+    assert shown == [letter * 32 for letter in "aabaaaba"]  # any half has three of one and one of the other
     assert [(part["name"], part["blocks"], part["share"]) for part in drawn.as_json()["parts"]] == [
         ("a.txt", 6, 0.75),
         ("b.txt", 2, 0.25),
@@ -256,6 +256,16 @@ def test_a_mixture_has_its_shares(tmp_path: Path) -> None:
         draw_blocks(tokenizer, texts, blocks=8, block_size=32, seed=1, weights=[1])
     with pytest.raises(CalibrationError, match="fewer blocks"):
         draw_blocks(tokenizer, texts, blocks=1, block_size=32, seed=1)
+
+
+def test_the_texts_of_a_mixture_take_turns() -> None:
+    """Every eighth of the blocks, as the last, which repairs hold out, has about the share of each text."""
+    counts = [40, 8, 8, 8]
+    texts = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))[calibration_text.in_turn(counts)]
+    for eighth in texts.split(8):
+        found = eighth.bincount(minlength=4)
+        assert (found - torch.tensor([5, 1, 1, 1])).abs().max() <= 1
+    assert calibration_text.in_turn([5]).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_mixture_from_the_command_line(
