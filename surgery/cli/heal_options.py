@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.heal.heal_text import HealText
     from surgery.heal.options import HealOptions
 
-THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+THOUSANDS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class TrainingOptions(HowToTrain):
         return [*words, *self.how_words, "--block-size", str(self.block_size), "--seed", str(self.seed)]
 
 
-def parse_count(text: str) -> int:
-    """A number of tokens as 131072, 500k or 1M. Raises UsageError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)", text.strip().lower())
+def parse_count(text: str, option: str = "--tokens", of: str = "tokens") -> int:
+    """A number as 131072, 500k, 1M or 1.5B, of what `option` counts. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbg]?)", text.strip().lower())
     if found is None or float(found[1]) <= 0:
-        raise UsageError("not a number of tokens", where="--tokens", expected="as 500k or 1M", found=text)
+        raise UsageError(f"not a number of {of}", where=option, expected="as 500k, 1M or 1.5B", found=text)
     return round(float(found[1]) * THOUSANDS[found[2]])
 
 

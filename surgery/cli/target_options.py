@@ -70,7 +70,7 @@ class TargetOptions:
             raise UsageError("--packed-int4 is for --target-size and --target-memory", where="--packed-int4")
         if stated is None or stated[0] == SPEED:
             return None if stated is None else Target(SPEED, 0)
-        context = parse_count(self.context) if self.context else 0
+        context = parse_count(self.context, "--context") if self.context else 0
         return Target(stated[0], target_amount(*stated), context, self.packed_int4)
 
     def measured(self, model: Model, journal: Journal | None, quiet: bool) -> Target:

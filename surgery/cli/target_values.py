@@ -32,7 +32,7 @@ def target_amount(unit: str, text: str) -> int:
     from surgery.byte_units import parse_bytes
     from surgery.cli.heal_options import parse_count
 
-    return parse_count(text) if unit == PARAMS else parse_bytes(text)
+    return parse_count(text, "--target-params", "parameters") if unit == PARAMS else parse_bytes(text)
 
 
 def default_kinds(model: Model, tell: bool = False) -> tuple[str, ...]:
