@@ -25,7 +25,7 @@ from surgery.repair.width_costs import WidthCosts, measure_width_costs
 ROUNDS = 12  # at most
 PAIRS = 8  # of layers that a step moves between, at first
 STEPS = 12  # of an FFN's width
-BETTER = 0.005  # share by which KL must fall: less is noise
+BETTER = 0.002  # share by which KL must fall: less is noise
 
 
 def search_widths(
