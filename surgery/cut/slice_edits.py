@@ -13,6 +13,7 @@ from surgery.cut.tensors import Take, TensorEdit
 from surgery.errors import PlanError, UnsupportedModelError
 from surgery.model.meta_model import LayerEdit, MetaModel, StoredParameter
 from surgery.model.slices import Slice
+from surgery.plan.kind_plan import ATTENTION, KV_HEADS
 
 CUTTABLE_STEPS = {
     "MergeModulelist",
@@ -129,6 +130,11 @@ def mask_cut(cut: Cut) -> LayerEdit:
             cut.reroute(number, layer)
 
     return edit
+
+
+def attention_groups(cut: Cut) -> list[Group]:
+    """Whole attentions and key/value heads of a cut."""
+    return [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
 
 
 def mask_members(groups: Iterable[Group], kept: Kept) -> LayerEdit:

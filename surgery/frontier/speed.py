@@ -101,17 +101,19 @@ def measure_once(folder: Path, run: RunOptions) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, PROMPT), generator=generator).to(run.device)
     model(ids[:, :8])
-    found = [_seconds(model, ids, run.device) for _ in range(REPEATS)]
+    found = [timed(model, ids, run.device) for _ in range(REPEATS)]
     prefill, decode = (statistics.median(times) for times in zip(*found, strict=True))
     return PROMPT / prefill, NEW_TOKENS / decode
 
 
-def _seconds(model: Any, ids: torch.Tensor, device: torch.device) -> tuple[float, float]:
-    """Seconds of reading `ids`, and of NEW_TOKENS one by one after them."""
+def timed(
+    model: Any, ids: torch.Tensor, device: torch.device, new_tokens: int = NEW_TOKENS
+) -> tuple[float, float]:
+    """Seconds of reading `ids` [1, T], and of `new_tokens` one by one after them."""
     start = _now(device)
     output = model(ids, use_cache=True)
     read = _now(device)
-    for _ in range(NEW_TOKENS):
+    for _ in range(new_tokens):
         last = output.logits[:, -1:].argmax(-1)
         output = model(last, past_key_values=output.past_key_values, use_cache=True)
     return read - start, _now(device) - read

@@ -129,11 +129,11 @@ def heal(
     cost = estimate_heal(student, teacher, tuple(text.ids.shape), len(text.held_out.ids), options)
     check_outputs(student, options, cost, destination, adapter, overwrite=overwrite)
     distributed.init(student.run.device)
-    check_same(_shared(student, teacher, text, options), student.run.device)
+    check_same(_shared(student, teacher, rows, text, options), student.run.device)
     journal = journal or open_heal_journal(student, teacher, text, options, destination)
     try:
-        trainer, history = _train(student, teacher, text, options, cost, journal, progress)
-        entry = heal_entry(student, teacher, text, options, history)
+        trainer, history = _train(student, teacher, rows, text, options, cost, journal, progress)
+        entry = heal_entry(student, teacher, rows, text, options, history)
         written = None
         if history.improved and distributed.rank() == 0:
             if measure is not None:
@@ -149,13 +149,15 @@ def heal(
     return HealResult(history, entry, written)
 
 
-def _shared(student: Model, teacher: Model, text: HealText, options: HealOptions) -> dict[str, Any]:
+def _shared(
+    student: Model, teacher: Model, rows: torch.Tensor | None, text: HealText, options: HealOptions
+) -> dict[str, Any]:
     """What several processes of one heal have in common, by name."""
     return {
         "the student": source_json(student.checkpoint),
         "the teacher": source_json(teacher.checkpoint),
         "the text": text.as_json(),
-        "the tokens": tokens_digest(shared_tokens(student, teacher)),
+        "the tokens": tokens_digest(rows),
         "the options": [options.as_json(), options.recompute, student.run.dtype_name],
     }
 
@@ -163,6 +165,7 @@ def _shared(student: Model, teacher: Model, text: HealText, options: HealOptions
 def _train(
     student: Model,
     teacher: Model,
+    rows: torch.Tensor | None,
     text: HealText,
     options: HealOptions,
     cost: HealCost,
@@ -171,7 +174,7 @@ def _train(
 ) -> tuple[Trainer, History]:
     """Compute the targets that are kept on disk, and train."""
     schedule = options.schedule(*text.ids.shape)
-    targets = _targets(student, teacher, text, options, schedule, cost, journal, progress)
+    targets = _targets(teacher, rows, text, options, schedule, cost, journal, progress)
     model = StreamedModel(student, keep_bytes=cost.keep_bytes)
     files = journal if cost.state_on == "disk" else None
     agree_on_saves(journal, (HeldState.mark, StateFiles.mark), model.device)
@@ -196,8 +199,8 @@ def _train(
 
 
 def _targets(
-    student: Model,
     teacher: Model,
+    rows: torch.Tensor | None,
     text: HealText,
     options: HealOptions,
     schedule: Schedule,
@@ -215,7 +218,7 @@ def _targets(
         temperature=options.loss.temperature,
         micro_batch=cost.micro_batch,
         place=cost.hidden_on,
-        rows=shared_tokens(student, teacher),
+        rows=rows,
     )
     if options.targets == "recompute":
         return lambda numbers: source.targets(text.ids[numbers])
@@ -226,12 +229,16 @@ def _targets(
 
 
 def heal_entry(
-    student: Model, teacher: Model, text: HealText, options: HealOptions, history: History
+    student: Model,
+    teacher: Model,
+    rows: torch.Tensor | None,
+    text: HealText,
+    options: HealOptions,
+    history: History,
 ) -> dict[str, Any]:
     """The entry of `heals` in surgeon.json: what the model was healed on, how, and what that changed."""
     best = history.measures[history.best]
     seen = len(history.losses) * options.batch(text.ids.shape[1]) * text.ids.shape[1]
-    rows = shared_tokens(student, teacher)
     shared = {} if rows is None else {"shared_tokens": int((rows >= 0).sum())}
     return {
         "student": student.name,

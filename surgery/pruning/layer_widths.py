@@ -38,8 +38,8 @@ def search_widths(
     """Widths of all layers, as many channels in sum as `plan` keeps; 0 for a layer that goes.
 
     The search starts from the widths of `plan`, or from one width for all where that costs less, and leaves
-    what else the plan removes as it is. KL is measured on
-    the calibration blocks that sensitivity is measured on. The same arguments give the same widths.
+    what else the plan removes as it is. KL is measured on the calibration blocks that sensitivity is measured
+    on. The same arguments give the same widths.
     """
     orders = channel_orders(index, plan.method, plan.seed, plan.protect)
     blocks, block_size = index.input_ids.shape
@@ -63,6 +63,7 @@ def search_widths(
         ids = index.input_ids.long()
         return measure_width_costs(streamed, ids, orders, widths, others, cut, cost, progress)
 
+    say("Searching for better widths of layers")
     best = [len(layer.kept) for layer in plan.layers]
     costs = measured(best, moves(best))
     say(f"Widths by single costs: KL {costs.kl:.4f} nats a token")

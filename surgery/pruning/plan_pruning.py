@@ -76,7 +76,6 @@ def plan_pruning(
     )
     plan = build()
     if allocation == "searched":
-        say("Searching for better widths of layers")
         plan = build(layer_widths=search_widths(model, index, plan, progress, say))
     return plan
 

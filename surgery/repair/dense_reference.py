@@ -91,9 +91,9 @@ class DenseReference:
     def _is_additive(self, number: int, layer: nn.Module, ffns: list[Ffn]) -> bool:
         if len(ffns) != 1 or ffns[0].stacked:
             return False
-        entering, output, added = self._try(number, layer)
+        _, output, added = self._try(number, layer)
         with module_outputs({"ffn": ffns[0].module}, lambda _, out: torch.zeros_like(out)):
-            without = self.model.run_layer(layer, entering, self.stream.calls[0][number])
+            without = self._first(number, layer)
         return adds(output - without, added, output)
 
     def _attention_output(self, number: int, layer: nn.Module) -> str | None:
@@ -114,14 +114,16 @@ class DenseReference:
 
     def _first(self, number: int, layer: nn.Module) -> torch.Tensor:
         """Output of a layer for the first micro-batch."""
-        entering = self.stream.store.get(0, self.stream.slices[0], self.model.device)
-        return self.model.run_layer(layer, entering, self.stream.calls[0][number])
+        return self.model.run_layer(layer, self._entering(), self.stream.calls[0][number])
+
+    def _entering(self) -> torch.Tensor:
+        """Input of the layer for the first micro-batch."""
+        return self.stream.store.get(0, self.stream.slices[0], self.model.device)
 
     def _try(self, number: int, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input and output of a layer with one FFN, and that FFN's output, on the first micro-batch."""
-        entering = self.stream.store.get(0, self.stream.slices[0], self.model.device)
         outputs: list[torch.Tensor] = []
         # a copy: some layers (Falcon's) add to the FFN's output in place
         with observed(self.model.ffns(number), lambda call: outputs.append(call.y.clone())):
-            output = self.model.run_layer(layer, entering, self.stream.calls[0][number])
-        return entering, output, outputs[0].view_as(output)
+            output = self._first(number, layer)
+        return self._entering(), output, outputs[0].view_as(output)

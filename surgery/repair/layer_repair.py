@@ -20,7 +20,7 @@ from torch.nn import functional
 from surgery.budget.prune_cost import PruneCost
 from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule
 from surgery.cut.groups import Cut
-from surgery.cut.slice_edits import mask_cut, mask_members
+from surgery.cut.slice_edits import attention_groups, mask_cut, mask_members
 from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
 from surgery.engine.hooks import FfnCall
@@ -56,7 +56,7 @@ class LayerRepair:
         self.budget = distributed.first_value(budget) if dense.shared else budget
         self.kept = cut.kept
         self.mask, self.reroute = mask_members(cut.groups, cut.kept), cut.reroute
-        others = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
+        others = attention_groups(cut)
         self.mask_others = mask_members(others, cut.kept)
         self.head_columns = {
             group.layer: group.consumers[0].indices(cut.kept[group.key], group.size)
@@ -133,9 +133,7 @@ class LayerRepair:
             for ffn in self.model.ffns(number)
             if additive or len(self.kept[number, ffn.name]) < ffn.width
         }
-        outputs = max((len(ffn.down_weight()) for ffn in ffns.values()), default=0)
-        blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
-        passes = pass_schedule(blocks, outputs, self.budget)
+        passes = self._schedule(number, ffns)
         originals: dict[str, Weights] = {}
         if len(passes) > 1 and not additive:
             originals = {name: _weights(ffn) for name, ffn in ffns.items()}
@@ -146,12 +144,16 @@ class LayerRepair:
                 result.ffns.setdefault(name, []).append(found)
         self.mask(number, layer)
 
+    def _schedule(self, number: int, ffns: dict[str, Ffn]) -> list[dict[str, slice]]:
+        """Which of the kept columns of which FFN are solved for in which pass over the layer."""
+        outputs = max((len(ffn.down_weight()) for ffn in ffns.values()), default=0)
+        blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
+        return pass_schedule(blocks, outputs, self.budget)
+
     def _repair_experts(self, number: int, layer: nn.Module, result: LayerRepairResult) -> None:
         """Refit the kept columns of all routed experts together, towards the dense stream (`mixture`)."""
         ffns = {ffn.name: ffn for ffn in self.model.ffns(number) if ffn.stacked}
-        outputs = max(len(ffn.down_weight()) for ffn in ffns.values())
-        blocks = {name: column_blocks(len(self.kept[number, name]), outputs, self.budget) for name in ffns}
-        schedule = pass_schedule(blocks, outputs, self.budget)
+        schedule = self._schedule(number, ffns)
         changed = set[str]()
         for _ in range(EXPERT_PASSES):
             helped = set[str]()

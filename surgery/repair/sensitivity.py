@@ -45,10 +45,9 @@ def measure_sensitivity(
     """
     check_sensitivity_measurable(model.meta_model)
     count = len(model.layers)
-    few = measured_blocks(*ids.shape)
-    base = TokenStream(model, ids[-few:], micro_batch=cost.micro_batch)
-    rest = ids[:-few][:FIT_BLOCKS] if len(ids) > few else ids  # blocks a refit has seen would flatter it
-    fit = TokenStream(model, rest, micro_batch=cost.micro_batch)
+    fitted, held_out = split_blocks(ids)
+    base = TokenStream(model, held_out, micro_batch=cost.micro_batch)
+    fit = TokenStream(model, fitted, micro_batch=cost.micro_batch)
     branches: list[tuple[int, int, TokenStream]] = []
     for number, layer in progress(model.stream_layers(range(count)), "sensitivity", count):
         for _, _, branch in branches:
@@ -61,6 +60,15 @@ def measure_sensitivity(
     for (number, width, _), found in zip(branches, measured, strict=True):
         costs[number][width] = found.kl
     return [_interpolate(cost, len(order)) for cost, order in zip(costs, orders, strict=True)]
+
+
+def split_blocks(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of calibration blocks [N, T], those that are refitted on and those that are measured, the last ones.
+
+    Blocks that a refit has seen would flatter it; where there is only one block, both are that.
+    """
+    few = measured_blocks(*ids.shape)
+    return (ids[:-few] if len(ids) > few else ids)[:FIT_BLOCKS], ids[-few:]
 
 
 def check_sensitivity_measurable(meta_model: MetaModel) -> None:
@@ -91,9 +99,7 @@ def _branch(
     gram = channel_gram(model, fit, number, layer)
     branches = []
     for width in sorted({max(1, round(fraction * len(order))) for fraction in FRACTIONS}):
-        kept = order[:width].sort().values.to(weight.device)
-        weight.zero_()
-        weight[:, kept] = (original[:, kept].double() + refit_change(gram, original, kept)).to(weight.dtype)
+        narrow(weight, original, gram, order[:width])
         branch = base.fork(len(base.ids), number, place)
         branch.forward(number, layer)
         branches.append((number, width, branch))
@@ -114,7 +120,14 @@ def channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.
     return total
 
 
-def refit_change(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def narrow(weight: torch.Tensor, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor) -> None:
+    """Write into down projection `weight` [D, F] its `original` with only `channels`, refitted by `gram`."""
+    kept = channels.sort().values.to(weight.device)
+    weight.zero_()
+    weight[:, kept] = (original[:, kept].double() + _refit(gram, original, kept)).to(weight.dtype)
+
+
+def _refit(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Change of the kept columns that best makes up for the removed ones, from all channels' moments."""
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False

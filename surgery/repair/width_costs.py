@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from surgery.budget.sensitivity_cost import FIT_BLOCKS, SensitivityCost, measured_blocks
+from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.cut.groups import Cut
-from surgery.cut.slice_edits import mask_members
+from surgery.cut.slice_edits import attention_groups, mask_members
 from surgery.engine.hooks import preserved
 from surgery.engine.loss import measure_divergence
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
-from surgery.plan.kind_plan import ATTENTION, KV_HEADS
 from surgery.progress import Progress, no_progress
-from surgery.repair.sensitivity import channel_gram, refit_change
+from surgery.repair.sensitivity import channel_gram, narrow, split_blocks
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,12 @@ def measure_width_costs(
     other width is a copy of the hidden states that branches off at its layer.
     """
     count = len(model.layers)
-    few = measured_blocks(*ids.shape)
-    dense = TokenStream(model, ids[-few:], micro_batch=cost.micro_batch)
-    rest = ids[:-few][:FIT_BLOCKS] if len(ids) > few else ids
-    fit = TokenStream(model, rest, micro_batch=cost.micro_batch)
-    pruned = dense.fork(few, 0, cost.branches_on)
+    fitted, held_out = split_blocks(ids)
+    dense = TokenStream(model, held_out, micro_batch=cost.micro_batch)
+    fit = TokenStream(model, fitted, micro_batch=cost.micro_batch)
+    pruned = dense.fork(len(held_out), 0, cost.branches_on)
     branches: list[tuple[int, int, TokenStream]] = []
-    beside = [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
-    mask = mask_members(beside, cut.kept)
+    mask = mask_members(attention_groups(cut), cut.kept)
     for number, layer in progress(model.stream_layers(range(count)), "widths", count):
         gram = None if number in cut.skipped else channel_gram(model, fit, number, layer)
         fit.forward(number, layer)
@@ -67,22 +64,14 @@ def measure_width_costs(
         earlier = list(branches)
         with preserved(layer):
             mask(number, layer)
-            original = model.ffns(number)[0].down_weight().clone()
-
-            def at(
-                width: int,
-                number: int = number,
-                gram: torch.Tensor = gram,
-                original: torch.Tensor = original,
-            ) -> None:
-                _narrow(model, number, original, gram, orders[number][:width])
-
+            weight = model.ffns(number)[0].down_weight()
+            original = weight.clone()
             for width in others[number]:
-                at(width)
-                branch = pruned.fork(few, number, cost.branches_on)
+                narrow(weight, original, gram, orders[number][:width])
+                branch = pruned.fork(len(held_out), number, cost.branches_on)
                 branch.forward(number, layer)
                 branches.append((number, width, branch))
-            at(widths[number])
+            narrow(weight, original, gram, orders[number][: widths[number]])
             for _, _, branch in earlier:
                 branch.forward(number, layer)
             pruned.forward(number, layer)
@@ -91,13 +80,3 @@ def measure_width_costs(
     for (number, width, _), one in zip(branches, found[1:], strict=True):
         costs[number][width] = one.kl
     return WidthCosts(found[0].kl, costs)
-
-
-def _narrow(
-    model: StreamedModel, number: int, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor
-) -> None:
-    """Give the resident layer the down projection of its best `channels`, refitted."""
-    weight = model.ffns(number)[0].down_weight()
-    kept = channels.sort().values.to(weight.device)
-    weight.zero_()
-    weight[:, kept] = (original[:, kept].double() + refit_change(gram, original, kept)).to(weight.dtype)

@@ -116,7 +116,6 @@ def plan_to_target(
     if journal is not None and not finished:
         journal.mark(f"tried {len(search.steps)}")
     if allocation == "searched":
-        say("Searching for better widths of layers")
         widths = partial(search_widths, model, index, plan, progress, say)
         tensors = _saved(journal, "widths", lambda: {"widths": torch.tensor(widths())})
         plan = build(plan.cuts, search.size_of(search.best), tensors["widths"].tolist())

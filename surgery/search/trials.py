@@ -7,13 +7,13 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from surgery.budget.sensitivity_cost import FIT_BLOCKS, measured_blocks
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
 from surgery.evaluate.compare import Comparison
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.prune_plan import PrunePlan
 from surgery.progress import Progress, no_progress
+from surgery.repair.sensitivity import split_blocks
 from surgery.text import TokenBlocks
 
 
@@ -31,11 +31,10 @@ class Trials:
         progress: Progress[Any] = no_progress,
         journal: Journal | None = None,
     ) -> None:
-        few = measured_blocks(*index.input_ids.shape)
-        ids = index.input_ids
+        fitted, held_out = split_blocks(index.input_ids)
         self.model = model
-        self.held_out = TokenBlocks(ids[-few:].long(), "held-out calibration blocks", None, predicted_bytes=1)
-        self.index = replace(index, input_ids=(ids[:-few] if len(ids) > few else ids)[:FIT_BLOCKS])
+        self.held_out = TokenBlocks(held_out.long(), "held-out calibration blocks", None, predicted_bytes=1)
+        self.index = replace(index, input_ids=fitted)
         self.progress = progress
         self.journal = journal
 

@@ -18,6 +18,7 @@ import surgery
 import surgery.loading
 from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.cut.model_cut import model_cut
+from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.kind_plan import attention_plan, layers_plan
@@ -30,13 +31,19 @@ from surgery.repair.width_costs import WidthCosts, measure_width_costs
 COST = SensitivityCost(2, 0, 0, "memory")
 
 
-def test_costs_are_those_of_the_whole_model_with_masked_weights(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All layers at widths of their own; layer 2 is gone, layer 4 has no attention."""
+@pytest.fixture
+def indexed(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> tuple[Model, ChannelIndex]:
+    """A tiny model in the folder "tiny", and its index in "index"."""
     source = save_tiny("llama")
     surgeon("index", "tiny", "--out", "index", *CALIBRATION)
-    index, model = ChannelIndex.load("index"), opened(source)
+    return opened(source), ChannelIndex.load("index")
+
+
+def test_costs_are_those_of_the_whole_model_with_masked_weights(
+    indexed: tuple[Model, ChannelIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers at widths of their own; layer 2 is gone, layer 4 has no attention."""
+    model, index = indexed
     ids, orders = index.input_ids.long(), channel_orders(index, "scar-prot")
     cuts = (attention_plan(range(6), [4]), layers_plan(6, [2]))
     plan = surgery.plan_pruning(model, index, method="scar-prot", sparsity=0.5, multiple_of=4, cuts=cuts)
@@ -46,7 +53,7 @@ def test_costs_are_those_of_the_whole_model_with_masked_weights(
     found = measure_width_costs(StreamedModel(model), ids, orders, widths, others, cut, COST)
     assert [sorted(one) for one in found.others] == others
 
-    whole = AutoModelForCausalLM.from_pretrained(source).eval()
+    whole = AutoModelForCausalLM.from_pretrained("tiny").eval()
     held = ids[-(len(ids) // 4) :]
     with torch.no_grad():
         dense = functional.log_softmax(whole(held).logits[:, :-1], -1)
@@ -86,10 +93,8 @@ def test_one_width_for_all_layers() -> None:
 
 
 def test_a_search_lowers_the_divergence_and_keeps_the_size(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    indexed: tuple[Model, ChannelIndex], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_tiny("llama")
-    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
     cut = ("--index", "index", "--sparsity", "0.5", "--multiple-of", "4")
     monkeypatch.setattr(layer_widths, "BETTER", 1e-6)  # random layers differ little
     said = surgeon("prune", "tiny", *cut, "--allocation", "searched", "--out", "cut").stderr
@@ -102,9 +107,7 @@ def test_a_search_lowers_the_divergence_and_keeps_the_size(
     assert "--allocation searched" in written["command"]
     loaded = AutoModelForCausalLM.from_pretrained("cut")
     assert [layer.mlp.down_proj.in_features for layer in loaded.model.layers] == widths
-    again = surgery.plan_pruning(
-        opened(source), ChannelIndex.load("index"), sparsity=0.5, multiple_of=4, allocation="searched"
-    )
+    again = surgery.plan_pruning(*indexed, sparsity=0.5, multiple_of=4, allocation="searched")
     assert list(again.widths[0].per_layer) == widths
 
 
@@ -121,11 +124,9 @@ def test_a_target_is_met_with_searched_widths(
 
 
 def test_layers_that_go_stay_at_zero(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    indexed: tuple[Model, ChannelIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = save_tiny("llama")
-    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
-    index, model = ChannelIndex.load("index"), opened(source)
+    model, index = indexed
     plan = surgery.plan_pruning(
         model, index, sparsity=0.5, multiple_of=4, allocation="global", cuts=(layers_plan(6, [2]),)
     )
