@@ -1,4 +1,4 @@
-"""Import this module to load checkpoints whose layers differ: in feed-forward width, or without attention.
+"""Import this module to load checkpoints whose layers differ in width, or have no attention or no FFN.
 
     import surgery.loading
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
 
 ATTENTION_MODULES = ("self_attn", "attn", "attention", "self_attention")
+FFN_MODULES = ("mlp", "feed_forward", "ffn")
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 LAYER_NUMBER = ("layer_idx", "layer_id", "layer_index", "idx")
 
@@ -51,18 +52,31 @@ class NoAttention(nn.Module):
         return hidden_states * 0, None  # not new zeros: the norm before it stays part of the graph
 
 
+class NoFfn(nn.Module):
+    """In place of an FFN that was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states * 0  # as in NoAttention
+
+
 def per_layer(layer_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a decoder layer class that is built from the config of its own layer."""
 
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         own = own_config(config, layer_idx)
         layer_class.__init__(self, own, layer_idx, *args, **kwargs)
-        if "attention" in (getattr(own, "skip", None) or ()):
-            name = next(one for one in ATTENTION_MODULES if one in self._modules)
-            setattr(self, name, NoAttention(layer_idx))
+        skip = getattr(own, "skip", None) or ()
+        if "attention" in skip:
+            setattr(self, _present(self, ATTENTION_MODULES), NoAttention(layer_idx))
+        if "mlp" in skip:
+            setattr(self, _present(self, FFN_MODULES), NoFfn())
 
     fields = {"__init__": __init__, "__module__": layer_class.__module__, "__doc__": layer_class.__doc__}
     return type(layer_class.__name__, (layer_class,), fields)
+
+
+def _present(layer: nn.Module, names: tuple[str, ...]) -> str:
+    return next(name for name in names if name in layer._modules)
 
 
 def register_family(config: PreTrainedConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -83,8 +83,5 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 
 def import_object(path: str | Any) -> Any:
-    """What "module:name" names; anything but text is returned as it is."""
-    if not isinstance(path, str):
-        return path
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """What "module:name" or "module:object.name" names; anything but text is returned as it is."""
+    return pkgutil.resolve_name(path) if isinstance(path, str) else path

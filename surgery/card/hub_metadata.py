@@ -53,9 +53,9 @@ def base_model(manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def layers_differ(plan: dict[str, Any]) -> bool:
-    """Whether a plan leaves layers of different width, or without attention, which surgeon's loader loads."""
+    """Whether a plan's layers differ in width or lack attention or FFN: surgeon's loader has to load them."""
     widths = plan.get("allocation", "uniform") != "uniform" and not plan.get("padded")
-    return widths or "attention" in plan.get("cuts", {})
+    return widths or not {"attention", "whole-ffn"}.isdisjoint(plan.get("cuts", {}))
 
 
 def trials(manifest: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
         *("target_params", "target_size", "target_memory", "speedup", "speed_of", "context", "packed_int4"),
         *("cuts", "search_cuts", "search_time"),
-        *("drop_layers", "drop_attention", "kv_heads"),
+        *("drop_layers", "drop_attention", "drop_ffn", "kv_heads"),
         *("keep_experts", "expert_score", "keep_vocabulary", "vocabulary_text"),
     ),
     "Healing": (

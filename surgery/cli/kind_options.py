@@ -35,18 +35,14 @@ class KindOptions:
         """Raise UsageError for options that contradict each other, or a heal, whose text has the whole
         vocabulary's tokens.
 
-        `cuts` are the kinds that may go for a target: how much of these goes is not searched for.
+        `cuts` are the kinds that may go for a target: how many tokens go is not searched for.
         """
-        for kind, number, option in (
-            ("experts", self.keep_experts, "--keep-experts"),
-            ("vocab", self.keep_vocabulary, "--keep-vocabulary"),
-        ):
-            if kind in (cuts or ()) and number is None:
-                raise UsageError(
-                    f"how many {kind} stay is not searched for",
-                    where="--cuts",
-                    next_step=f"give {option} too",
-                )
+        if "vocab" in (cuts or ()) and self.keep_vocabulary is None:
+            raise UsageError(
+                "how many tokens stay is not searched for: KL compares models of the same tokens",
+                where="--cuts",
+                next_step="give --keep-vocabulary too",
+            )
         if self.any and rounds > 1:
             raise UsageError(
                 "several rounds cut FFN channels alone",

@@ -157,8 +157,9 @@ def prune(
         quiet=quiet,
     )
     parts = (*kinds.experts(opened, index, cut.protect is not False, quiet), *parts)
-    search = None if dry_run else target.journal(opened, index, cut, parts, destination, resume)
-    plan = plan_for(opened, index, cut, target, parts, text_options.seed, search, quiet)
+    score = kinds.expert_score
+    search = None if dry_run else target.journal(opened, index, cut, parts, score, destination, resume)
+    plan = plan_for(opened, index, cut, target, parts, score, text_options.seed, search, quiet)
     edits = planned_edits(opened, plan)
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
     fates = show_prune_plan(opened, plan, sizes, edits, as_json or not first)
@@ -225,16 +226,17 @@ def plan_for(
     options: CutOptions,
     target: TargetOptions,
     fixed: tuple[KindPlan, ...],
+    expert_score: str,
     seed: int,
     search: Journal | None,
     quiet: bool,
 ) -> PrunePlan:
-    """The plan that the options ask for; `fixed` goes in any case."""
+    """The plan that the options ask for; `fixed` goes in any case, experts by `expert_score` for a target."""
     from surgery.plan.prune_plan import MEASURED
     from surgery.pruning.plan_pruning import plan_pruning
 
     if target.target is not None:
-        return target.plan(model, index, options, fixed, seed, search, quiet)
+        return target.plan(model, index, options, fixed, expert_score, seed, search, quiet)
     if options.allocation in MEASURED:
         say("Measuring the sensitivity of each layer at five widths", quiet)
     parts = (*target.parts(model, index, quiet), *fixed)

@@ -22,7 +22,7 @@ def canonical_command(
     text: CalibrationOptions,
 ) -> list[str]:
     """The words of the command that makes the same checkpoint again, free of paths of this machine."""
-    from surgery.plan.kind_plan import removed_attention, removed_layers
+    from surgery.plan.kind_plan import removed_attention, removed_ffns, removed_layers
 
     checkpoint, calibration = model.checkpoint, index.calibration
     words = ["surgeon", "prune", checkpoint.name]
@@ -39,6 +39,7 @@ def canonical_command(
     for option, gone in (
         ("--drop-layers", removed_layers(plan.cuts)),
         ("--drop-attention", removed_attention(plan.cuts)),
+        ("--drop-ffn", removed_ffns(plan.cuts)),
     ):
         words += [option, ",".join(map(str, sorted(gone)))] if gone else []
     words += [

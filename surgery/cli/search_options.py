@@ -67,6 +67,12 @@ class SearchOptions:
                 next_step="search alone, then compare plans with --sparsity",
             )
         for kinds in self.cuts(model):
+            if "vocab" in kinds:
+                raise UsageError(
+                    "how many tokens stay is not searched for: KL compares models of the same tokens",
+                    where="--cuts",
+                    next_step="leave vocab out",
+                )
             check_target(model, target, kinds)
 
 

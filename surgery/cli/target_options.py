@@ -48,6 +48,7 @@ class TargetOptions:
     cuts: tuple[str, ...] | None
     drop_layers: tuple[int, ...]
     drop_attention: tuple[int, ...]
+    drop_ffn: tuple[int, ...]
     kv_heads: int | None
     search_time: float | None
 
@@ -112,7 +113,7 @@ class TargetOptions:
         if target is not None and self.explicit:
             raise UsageError(
                 "the search for a target chooses what goes",
-                where="--drop-layers, --drop-attention, --kv-heads",
+                where="--drop-layers, --drop-attention, --drop-ffn, --kv-heads",
             )
         if rounds > 1 and (target is not None or self.explicit):
             raise UsageError(
@@ -126,7 +127,12 @@ class TargetOptions:
     @property
     def explicit(self) -> bool:
         """Whether what goes besides FFN channels is said one by one."""
-        return bool(self.drop_layers or self.drop_attention or self.kv_heads is not None)
+        return bool(self.drop_layers or any(self.dropped.values()) or self.kv_heads is not None)
+
+    @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        """Layers that lose a whole sublayer, by kind of cut."""
+        return {"attention": self.drop_attention, "whole-ffn": self.drop_ffn}
 
     def kinds(self, model: Model, tell: bool = False) -> tuple[str, ...]:
         """Names of the kinds that may go for a target: those asked for, or `default_kinds`."""
@@ -141,20 +147,22 @@ class TargetOptions:
         name = cut.name_for(model)
         name += f"-{len(self.drop_layers)}-layers" if self.drop_layers else ""
         name += f"-{self.kv_heads}-kv" if self.kv_heads is not None else ""
-        return name + (f"-{len(self.drop_attention)}-attentions" if self.drop_attention else "")
+        name += f"-{len(self.drop_attention)}-attentions" if self.drop_attention else ""
+        return name + (f"-{len(self.drop_ffn)}-ffns" if self.drop_ffn else "")
 
     def check_model(self, model: Model) -> None:
         """Refuse a model, layers or a target that won't do before anything is computed."""
+        from surgery.cut.sublayers import SUBLAYERS
+        from surgery.plan.kind_plan import check_something_stays
         from surgery.search.plan_to_target import check_target
 
         if self.drop_layers:
             from surgery.cut.layers import check_removed
 
             check_removed(model.meta_model, self.drop_layers)
-        if self.drop_attention:
-            from surgery.cut.attention import check_attention_removed
-
-            check_attention_removed(model.meta_model, self.drop_attention)
+        check_something_stays(self.drop_attention, self.drop_ffn)
+        for kind, removed in self.dropped.items():
+            SUBLAYERS[kind].check_removed(model.meta_model, removed)
         if self.kv_heads is not None:
             from surgery.cut.kv_heads import check_heads_kept
 
@@ -165,16 +173,17 @@ class TargetOptions:
 
     def parts(self, model: Model, index: ChannelIndex, quiet: bool) -> tuple[KindPlan, ...]:
         """What goes by number; which heads go is measured."""
-        from surgery.cut.attention import attentions
-        from surgery.plan.kind_plan import attention_plan, layers_plan
+        from surgery.cut.sublayers import SUBLAYERS
+        from surgery.plan.kind_plan import layers_plan, sublayer_plan
 
         found = []
         if self.kv_heads is not None:
             from surgery.search.head_scores import head_scores, heads_plan
 
             found.append(heads_plan(head_scores(model, index, bars(quiet)), self.kv_heads))
-        if self.drop_attention:
-            found.append(attention_plan(attentions(model.meta_model), self.drop_attention))
+        for kind, removed in self.dropped.items():
+            if removed:
+                found.append(sublayer_plan(kind, SUBLAYERS[kind].layers(model.meta_model), removed))
         if self.drop_layers:
             found.append(layers_plan(len(model.meta_model.layers), self.drop_layers))
         return tuple(found)
@@ -185,6 +194,7 @@ class TargetOptions:
         index: ChannelIndex,
         cut: CutOptions,
         fixed: tuple[KindPlan, ...],
+        expert_score: str,
         destination: Path,
         resume: bool,
     ) -> Journal | None:
@@ -195,6 +205,7 @@ class TargetOptions:
         if self.target is None:
             return None
         fingerprint = {**index_use_fingerprint(model, index), "cut": vars(cut), "target": vars(self)}
+        fingerprint |= {"expert_score": expert_score} if "experts" in (self.cuts or ()) else {}
         fingerprint |= {"fixed": [part.facts for part in fixed]} if fixed else {}
         return Journal(destination, fingerprint, resume=resume, kind="search")
 
@@ -204,6 +215,7 @@ class TargetOptions:
         index: ChannelIndex,
         cut: CutOptions,
         fixed: tuple[KindPlan, ...],
+        expert_score: str,
         seed: int,
         journal: Journal | None,
         quiet: bool,
@@ -221,6 +233,7 @@ class TargetOptions:
             cuts=self.kinds(model),
             seconds=defaults.SEARCH_SECONDS if self.search_time is None else self.search_time,
             fixed=fixed,
+            expert_score=expert_score,
             journal=journal,
             progress=bars(quiet),
             say=lambda line: say(line, quiet),
@@ -290,6 +303,12 @@ target_options = collected(
             metavar="NUMBERS",
             callback=layers,
             help="Remove the attention of these layers; loading the result needs a loader.",
+        ),
+        click.option(
+            "--drop-ffn",
+            metavar="NUMBERS",
+            callback=layers,
+            help="Remove the whole FFN of these layers; loading the result needs a loader.",
         ),
         click.option(
             "--kv-heads",

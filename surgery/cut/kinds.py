@@ -60,8 +60,14 @@ KINDS: Registry[Kind] = Registry(
         "kv": Kind("key/value heads", "surgery.cut.kv_heads:onto", "surgery.cut.kv_heads:check_kv"),
         "attention": Kind(
             "whole attentions",
-            "surgery.cut.attention:onto",
-            "surgery.cut.attention:check_attention",
+            "surgery.cut.sublayers:ATTENTIONS.onto",
+            "surgery.cut.sublayers:ATTENTIONS.check_model",
+            stock=False,
+        ),
+        "whole-ffn": Kind(
+            "whole FFNs",
+            "surgery.cut.sublayers:WHOLE_FFNS.onto",
+            "surgery.cut.sublayers:WHOLE_FFNS.check_model",
             stock=False,
         ),
         "layers": Kind("whole layers", "surgery.cut.layers:onto", "surgery.cut.layers:check_layers"),

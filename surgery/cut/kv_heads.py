@@ -16,10 +16,10 @@ from surgery.cut.planned_model import check_planned
 from surgery.cut.slice_edits import slice_edits
 from surgery.cut.tensors import TensorEdit
 from surgery.errors import CheckpointError, PlanError, UnsupportedModelError
-from surgery.model.attention import AttentionSite, attention_site
 from surgery.model.ffn import is_conv1d
 from surgery.model.meta_model import MetaModel
 from surgery.model.slices import Slice
+from surgery.model.sublayers import SublayerSite, attention_site
 from surgery.plan.kind_plan import KV_HEADS, KindPlan, kv_plan
 
 # Biases on scores that depend on the number of heads; values of one head computed from another's.
@@ -144,7 +144,7 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _slices(
-    layer: nn.Module, site: AttentionSite, heads: int, shared: int, width: int, where: str
+    layer: nn.Module, site: SublayerSite, heads: int, shared: int, width: int, where: str
 ) -> list[Slice]:
     """The heads' parts of every parameter of an attention, the output projection's columns last.
 

@@ -13,7 +13,7 @@ from surgery.cut.tensors import Take, TensorEdit
 from surgery.errors import PlanError, UnsupportedModelError
 from surgery.model.meta_model import LayerEdit, MetaModel, StoredParameter
 from surgery.model.slices import Slice
-from surgery.plan.kind_plan import ATTENTION, KV_HEADS
+from surgery.plan.kind_plan import KV_HEADS, SUBLAYER_GROUPS
 
 CUTTABLE_STEPS = {
     "MergeModulelist",
@@ -132,9 +132,9 @@ def mask_cut(cut: Cut) -> LayerEdit:
     return edit
 
 
-def attention_groups(cut: Cut) -> list[Group]:
-    """Whole attentions and key/value heads of a cut."""
-    return [group for group in cut.groups if group.name in (ATTENTION, KV_HEADS)]
+def sublayer_groups(cut: Cut) -> list[Group]:
+    """Whole attentions and FFNs, and key/value heads, of a cut."""
+    return [group for group in cut.groups if group.name in (*SUBLAYER_GROUPS.values(), KV_HEADS)]
 
 
 def mask_members(groups: Iterable[Group], kept: Kept) -> LayerEdit:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ class Journal:
     def finish(self) -> None:
         """Delete the journal; call it when the run is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def saved_once(
+    journal: Journal | None, step: str, measure: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """What `measure` gives, or gave before the run was interrupted."""
+    if journal is not None and step in journal:
+        return journal.load(step)[1]
+    found = measure()
+    if journal is not None:
+        journal.save(step, {}, found)
+        journal.mark(step)
+    return found
 
 
 def journal_folder(destination: Path, kind: str = "") -> Path:

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
-# Names of groups: a whole layer, the whole attention of one, its key/value heads, its routed experts.
-LAYER, ATTENTION, KV_HEADS, EXPERTS = "layer", "attention", "kv_heads", "experts"
+from surgery.errors import PlanError
+
+# Names of groups: a whole layer, its whole attention or FFN, its key/value heads, its routed experts.
+LAYER, ATTENTION, WHOLE_FFN, KV_HEADS, EXPERTS = "layer", "attention", "whole_ffn", "kv_heads", "experts"
+SUBLAYER_GROUPS = {"attention": ATTENTION, "whole-ffn": WHOLE_FFN}  # by kind
 VOCABULARY = (-1, "vocab")  # the group of all tokens
 
 
@@ -35,10 +38,13 @@ def layers_plan(count: int, removed: Collection[int], **facts: Any) -> KindPlan:
     return KindPlan("layers", kept, {"removed": sorted(removed), "kept": stays, **facts})
 
 
-def attention_plan(layers: Collection[int], removed: Collection[int], **facts: Any) -> KindPlan:
-    """The plan that removes the attention of some of `layers`, the numbers of those that have one."""
-    kept = {(number, ATTENTION): torch.arange(number not in removed) for number in layers}
-    return KindPlan("attention", kept, {"removed": sorted(removed), **facts})
+def sublayer_plan(kind: str, layers: Collection[int], removed: Collection[int], **facts: Any) -> KindPlan:
+    """The plan that removes the attention ("attention") or the FFN ("whole-ffn") of some of `layers`, the
+    numbers of those that have one.
+    """
+    group = SUBLAYER_GROUPS[kind]
+    kept = {(number, group): torch.arange(number not in removed) for number in layers}
+    return KindPlan(kind, kept, {"removed": sorted(removed), **facts})
 
 
 def kv_plan(kept: Mapping[tuple[int, str], Sequence[int]], **facts: Any) -> KindPlan:
@@ -56,6 +62,23 @@ def removed_layers(parts: Iterable[KindPlan]) -> frozenset[int]:
 def removed_attention(parts: Iterable[KindPlan]) -> frozenset[int]:
     """Numbers of the layers whose attention goes."""
     return _gone(parts, ATTENTION)
+
+
+def removed_ffns(parts: Iterable[KindPlan]) -> frozenset[int]:
+    """Numbers of the layers whose FFN goes."""
+    return _gone(parts, WHOLE_FFN)
+
+
+def check_something_stays(attention: Collection[int], ffns: Collection[int]) -> None:
+    """Raise PlanError for layers that would lose both their attention and their FFN, by their numbers."""
+    both = sorted(set(attention) & set(ffns))
+    if both:
+        raise PlanError(
+            "these layers would have neither attention nor FFN",
+            where="--drop-attention, --drop-ffn",
+            found=", ".join(map(str, both)),
+            next_step="remove them whole, with --drop-layers",
+        )
 
 
 def _gone(parts: Iterable[KindPlan], group: str) -> frozenset[int]:

@@ -58,6 +58,8 @@ def cut_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"Whole layers removed: {_listed(cuts['layers']['removed'])}")
     if "attention" in cuts:
         lines.append(f"Attention removed in layers {_listed(cuts['attention']['removed'])}")
+    if "whole-ffn" in cuts:
+        lines.append(f"FFN removed in layers {_listed(cuts['whole-ffn']['removed'])}")
     if "kv" in cuts:
         lines.append(f"Key/value heads kept in each layer: {cuts['kv']['heads']}")
     if "experts" in cuts:

@@ -12,7 +12,14 @@ from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex, FfnIndex
 from surgery.index.ffn_index import as_planned
 from surgery.plan.allocation import allocate, ranking, score_damage, standardised
-from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers, with_expert_places
+from surgery.plan.kind_plan import (
+    KindPlan,
+    check_something_stays,
+    removed_attention,
+    removed_ffns,
+    removed_layers,
+    with_expert_places,
+)
 from surgery.plan.methods import METHODS
 from surgery.plan.search_plan import SearchPlan
 from surgery.plan.widths import WidthChange, default_multiple, deployability, width_changes
@@ -128,7 +135,8 @@ class PrunePlan:
     @property
     def needs_loader(self) -> bool:
         """Whether stock transformers classes can't load the result."""
-        return self.per_layer_widths or bool(removed_attention(self.cuts) - removed_layers(self.cuts))
+        incomplete = removed_attention(self.cuts) | removed_ffns(self.cuts)
+        return self.per_layer_widths or bool(incomplete - removed_layers(self.cuts))
 
     def stored_width(self, layer: int, ffn: str) -> int:
         """Channels of an FFN in the written checkpoint.
@@ -210,8 +218,8 @@ def make_plan(
     repair: name of the method that refits the kept weights when the plan is applied.
     sensitivity: [F + 1] per layer, as `measure_sensitivity` returns it.
     protect: whether supernodes and super-weight columns are never removed (default: as the method says).
-    cuts: what goes besides FFN channels. FFNs of layers that go keep no channel; sizes are those of the
-        others.
+    cuts: what goes besides FFN channels. FFNs that go as a whole or with their layer keep no channel; sizes
+        are those of the others.
     layer_widths: with the allocation "searched", the widths that were found (`search_widths`).
 
     Raises PlanError for an unknown method, conflicting arguments, or a width that can't be reached.
@@ -233,20 +241,21 @@ def make_plan(
         for number, layer in enumerate(index.layers)
     ]
     multiple = multiple_of or default_multiple(changes[0].before)
-    gone = removed_layers(cuts)
+    check_something_stays(removed_attention(cuts), removed_ffns(cuts))
+    bare = removed_layers(cuts) | removed_ffns(cuts)  # without channels
     if layer_widths is not None:
         (change,) = changes
-        widths = [None if number in gone else width for number, width in enumerate(layer_widths)]
+        widths = [None if number in bare else width for number, width in enumerate(layer_widths)]
         changes = (WidthChange(change.key, change.before, max(layer_widths), tuple(widths)),)
     elif allocation != "uniform":
         changes = tuple(
-            _spread(index, change, rankings, multiple, method, sensitivity, gone) for change in changes
+            _spread(index, change, rankings, multiple, method, sensitivity, bare) for change in changes
         )
     layers = tuple(
         LayerPlan(
             {
                 name: plan_without(ffn, rankings[number][name])
-                if number in gone
+                if number in bare
                 else _plan_at_width(index, number, name, changes, rankings[number][name])
                 for name, ffn in layer.ffns.items()
             }
@@ -264,7 +273,7 @@ def make_plan(
         widths=changes,
         sparsity=1 - kept / before,
         layers=layers,
-        super_weights=with_expert_places(_moved(index, layers, gone), cuts),
+        super_weights=with_expert_places(_moved(index, layers, removed_layers(cuts)), cuts),
         allocation=allocation,
         padded=pad and allocation != "uniform",
         repair=repair,
@@ -323,7 +332,7 @@ def _spread(
     multiple: int,
     method: str,
     sensitivity: list[torch.Tensor] | None,
-    gone: frozenset[int],
+    bare: frozenset[int],
 ) -> WidthChange:
     """Allocate a width to each layer; the total number of channels is that of the uniform allocation.
 
@@ -334,7 +343,7 @@ def _spread(
     numbers, damages, floors = [], [], []
     for number, layer in enumerate(index.layers):
         names = [name for name, ffn in layer.ffns.items() if index.width_key(ffn) == change.key]
-        if not names or number in gone:
+        if not names or number in bare:
             continue
         total = torch.zeros(change.before + 1, dtype=torch.float64)
         floor = 1
@@ -404,7 +413,7 @@ def plan_ffn(ffn: FfnIndex, ranked: ChannelRanking, count: int, stored: int, whe
 
 
 def plan_without(ffn: FfnIndex, ranked: ChannelRanking) -> FfnPlan:
-    """Plan of an FFN whose layer goes as a whole: no channel is kept or protected."""
+    """Plan of an FFN that goes as a whole or with its layer: no channel is kept or protected."""
     none = torch.empty(0, dtype=torch.long)
     return plan_ffn(ffn, replace(ranked, protected=none), 0, 0, "")
 

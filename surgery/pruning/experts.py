@@ -15,10 +15,12 @@ from surgery.engine.token_stream import TokenStream
 from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import EXPERT
+from surgery.model.meta_model import MetaModel
 from surgery.plan.kind_plan import EXPERTS, KindPlan
 from surgery.progress import Progress, no_progress
 
 EXPERT_SCORES = ("reap", "lp")
+ExpertNorms = tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]  # as of `expert_outputs_norms`
 
 
 def plan_experts(
@@ -38,12 +40,26 @@ def plan_experts(
     the router chooses among groups of experts first, each group keeps as many. Raises PlanError for a number
     that the router can't choose from, UnsupportedModelError for a model without experts that can be cut.
     """
-    meta_model = model.meta_model
     if score not in EXPERT_SCORES:
         raise PlanError("unknown score of experts", expected=", ".join(EXPERT_SCORES), found=score)
-    check_experts(meta_model)
+    check_experts(model.meta_model)
+    check_count(model.meta_model, {keep})
+    norms = expert_outputs_norms(model, index.input_ids.long(), progress)
+    return experts_plan(model.meta_model, index, keep, norms, score, protect=protect)
+
+
+def experts_plan(
+    meta_model: MetaModel,
+    index: ChannelIndex,
+    keep: int,
+    norms: ExpertNorms,
+    score: str = "reap",
+    *,
+    protect: bool = True,
+) -> KindPlan:
+    """The plan of `plan_experts`, from what `expert_outputs_norms` measured."""
     check_count(meta_model, {keep})
-    reap, tokens = expert_outputs_norms(model, index.input_ids.long(), progress)
+    reap, tokens = norms
     groups = group_count(meta_model)
     kept, layers = {}, {}
     for number, count in expert_counts(meta_model).items():
@@ -96,7 +112,7 @@ def _share(values: torch.Tensor, members: torch.Tensor) -> float:
 
 def expert_outputs_norms(
     model: Model, ids: torch.Tensor, progress: Progress[Any] = no_progress
-) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+) -> ExpertNorms:
     """(Layer -> mean of |router weight| x ||expert output||_2 [E] float64, layer -> routed tokens [E]).
 
     The mean is over the tokens of `ids` [N, T] that are routed to an expert, 0 for an expert without any. One

@@ -17,7 +17,7 @@ from surgery.cut.model_cut import model_cut
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
-from surgery.plan.kind_plan import removed_layers
+from surgery.plan.kind_plan import removed_ffns, removed_layers
 from surgery.plan.prune_plan import PrunePlan, channel_orders
 from surgery.progress import Progress, no_progress
 from surgery.repair.width_costs import WidthCosts, measure_width_costs
@@ -35,7 +35,7 @@ def search_widths(
     progress: Progress[Any] = no_progress,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[int]:
-    """Widths of all layers, as many channels in sum as `plan` keeps; 0 for a layer that goes.
+    """Widths of all layers, as many channels in sum as `plan` keeps; 0 for a layer without an FFN.
 
     The search starts from the widths of `plan`, or from one width for all where that costs less, and leaves
     what else the plan removes as it is. KL is measured on the calibration blocks that sensitivity is measured
@@ -47,7 +47,7 @@ def search_widths(
     cost = sensitivity_cost(size, blocks, block_size, model.run)
     streamed, cut = StreamedModel(model), model_cut(model.meta_model, plan, widths_only=True)
     step = max(1, round(plan.width_before / STEPS / plan.multiple_of)) * plan.multiple_of
-    gone = removed_layers(plan.cuts)
+    bare = removed_layers(plan.cuts) | removed_ffns(plan.cuts)
     whole = [len(order) for order in orders]
     least = [max(1, len(next(iter(layer.ffns.values())).protected)) for layer in plan.layers]
 
@@ -55,7 +55,7 @@ def search_widths(
         """Widths a step away that each layer may have."""
         found = []
         for number, width in enumerate(widths):
-            near = (width - step, width + step) if number not in gone else ()
+            near = (width - step, width + step) if number not in bare else ()
             found.append([one for one in near if least[number] <= one <= whole[number]])
         return found
 
@@ -67,7 +67,7 @@ def search_widths(
     best = [len(layer.kept) for layer in plan.layers]
     costs = measured(best, moves(best))
     say(f"Widths by single costs: KL {costs.kl:.4f} nats a token")
-    alike = uniform(best, gone, least)
+    alike = uniform(best, bare, least)
     if alike is not None and alike != best:
         found = measured(alike, moves(alike))
         say(f"One width: KL {found.kl:.4f}")
@@ -87,13 +87,13 @@ def search_widths(
     return best
 
 
-def uniform(widths: list[int], gone: Collection[int], least: list[int]) -> list[int] | None:
-    """One width for all layers but those `gone`, the same in sum; None where there is none."""
-    staying = [number for number in range(len(widths)) if number not in gone]
+def uniform(widths: list[int], bare: Collection[int], least: list[int]) -> list[int] | None:
+    """One width for all layers but those `bare` of an FFN, the same in sum; None where there is none."""
+    staying = [number for number in range(len(widths)) if number not in bare]
     width, rest = divmod(sum(widths), len(staying))
     if rest or any(least[number] > width for number in staying):
         return None
-    return [0 if number in gone else width for number in range(len(widths))]
+    return [0 if number in bare else width for number in range(len(widths))]
 
 
 def moved(widths: list[int], costs: WidthCosts, step: int, pairs: int) -> list[int]:

@@ -25,9 +25,10 @@ def repair_attention(
     budget: int | None,
     result: LayerRepairResult,
     kept: torch.Tensor | None = None,
+    last: bool = False,
 ) -> None:
     """Refit linear `dense.attention` in place, so that the pruned stream before the FFN comes to the dense
-    one's.
+    one's; with `last`, where the FFN goes, so that the one after the layer does.
 
     Its inputs are solved for in several column blocks, one after the other, where `budget` bytes ask for it.
     `kept` are the inputs that stay, where some heads go. What was done is noted in `result`.
@@ -41,6 +42,7 @@ def repair_attention(
     weight = parameter.data.t() if transposed else parameter.data
     device = dense.model.device
     bias = getattr(linear, "bias", None)
+    aim = dense.leaving if last else dense.before
     count = weight.shape[1] if kept is None else len(kept)
     for part_of in column_blocks(count, len(weight), budget):
         block = part_of if kept is None else kept.to(device)[part_of]
@@ -49,7 +51,7 @@ def repair_attention(
         for part, calls in zip(pruned.slices, pruned.calls, strict=True):
             entering = pruned.store.get(0, part, device)
             entered = input_of(linear, partial(dense.model.run_layer, layer, entering, calls[number]))
-            target = dense.before.get(0, part, device) - entering
+            target = aim.get(0, part, device) - entering
             wanted = target if bias is None else target - bias
             weights = method.weights(dense.leaving.get(0, part, device))
             moments.add(part, entered, wanted, weight, weights, columns=block)

@@ -20,14 +20,14 @@ from torch.nn import functional
 from surgery.budget.prune_cost import PruneCost
 from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule
 from surgery.cut.groups import Cut
-from surgery.cut.slice_edits import attention_groups, mask_cut, mask_members
+from surgery.cut.slice_edits import mask_cut, mask_members, sublayer_groups
 from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
 from surgery.model.ffn import Ffn
-from surgery.plan.kind_plan import ATTENTION, KV_HEADS
+from surgery.plan.kind_plan import ATTENTION, KV_HEADS, WHOLE_FFN
 from surgery.repair.attention import repair_attention
 from surgery.repair.dense_reference import DenseReference
 from surgery.repair.least_squares import Moments, Refit, SplitMoments, refit, summed
@@ -56,16 +56,14 @@ class LayerRepair:
         self.budget = distributed.first_value(budget) if dense.shared else budget
         self.kept = cut.kept
         self.mask, self.reroute = mask_members(cut.groups, cut.kept), cut.reroute
-        others = attention_groups(cut)
+        others = sublayer_groups(cut)
         self.mask_others = mask_members(others, cut.kept)
         self.head_columns = {
             group.layer: group.consumers[0].indices(cut.kept[group.key], group.size)
             for group in others
             if group.name == KV_HEADS
         }
-        self.no_attention = {
-            number for (number, name), kept in cut.kept.items() if name == ATTENTION and not len(kept)
-        }
+        self.gone = {group for group, kept in cut.kept.items() if not len(kept)}
         blocks = len(dense.stream.ids)
         follows = method.follows_pruned
         self.pruned = dense.stream.fork(blocks, 0, place=dense.place) if follows else dense.stream
@@ -86,7 +84,8 @@ class LayerRepair:
             self.reroute(number, layer)
         additive = self.method.follows_pruned and self.dense.additive
         self.mask_others(number, layer)
-        fits = self.method.fits_attention and number not in self.no_attention
+        fits = self.method.fits_attention and (number, ATTENTION) not in self.gone
+        no_ffn = (number, WHOLE_FFN) in self.gone
         if additive and fits and self.dense.attention is not None:
             repair_attention(
                 self.method,
@@ -97,7 +96,12 @@ class LayerRepair:
                 self.budget,
                 result,
                 self.head_columns.get(number),
+                last=no_ffn,
             )
+        if no_ffn:
+            if self.method.follows_pruned:
+                self.pruned.forward(number, layer)
+            return result
         self._repair_ffns(number, layer, additive, result)
         if additive:
             self._add_ffn_output(number)

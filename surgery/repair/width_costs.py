@@ -14,7 +14,7 @@ import torch
 
 from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.cut.groups import Cut
-from surgery.cut.slice_edits import attention_groups, mask_members
+from surgery.cut.slice_edits import mask_members, sublayer_groups
 from surgery.engine.hooks import preserved
 from surgery.engine.loss import measure_divergence
 from surgery.engine.streamed_model import StreamedModel
@@ -45,8 +45,8 @@ def measure_width_costs(
     """KL(dense || pruned) of all layers at `widths`, and with one of them at one of `others`.
 
     `ids` [N, T], `orders` and `cost` are as of `measure_sensitivity`, as are the blocks that are measured and
-    those that are refitted on. `cut` says what goes besides FFN channels. One pass over the layers; every
-    other width is a copy of the hidden states that branches off at its layer.
+    those that are refitted on. `cut` says what goes besides FFN channels; a layer without an FFN has width 0.
+    One pass over the layers; every other width is a copy of the hidden states that branches off at its layer.
     """
     count = len(model.layers)
     fitted, held_out = split_blocks(ids)
@@ -54,24 +54,25 @@ def measure_width_costs(
     fit = TokenStream(model, fitted, micro_batch=cost.micro_batch)
     pruned = dense.fork(len(held_out), 0, cost.branches_on)
     branches: list[tuple[int, int, TokenStream]] = []
-    mask = mask_members(attention_groups(cut), cut.kept)
+    mask = mask_members(sublayer_groups(cut), cut.kept)
     for number, layer in progress(model.stream_layers(range(count)), "widths", count):
-        gram = None if number in cut.skipped else channel_gram(model, fit, number, layer)
+        gram = channel_gram(model, fit, number, layer) if widths[number] else None
         fit.forward(number, layer)
         dense.forward(number, layer)
-        if gram is None:
+        if number in cut.skipped:
             continue
         earlier = list(branches)
         with preserved(layer):
             mask(number, layer)
-            weight = model.ffns(number)[0].down_weight()
-            original = weight.clone()
-            for width in others[number]:
-                narrow(weight, original, gram, orders[number][:width])
-                branch = pruned.fork(len(held_out), number, cost.branches_on)
-                branch.forward(number, layer)
-                branches.append((number, width, branch))
-            narrow(weight, original, gram, orders[number][: widths[number]])
+            if gram is not None:
+                weight = model.ffns(number)[0].down_weight()
+                original = weight.clone()
+                for width in others[number]:
+                    narrow(weight, original, gram, orders[number][:width])
+                    branch = pruned.fork(len(held_out), number, cost.branches_on)
+                    branch.forward(number, layer)
+                    branches.append((number, width, branch))
+                narrow(weight, original, gram, orders[number][: widths[number]])
             for _, _, branch in earlier:
                 branch.forward(number, layer)
             pruned.forward(number, layer)

@@ -15,7 +15,7 @@ from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.index.channel_index import ChannelIndex
-from surgery.model.attention import attention_site
+from surgery.model.sublayers import attention_site
 from surgery.plan.kind_plan import KindPlan, kv_plan
 from surgery.progress import Progress, no_progress
 from surgery.repair.least_squares import inverse_power

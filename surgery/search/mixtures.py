@@ -1,26 +1,41 @@
-"""Which layers and attentions go beside FFN channels: first mixtures, then neighbours of the best one."""
+"""Which layers, attentions and whole FFNs go beside channels: first mixtures, then neighbours of the best."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from surgery.errors import PlanError
-from surgery.plan.kind_plan import KindPlan, attention_plan, layers_plan
+from surgery.plan.kind_plan import SUBLAYER_GROUPS, KindPlan, layers_plan, sublayer_plan
 from surgery.plan.prune_plan import PrunePlan
 from surgery.plan.search_plan import SearchStep
 from surgery.search.single_costs import Item
 from surgery.search.sizes import WHOLE, Fitter, Size
 
 TOGETHER = 6  # configurations measured in one pass
-COUNTS = {"layers": (1, 2, 4, 8, 16, 32), "attention": (2, 4, 8, 12, 20, 36)}  # tried of one kind at first
+COUNTS = {  # tried of one kind at first
+    "layers": (1, 2, 4, 8, 16, 32),
+    "attention": (2, 4, 8, 12, 20, 36),
+    "whole-ffn": (1, 2, 4, 8),
+}
 NEAR = 3  # items of a kind, from the cheapest that stays and the costliest that goes, tried as neighbours
-KV, FEWER_HEADS = "kv", 3  # item of fewer heads, and how many fewer are tried at first
+FIRST_LEVELS = 3  # numbers of heads or experts that go in every layer, tried at first: the lowest that do
 BETTER = 0.005  # share by which KL must fall for a configuration to be better: less is noise
 
 Measure = Callable[[list[PrunePlan]], list[float]]
 Mixture = frozenset[Item]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A kind of which as many members go in every layer: `steps` are numbers that may go, ascending, and
+    `plan(n)` removes n.
+    """
+
+    steps: list[int]
+    plan: Callable[[int], KindPlan]
 
 
 @dataclass
@@ -28,9 +43,8 @@ class Search:
     """Finds the mixture of cuts that costs the least KL, with FFNs as wide as the target then allows.
 
     `costs` are what single cuts cost, nats a token; these may go. `layers` is the number of layers, `fixed`
-    what goes in any case. `measure` gives the KL of whole configurations, as of Trials. `heads(n)`, where
-    key/value heads may go, is the plan without n heads in every layer, for n in `fewer_heads`; a mixture says
-    so by one item ("kv", n).
+    what goes in any case. `measure` gives the KL of whole configurations, as of Trials. `levels` are the
+    kinds that go by a number in every layer; a mixture has one item (kind, number) of such a kind at most.
     """
 
     fitter: Fitter
@@ -38,8 +52,7 @@ class Search:
     costs: dict[Item, float]
     layers: int
     fixed: tuple[KindPlan, ...] = ()
-    heads: Callable[[int], KindPlan] | None = None
-    fewer_heads: list[int] = field(default_factory=list)
+    levels: dict[str, Levels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kinds = dict.fromkeys(kind for kind, _ in self.costs)
@@ -66,10 +79,14 @@ class Search:
         return widest[1]
 
     def _parts(self, mixture: Mixture) -> list[KindPlan]:
-        layers, attentions = _numbers(mixture, "layers"), _numbers(mixture, "attention")
-        have = [number for kind, number in self.costs if kind == "attention"]
-        parts = [self.heads(fewer) for fewer in _numbers(mixture, KV) if self.heads is not None]
-        parts += [attention_plan(have, attentions)] if attentions else []
+        layers = _numbers(mixture, "layers")
+        parts = [
+            levels.plan(number) for kind, levels in self.levels.items() for number in _numbers(mixture, kind)
+        ]
+        for sublayer in SUBLAYER_GROUPS:
+            have = [number for kind, number in self.costs if kind == sublayer]
+            gone = _numbers(mixture, sublayer)
+            parts += [sublayer_plan(sublayer, have, gone)] if gone else []
         return parts + ([layers_plan(self.layers, layers)] if layers else [])
 
     def first(self) -> list[Mixture]:
@@ -88,8 +105,10 @@ class Search:
                 found.append(mixture)
                 if self.size_of(mixture) == WHOLE:
                     break
-        fewer = [frozenset({(KV, number)}) for number in self.fewer_heads[:FEWER_HEADS]]
-        return found + [mixture for mixture in fewer if self.plan(mixture) is not None]
+        for kind, levels in self.levels.items():
+            fewer = (frozenset({(kind, number)}) for number in levels.steps)
+            found += itertools.islice((one for one in fewer if self.plan(one) is not None), FIRST_LEVELS)
+        return found
 
     def run(self, seconds: float, steps: int | None = None) -> PrunePlan:
         """Measure the first mixtures, then neighbours of the best, for about so many seconds; or, where a
@@ -127,8 +146,7 @@ class Search:
                 least = min(self.found.values(), default=None)
                 gain = least - kl if least is not None and kl < least * (1 - BETTER) else None
                 self.found[mixture] = kl
-                kinds = [*self.orders, *([KV] if self.heads is not None else [])]
-                gone = {kind: tuple(_numbers(mixture, kind)) for kind in kinds}
+                gone = {kind: tuple(_numbers(mixture, kind)) for kind in (*self.orders, *self.levels)}
                 self.steps.append(SearchStep(gone, plan.width_after, kl, gain))
 
     def _best(self, first: Mixture) -> Mixture:
@@ -152,7 +170,7 @@ class Search:
                     yield self._with(more)
                 for less in go[kind][place : place + 1]:
                     yield self.best - {less}
-        yield from self._other_heads()
+        yield from self._other_levels()
         for kind in self.orders:
             if len(stay[kind]) > 1:
                 yield self._with(*stay[kind][:2])
@@ -163,21 +181,25 @@ class Search:
             for more in stay[kind][NEAR:]:
                 yield self._with(more)
 
-    def _other_heads(self) -> Iterator[Mixture]:
-        """The best mixture with key/value heads as many as one step more and one less leave."""
-        steps = [0, *self.fewer_heads]
-        (now,) = _numbers(self.best, KV) or [0]
-        rest = self.best - {(KV, now)}
-        for place in (steps.index(now) + 1, steps.index(now) - 1):
-            if 0 <= place < len(steps):
-                yield rest | ({(KV, steps[place])} if steps[place] else set())
+    def _other_levels(self) -> Iterator[Mixture]:
+        """The best mixture with a kind that goes by number a step more, and a step less."""
+        for kind, levels in self.levels.items():
+            steps = [0, *levels.steps]
+            (now,) = _numbers(self.best, kind) or [0]
+            rest = self.best - {(kind, now)}
+            for place in (steps.index(now) + 1, steps.index(now) - 1):
+                if 0 <= place < len(steps):
+                    yield rest | ({(kind, steps[place])} if steps[place] else set())
 
     def _may_go(self, item: Item) -> bool:
-        return item not in self.best and ("layers", item[1]) not in self.best
+        """Whether an item can join the best mixture: something of the layer stays, unless all of it goes."""
+        kind, number = item
+        others = {"layers"} if kind == "layers" else {"layers", *SUBLAYER_GROUPS}
+        return not any((other, number) in self.best for other in others)
 
     def _with(self, *items: Item) -> Mixture:
-        """The best mixture and `items`; an attention goes with its layer."""
-        gone = {("attention", number) for kind, number in items if kind == "layers"}
+        """The best mixture and `items`; an attention or an FFN goes with its layer."""
+        gone = {(sublayer, n) for kind, n in items if kind == "layers" for sublayer in SUBLAYER_GROUPS}
         return (self.best - gone) | frozenset(items)
 
     def _unreachable(self) -> PlanError:

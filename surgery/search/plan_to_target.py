@@ -15,23 +15,22 @@ from surgery.budget.sensitivity_cost import sensitivity_cost
 from surgery.budget.target import PARAMS, SPEED, Target
 from surgery.cut.groups import Cut
 from surgery.cut.kinds import KINDS
-from surgery.cut.kv_heads import possible_heads
 from surgery.cut.tensors import TensorEdit, edited_specs
 from surgery.engine.open_model import Model
-from surgery.engine.resume import Journal
+from surgery.engine.resume import Journal, saved_once
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import PlanError, UnsupportedModelError, UsageError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
-from surgery.plan.kind_plan import KV_HEADS, KindPlan
+from surgery.plan.kind_plan import KindPlan
 from surgery.plan.prune_plan import MEASURED, PrunePlan, make_plan
 from surgery.plan.search_plan import SearchPlan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.layer_widths import search_widths
 from surgery.pruning.plan_pruning import sensitivity_of
 from surgery.repair.methods import REPAIRS
-from surgery.search.head_scores import head_scores, heads_plan
-from surgery.search.mixtures import COUNTS, KV, Search
+from surgery.search.levels import expert_levels, head_levels
+from surgery.search.mixtures import COUNTS, Search
 from surgery.search.single_costs import Item, measure_single_costs
 from surgery.search.sizes import Fitter, amount_of
 from surgery.search.trials import Trials
@@ -52,6 +51,7 @@ def plan_to_target(
     seed: int = defaults.SEED,
     seconds: float = defaults.SEARCH_SECONDS,
     fixed: tuple[KindPlan, ...] = (),
+    expert_score: str = "reap",
     sensitivity: list[torch.Tensor] | None = None,
     journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
@@ -60,11 +60,11 @@ def plan_to_target(
     """The plan that meets `target` by cuts of the kinds `cuts` with the least KL to the dense model.
 
     What single cuts cost is measured first; then whole configurations are cut, repaired and measured on
-    held-out calibration blocks, for about `seconds` in all. `fixed` goes in any case; `sensitivity` of layers
-    is measured unless given. What was measured stays in `journal`, so that an interrupted search goes on.
-    Other arguments are as of `plan_pruning`. The plan's `search` says what was tried. Raises PlanError for a
-    target that can't be met, UnsupportedModelError for a
-    kind that the model can't be cut by.
+    held-out calibration blocks, for about `seconds` in all. `fixed` goes in any case. Experts go by
+    `expert_score`, as of `plan_experts`. `sensitivity` of layers is measured unless given. What was measured
+    stays in `journal`, so that an interrupted search goes on. Other arguments are as of `plan_pruning`. The
+    plan's `search` says what was tried. Raises PlanError for a target that can't be met,
+    UnsupportedModelError for a kind that the model can't be cut by.
     """
     check_prunable(model.checkpoint.config, model.name)
     index.check_source(model.checkpoint)
@@ -73,7 +73,7 @@ def plan_to_target(
     if allocation in MEASURED and sensitivity is None:
         say("Measuring the sensitivity of each layer at five widths")
         measured = partial(sensitivity_of, model, index, method=method, seed=seed, protect=protect)
-        tensors = _saved(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
+        tensors = saved_once(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
         sensitivity = [tensors[name] for name in sorted(tensors, key=int)]
 
     def build(
@@ -100,16 +100,15 @@ def plan_to_target(
     single = [kind for kind in cuts if kind in COUNTS]
     if single:
         say(f"Measuring what single {' and '.join(KINDS[kind].label for kind in single)} cost")
-        tensors = _saved(journal, "costs", lambda: _single_costs(model, trials, single, progress))
+        tensors = saved_once(journal, "costs", lambda: _single_costs(model, trials, single, progress))
         costs = {_item(name): float(kl) for name, kl in tensors.items()}
     search = Search(fitter, trials.measure, costs, len(model.meta_model.layers), fixed)
-    if KV in cuts:
+    if "kv" in cuts:
         say("Measuring what each key/value head adds")
-        tensors = _saved(journal, "heads", lambda: _head_scores(model, index, progress))
-        scores = {(int(layer), KV_HEADS): score for layer, score in tensors.items()}
-        (count,) = {len(score) for score in scores.values()}
-        search.fewer_heads = [count - heads for heads in possible_heads(model.meta_model)]
-        search.heads = lambda fewer: heads_plan(scores, count - fewer)
+        search.levels["kv"] = head_levels(model, index, journal, progress)
+    if "experts" in cuts and not any(part.kind == "experts" for part in fixed):
+        say("Measuring what each expert adds")
+        search.levels["experts"] = expert_levels(model, index, expert_score, protect, journal, progress)
     say(f"Trying mixtures of cuts that come to {target.text(target.amount)}")
     finished = journal.numbers("tried") if journal is not None else []
     plan = search.run(seconds, finished[0] if finished else None)
@@ -117,7 +116,7 @@ def plan_to_target(
         journal.mark(f"tried {len(search.steps)}")
     if allocation == "searched":
         widths = partial(search_widths, model, index, plan, progress, say)
-        tensors = _saved(journal, "widths", lambda: {"widths": torch.tensor(widths())})
+        tensors = saved_once(journal, "widths", lambda: {"widths": torch.tensor(widths())})
         plan = build(plan.cuts, search.size_of(search.best), tensors["widths"].tolist())
     found = SearchPlan(
         target,
@@ -177,7 +176,7 @@ def _check_speed(model: Model, target: Target, cuts: Collection[str]) -> None:
     """Raise UsageError for kinds whose speed is not measured, PlanError for a time below that of embeddings
     and head.
     """
-    for kind in ("attention", "experts", "vocab"):
+    for kind in ("attention", "whole-ffn", "experts", "vocab"):
         if kind in cuts:
             raise UsageError(
                 "how fast a model without some of these is, is not measured",
@@ -197,7 +196,7 @@ def _check_speed(model: Model, target: Target, cuts: Collection[str]) -> None:
 def _single_costs(
     model: Model, trials: Trials, kinds: Collection[str], progress: Progress[Any]
 ) -> dict[str, torch.Tensor]:
-    """KL without each layer and each attention, on the held-out blocks of `trials`, by "kind number"."""
+    """KL without each layer, attention and FFN, on the held-out blocks of `trials`, by "kind number"."""
     ids = trials.held_out.ids
     size = ModelSize.of(model.meta_model, model.run.dtype, ids.shape[1])
     cost = sensitivity_cost(size, 4 * len(ids), ids.shape[1], model.run)
@@ -210,23 +209,6 @@ def _by_layer(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {str(layer): tensor for layer, tensor in enumerate(tensors)}
 
 
-def _head_scores(model: Model, index: ChannelIndex, progress: Progress[Any]) -> dict[str, torch.Tensor]:
-    return {str(layer): score for (layer, _), score in head_scores(model, index, progress).items()}
-
-
 def _item(name: str) -> Item:
     kind, _, number = name.partition(" ")
     return kind, int(number)
-
-
-def _saved(
-    journal: Journal | None, step: str, measure: Callable[[], dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """What `measure` gives, or gave before the run was interrupted."""
-    if journal is not None and step in journal:
-        return journal.load(step)[1]
-    found = measure()
-    if journal is not None:
-        journal.save(step, {}, found)
-        journal.mark(step)
-    return found

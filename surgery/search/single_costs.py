@@ -1,4 +1,4 @@
-"""What single cuts cost: KL to the dense model without one layer or one attention, in one streamed pass."""
+"""What single cuts cost: KL to the dense model without one layer, attention or FFN, in one streamed pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.engine.hooks import module_outputs
 from surgery.engine.loss import measure_divergence
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
-from surgery.model.attention import attention_site
+from surgery.model.sublayers import SublayerSite, attention_site, ffn_site
 from surgery.progress import Progress, no_progress
 
 Item = tuple[str, int]  # (kind, layer): ("layers", 3), ("attention", 3)
@@ -28,8 +28,8 @@ def measure_single_costs(
     place: str = "device",
     progress: Progress[Any] = no_progress,
 ) -> dict[Item, float]:
-    """KL(dense || without it), in nats a token, of every whole layer ("layers" in `kinds`) and of every
-    attention ("attention") by itself, on blocks `ids` [N, T]; nothing is repaired.
+    """KL(dense || without it), in nats a token, of every whole layer ("layers" in `kinds`), every attention
+    ("attention") and every FFN ("whole-ffn") by itself, on blocks `ids` [N, T]; nothing is repaired.
 
     A copy of the hidden states leaves out what is measured and runs on beside the others, so that each layer
     is read once. `place` is where the copies are stored, as for `HiddenStore`.
@@ -42,18 +42,19 @@ def measure_single_costs(
             stream.forward(number, layer)
         if "layers" in kinds:
             without["layers", number] = base.fork(len(ids), number, place)
-        if "attention" in kinds and attention_site(layer) is not None:
-            without["attention", number] = branch = base.fork(len(ids), number, place)
-            with _silenced(layer):
-                branch.forward(number, layer)
+        sites = {"attention": attention_site(layer), "whole-ffn": ffn_site(layer, model.ffns(number))}
+        for kind, site in sites.items():
+            if kind in kinds and site is not None:
+                without[kind, number] = branch = base.fork(len(ids), number, place)
+                with _silenced(layer, site):
+                    branch.forward(number, layer)
         base.forward(number, layer)
     found = measure_divergence(model, base, list(without.values()))
     return {item: one.kl for item, one in zip(without, found, strict=True)}
 
 
-def _silenced(layer: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within the block, the layer's attention adds nothing."""
-    site = attention_site(layer)
-    assert site is not None
-    output = layer.get_submodule(site.output)
-    return module_outputs({"attention": output}, lambda _, found: torch.zeros_like(found))
+def _silenced(layer: nn.Module, site: SublayerSite) -> contextlib.AbstractContextManager[None]:
+    """Within the block, a sublayer of the layer adds nothing."""
+    return module_outputs(
+        {"output": layer.get_submodule(site.output)}, lambda _, found: torch.zeros_like(found)
+    )

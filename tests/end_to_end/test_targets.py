@@ -63,6 +63,7 @@ def test_repair_and_resume_go_past_a_layer_that_is_gone(
         (["--target-params", "45k"], "parameters"),
         (["--target-size", "180kB", "--cuts", "ffn,layers,attention"], "bytes"),
         (["--target-size", "200kB", "--cuts", "layers"], "bytes"),
+        (["--target-params", "45k", "--cuts", "ffn,whole-ffn"], "parameters"),
         (["--target-params", "50k", "--cuts", "ffn", "--allocation", "global"], "parameters"),
     ],
 )
@@ -78,6 +79,27 @@ def test_a_target_is_met_and_the_search_told(
     assert all(step["kl"] >= 0 for step in search["steps"])
     model = AutoModelForCausalLM.from_pretrained(source.parent / "cut")
     assert sum(one.numel() for one in model.parameters()) == found["result"]["parameters"]
+
+
+def test_experts_go_for_a_target(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
+    """The search tries fewer experts in every layer, and the command of the card makes the same cut again."""
+    source = save_tiny("mixtral", num_local_experts=6)
+    surgeon("index", "tiny", *CALIBRATION, "--out", "index", "--quiet")
+    size = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(source).parameters())
+    target = ["--target-params", str(int(0.7 * size)), "--search-time", "0s", "--multiple-of", "4"]
+    surgeon("prune", "tiny", *target, "--cuts", "experts", "--index", "index", "--out", "cut", "--quiet")
+    manifest = cut_manifest(Path("cut"))
+    tried = [step["removed"]["experts"] for step in manifest["plan"]["search"]["steps"]]
+    assert tried and all(len(one) == 1 for one in tried)
+    assert manifest["plan"]["cuts"]["experts"]["after"] < 6
+    assert manifest["result"]["parameters"] == manifest["plan"]["search"]["predicted"] <= 0.7 * size
+    words = shlex.split(manifest["command"])
+    surgeon("prune", "tiny", *words[3:], "--index", "index", "--out", "again", "--quiet")
+    assert Path("again/model.safetensors").read_bytes() == Path("cut/model.safetensors").read_bytes()
+    tries = ["--target-params", str(int(0.7 * size)), "--search-time", "0s", "--multiple-of", "4"]
+    surgeon("prune", "tiny", *tries, "--cuts", "ffn,experts", "--index", "index", "--out", "both", "--quiet")
+    steps = cut_manifest(Path("both"))["plan"]["search"]["steps"]
+    assert [] in [step["removed"]["experts"] for step in steps] and len(steps) > 1
 
 
 def test_a_packed_size_is_that_of_the_quantised_result(
@@ -106,6 +128,9 @@ def test_a_packed_size_is_that_of_the_quantised_result(
         (["--drop-layers", "0,1,2,3,4,5"], 1, "can't go"),
         (["--drop-layers", "6"], 1, "can't go"),
         (["--target-params", "40k", "--drop-layers", "1"], 2, "chooses what goes"),
+        (["--target-params", "40k", "--cuts", "ffn,vocab"], 2, "not searched for"),
+        (["--drop-ffn", "6"], 1, "no dense FFN that could go"),
+        (["--drop-attention", "1,2", "--drop-ffn", "2"], 1, "neither attention nor FFN"),
     ],
 )
 def test_what_does_not_make_sense_is_refused_before_any_work(
@@ -144,11 +169,13 @@ def test_card_report_and_later_steps_know_what_went(
 ) -> None:
     source = save_tiny("llama", num_attention_heads=8, num_key_value_heads=4)
     surgeon("index", str(source), *CALIBRATION, "--out", "index", "--quiet")
-    what = ["--drop-layers", "2", "--drop-attention", "4", "--kv-heads", "2", "--intermediate-size", "24"]
+    what = ["--drop-layers", "2", "--drop-attention", "4", "--drop-ffn", "3", "--kv-heads", "2"]
+    what += ["--intermediate-size", "24"]
     printed = surgeon("prune", str(source), *what, "--index", "index", "--out", "cut").output
     lines = [
         "Whole layers removed: 2",
         "Attention removed in layers 4",
+        "FFN removed in layers 3",
         "Key/value heads kept in each layer: 2",
     ]
     card = Path("cut/README.md").read_text()

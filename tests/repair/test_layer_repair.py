@@ -201,6 +201,24 @@ def test_repaired_models_load_and_are_closer_to_the_dense_one(
     assert distances[how] < distances["none"], distances
 
 
+def test_attention_makes_up_for_an_ffn_that_goes(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    """Layer 3's attention comes to the dense stream after the layer, later layers make up for the rest."""
+    surgeon("index", str(save_tiny("llama")), "--out", "index", *CALIBRATION[:2], "--blocks", "16")
+    ids, distances = ChannelIndex.load("index").input_ids[:4].long(), {}
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained("tiny")(ids).logits
+        for how in ("none", "lstsq", "lstsq-acc"):
+            surgeon("prune", "tiny", "--index", "index", "--drop-ffn", "3", "--repair", how, "--out", how)
+            distances[how] = float((AutoModelForCausalLM.from_pretrained(how)(ids).logits - dense).norm())
+    assert distances["lstsq-acc"] < 0.95 * distances["none"], distances
+    assert distances["lstsq"] == distances["none"]  # every other layer stays as it was by itself
+    entry = json.loads(Path("lstsq-acc/surgeon.json").read_text())["repair"][3]
+    assert not entry["ffns"] and entry["attention"]["ridge"] is not None
+    assert entry["attention"]["held_out_after"] < entry["attention"]["held_out_before"]
+
+
 @pytest.mark.parametrize("variant", ["llama", "olmo2", "opt", "mixtral"])
 def test_a_small_budget_solves_in_parts_and_still_repairs(
     variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

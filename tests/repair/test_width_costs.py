@@ -21,7 +21,7 @@ from surgery.cut.model_cut import model_cut
 from surgery.engine.open_model import Model
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
-from surgery.plan.kind_plan import attention_plan, layers_plan
+from surgery.plan.kind_plan import layers_plan, sublayer_plan
 from surgery.plan.prune_plan import channel_orders
 from surgery.pruning import layer_widths
 from surgery.pruning.layer_widths import moved, search_widths, uniform
@@ -45,7 +45,7 @@ def test_costs_are_those_of_the_whole_model_with_masked_weights(
     """All layers at widths of their own; layer 2 is gone, layer 4 has no attention."""
     model, index = indexed
     ids, orders = index.input_ids.long(), channel_orders(index, "scar-prot")
-    cuts = (attention_plan(range(6), [4]), layers_plan(6, [2]))
+    cuts = (sublayer_plan("attention", range(6), [4]), layers_plan(6, [2]))
     plan = surgery.plan_pruning(model, index, method="scar-prot", sparsity=0.5, multiple_of=4, cuts=cuts)
     cut = model_cut(model.meta_model, plan, widths_only=True)
     monkeypatch.setattr(sensitivity, "RIDGE", 1e9)  # no refit: masking alone

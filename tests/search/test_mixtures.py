@@ -11,7 +11,7 @@ import pytest
 from surgery.budget.target import PARAMS, Target
 from surgery.errors import PlanError
 from surgery.plan.kind_plan import KindPlan, removed_attention, removed_layers
-from surgery.search.mixtures import Search
+from surgery.search.mixtures import Levels, Search
 
 LAYERS, TARGET = 5, 60
 LAYER, ATTENTION, HEAD = 10, 3, 4  # parameters that go with each
@@ -88,8 +88,7 @@ def test_a_finished_search_is_told_again_step_by_step() -> None:
 
 def test_fewer_heads_are_one_of_the_mixtures() -> None:
     found = search()
-    found.heads = lambda fewer: KindPlan("kv", {}, {"heads": fewer})
-    found.fewer_heads = [1, 2, 3]
+    found.levels["kv"] = Levels([1, 2, 3], lambda fewer: KindPlan("kv", {}, {"heads": fewer}))
     found.run(60)
     tried = {step.removed["kv"] for step in found.steps}
     assert {(), (1,), (2,)} <= tried and found.best == search_best()
