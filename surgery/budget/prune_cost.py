@@ -17,7 +17,7 @@ from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.machine import Machine
 from surgery.budget.model_size import ModelSize, token_share
 from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule, repair_bytes
-from surgery.budget.sensitivity_cost import MEASURE_TOKENS, sensitivity_cost
+from surgery.budget.sensitivity_cost import MEASURE_TOKENS, sensitivity_cost, width_search_cost
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.run_options import RunOptions
 from surgery.model.ffn import Ffn, is_conv1d
@@ -39,7 +39,7 @@ class PruneJob:
     `blocks` x `block_size` tokens, and with `follows_pruned` each cut's own hidden states are computed too.
     `text_tokens` of other text go along, counted once for each cut and once for the dense model. With
     `preserves_layer` a copy of each layer is kept meanwhile. `written` bytes are the result. With
-    `sensitivity` the sensitivity of layers is measured before.
+    `sensitivity` the sensitivity of layers is measured before, with `searches_widths` whole sets of widths.
     """
 
     kept: list[dict[str, int]]
@@ -52,6 +52,7 @@ class PruneJob:
     preserves_layer: bool = False
     written: int = 0
     sensitivity: bool = False
+    searches_widths: bool = False
 
     @property
     def tokens(self) -> int:
@@ -161,6 +162,9 @@ class _Needs:
         self.sensitivity = 0
         if job.sensitivity:
             self.sensitivity = sensitivity_cost(size, job.blocks, job.block_size, run).resident_bytes
+        if job.searches_widths:
+            searching = width_search_cost(size, job.blocks, job.block_size, run).resident_bytes
+            self.sensitivity = max(self.sensitivity, searching)
 
     def beside(self, blocks: int) -> int:
         """Bytes beside matrices and hidden states when `blocks` blocks go through a layer together."""

@@ -1,4 +1,7 @@
-"""What measuring sensitivity takes: one forward pass with five pruned copies of every layer's output."""
+"""What measuring sensitivity takes: one forward pass with five pruned copies of every layer's output.
+
+And what a pass of the search for widths takes, which has two copies, at most, of the output of every layer.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,14 @@ FIT_BLOCKS = 32  # calibration blocks that the branches are refitted on
 @dataclass(frozen=True)
 class SensitivityCost:
     """`resident_bytes` beside the branches, `branch_bytes` of all branches, stored in `branches_on` memory or
-    disk.
+    disk. `keeps_moments` says whether all layers' moments fit beside both, for later passes.
     """
 
     micro_batch: int
     resident_bytes: int
     branch_bytes: int
     branches_on: str
+    keeps_moments: bool = False
 
 
 def measured_blocks(blocks: int, block_size: int) -> int:
@@ -36,22 +40,37 @@ def sensitivity_cost(size: ModelSize, blocks: int, block_size: int, run: RunOpti
     """Cost of measuring sensitivity on calibration blocks within `run.memory`; branches go to disk where they
     must.
     """
+    matrices = sensitivity_bytes(size.widest, size.hidden, max(FRACTIONS))
+    return _pass_cost(size, blocks, block_size, run, matrices, len(FRACTIONS))
+
+
+def width_search_cost(size: ModelSize, blocks: int, block_size: int, run: RunOptions) -> SensitivityCost:
+    """Cost of one pass of the search for widths, likewise. Any width may be solved for."""
+    return _pass_cost(size, blocks, block_size, run, sensitivity_bytes(size.widest, size.hidden, 1.0), 2)
+
+
+def _pass_cost(
+    size: ModelSize, blocks: int, block_size: int, run: RunOptions, matrices: int, copies: int
+) -> SensitivityCost:
+    """Cost of a pass that takes so many bytes of `matrices` in a layer and makes `copies` of its output."""
     budget = Budget.of(run)
     tokens = max(TOKENS_PER_STEP[run.device.type], block_size)
     token_bytes = run.dtype.itemsize * size.hidden
     streams = token_bytes * (FIT_BLOCKS * block_size + MEASURE_TOKENS)
-    matrices = sensitivity_bytes(size.widest, size.hidden)
     layers = 3 * size.layer + size.merging + size.saved_token * tokens + matrices
     resident = streams + max(layers, size.other_resident + size.compared_bytes(MEASURE_TOKENS))
-    branches = size.layers * len(FRACTIONS) * measured_blocks(blocks, block_size) * block_size * token_bytes
+    branches = size.layers * copies * measured_blocks(blocks, block_size) * block_size * token_bytes
     place = budget.place(branches, resident)
-    return SensitivityCost(largest_micro_batch(block_size, run.device.type), resident, branches, place)
+    kept = resident + branches * (place == budget.first_place) + 8 * size.layers * size.widest**2
+    return SensitivityCost(
+        largest_micro_batch(block_size, run.device.type), resident, branches, place, kept <= budget.usable
+    )
 
 
-def sensitivity_bytes(width: int, outputs: int) -> int:
+def sensitivity_bytes(width: int, outputs: int, largest: float) -> int:
     """Bytes of matrices that measuring a layer of F = `width` channels and D = `outputs` takes at its peak.
 
-    All channels' moments [F, F] and, for the largest fraction kept, its own moments and what solving takes.
+    All channels' moments [F, F] and, for the `largest` fraction kept, its own moments and what solving takes.
     """
-    kept = round(max(FRACTIONS) * width)
+    kept = round(largest * width)
     return 8 * (width**2 + kept**2 + outputs * (width + kept)) + solve_bytes(kept, outputs)

@@ -147,7 +147,7 @@ def compare(
     opened = how.open(model)
     check_prunable(opened)
     ways = chosen or list(itertools.product(allocations, repairs, methods))
-    search.check(opened, sparsities)
+    search.check(opened, sparsities, searches=any("searched" in way for way in ways))
     sizes = [(0.0, kinds) for kinds in search.cuts(opened)] or [(one, ()) for one in sparsities or SPARSITIES]
     variants = [Variant(sparsity, *way, kinds) for sparsity, kinds in sizes for way in ways]
     check_variants(opened, variants, multiple_of)

@@ -113,7 +113,7 @@ def plans_for(
     from surgery.search.plan_to_target import plan_to_target
 
     measured: dict[str, Any] = {}
-    plans = []
+    plans: list[PrunePlan] = []
     for variant in variants:
         sensitivity = None
         if variant.allocation in MEASURED:
@@ -125,6 +125,9 @@ def plans_for(
         how: dict[str, Any] = {**asdict(variant), "seed": seed, "multiple_of": multiple_of}
         kinds, model, index = how.pop("kinds"), comparison.opened, comparison.index
         if not kinds:
+            if variant.allocation == "searched":
+                how |= {"journal": journal.part(f"search-{len(plans)}"), "seconds": search.seconds}
+                how |= {"progress": bars(quiet), "say": lambda line: say(line, quiet)}
             plans.append(plan_pruning(model, index, sensitivity=sensitivity, **how))
             continue
         target = search.target

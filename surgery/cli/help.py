@@ -8,7 +8,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "onto", "revision", "range_reads", "index_folder"),
     "Pruning": (
         *("sparsity", "sparsities", "intermediate_size", "multiple_of", "method", "methods", "chosen"),
-        *("protect", "repair", "repairs", "allocation", "allocations", "pad"),
+        *("protect", "repair", "repairs", "allocation", "allocations", "layer_widths", "pad"),
         *("target_params", "target_size", "target_memory", "speedup", "speed_of", "context", "packed_int4"),
         *("cuts", "search_cuts", "search_time"),
         *("drop_layers", "drop_attention", "drop_ffn", "kv_heads"),

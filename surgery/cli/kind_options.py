@@ -83,7 +83,7 @@ class KindOptions:
 
         A smaller vocabulary changes no layer, so that nothing is repaired then unless a repair is asked for.
         """
-        if elsewhere or not self.any or cut.sparsity is not None or cut.intermediate_size is not None:
+        if elsewhere or not self.any or cut.sized:
             return cut
         asked = click.get_current_context().get_parameter_source("repair") is ParameterSource.COMMANDLINE
         repair = cut.repair if asked or self.keep_experts is not None else "none"

@@ -122,8 +122,9 @@ def prune(
     cut = target.check(
         kinds.sized(cut, elsewhere=target.target is not None or target.explicit), rounds=healing.rounds
     )
+    searches = target.target is not None or cut.allocation == "searched"
     job.check(dry_run, searches=target.target is not None)
-    check_alone(searches=target.target is not None, heals=healing.heal_tokens is not None)
+    check_alone(searches=searches, heals=healing.heal_tokens is not None)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder, opened.checkpoint)
@@ -215,6 +216,7 @@ def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) 
         intermediate_size=cut.intermediate_size,
         multiple_of=cut.multiple_of,
         allocation=cut.allocation,
+        layer_widths=cut.layer_widths,
         repair=cut.repair,
         calibration=calibration,
     )
@@ -245,6 +247,8 @@ def plan_for(
         index,
         seed=seed,
         cuts=parts,
+        seconds=target.seconds,
+        journal=search,
         progress=bars(quiet),
         say=lambda line: say(line, quiet),
         **vars(options),

@@ -23,19 +23,24 @@ def canonical_command(
 ) -> list[str]:
     """The words of the command that makes the same checkpoint again, free of paths of this machine."""
     from surgery.plan.kind_plan import removed_attention, removed_ffns, removed_layers
+    from surgery.plan.prune_plan import GIVEN
 
     checkpoint, calibration = model.checkpoint, index.calibration
     words = ["surgeon", "prune", checkpoint.name]
     if checkpoint.revision:
         words += ["--revision", checkpoint.revision]
     found = plan.search.size if plan.search is not None else {}
-    if len(plan.widths) == 1 and plan.allocation == "uniform" and plan.width_after < plan.width_before:
+    if plan.allocation in ("searched", GIVEN):  # what was found, so that it is not searched for again
+        words += ["--layer-widths", ",".join(str(len(layer.kept)) for layer in plan.layers)]
+    elif len(plan.widths) == 1 and plan.allocation == "uniform" and plan.width_after < plan.width_before:
         words += ["--intermediate-size", str(plan.width_after)]
     else:
         size = found.get("width", options.intermediate_size)
         sparsity = found.get("sparsity", options.sparsity)
         words += ["--sparsity", str(sparsity)] if size is None else ["--intermediate-size", str(size)]
         words += ["--multiple-of", str(options.multiple_of)] if options.multiple_of else []
+        words += ["--allocation", plan.allocation] if plan.allocation != "uniform" else []
+    words += ["--pad"] if plan.padded else []
     for option, gone in (
         ("--drop-layers", removed_layers(plan.cuts)),
         ("--drop-attention", removed_attention(plan.cuts)),
@@ -45,8 +50,6 @@ def canonical_command(
     words += [
         word for part in plan.cuts if part.kind == "kv" for word in ("--kv-heads", str(part.facts["heads"]))
     ]
-    if plan.allocation != "uniform":
-        words += ["--allocation", plan.allocation, *(["--pad"] if plan.padded else [])]
     seed = plan.seed if plan.method == "random" else calibration["seed"]
     words += ["--method", plan.method, "--repair", plan.repair, "--seed", str(seed)]
     words += ["--spike-prompt", text.spike_prompt] if text.spike_prompt else []

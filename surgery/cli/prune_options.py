@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +10,7 @@ import click
 from surgery import defaults
 from surgery.cli.common import bars
 from surgery.cli.options import ALLOCATION_NAMES, collected, method_option, multiple_of_option, repair_option
+from surgery.cli.target_values import widths
 from surgery.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,24 +29,38 @@ class CutOptions:
     multiple_of: int | None
     method: str
     allocation: str
+    layer_widths: tuple[int, ...] | None
     pad: bool
     repair: str
     protect: bool | None
 
+    @property
+    def sized(self) -> bool:
+        """Whether the options say how many channels go."""
+        given = (self.sparsity, self.intermediate_size, self.layer_widths)
+        return any(one is not None for one in given)
+
     def check(self) -> CutOptions:
         """These options, 50% where no size is given. Raises UsageError when they contradict each other."""
+        if self.layer_widths is not None:
+            if (self.sparsity, self.intermediate_size, self.allocation) != (None, None, defaults.ALLOCATION):
+                raise UsageError(
+                    "--layer-widths takes the place of --sparsity, --intermediate-size and --allocation"
+                )
+            return replace(self, intermediate_size=max(self.layer_widths), allocation="given")
         if self.sparsity is not None and self.intermediate_size is not None:
             raise UsageError("give --sparsity or --intermediate-size, not both")
         if self.pad and self.allocation == "uniform":
             raise UsageError(
                 "--pad makes layers of different width alike", next_step="use it with --allocation global"
             )
-        if self.sparsity is None and self.intermediate_size is None:
-            return CutOptions(defaults.SPARSITY, *list(vars(self).values())[1:])
-        return self
+        return self if self.sized else replace(self, sparsity=defaults.SPARSITY)
 
     def name_for(self, model: Model) -> str:
-        """Folder and repo name: source, method, percent removed or width kept."""
+        """Folder and repo name: source, method, percent removed or width kept, the mean of given ones."""
+        if self.layer_widths is not None:
+            mean = sum(self.layer_widths) / len(self.layer_widths)
+            return f"{model.short_name}-{self.method}-w{mean:.0f}-mean"
         size = f"w{self.intermediate_size}" if self.sparsity is None else str(round(100 * self.sparsity))
         return f"{model.short_name}-{self.method}-{size}"
 
@@ -94,6 +109,13 @@ cut_options = collected(
             help="One width for all layers, which loads everywhere; or one width each, which needs a "
             "loader: by the measured sensitivity of layers (global), by up to twelve more measurements of "
             "all widths together (searched), or by the scores alone (score).",
+        ),
+        click.option(
+            "--layer-widths",
+            metavar="NUMBERS",
+            callback=widths,
+            help="Channels to keep in each layer, as 512,640,…, in place of --sparsity and --allocation; 0 "
+            "for a layer that goes or whose FFN goes.",
         ),
         click.option(
             "--pad",

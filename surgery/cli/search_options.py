@@ -46,16 +46,17 @@ class SearchOptions:
         """What each search may take."""
         return defaults.SEARCH_SECONDS if self.search_time is None else self.search_time
 
-    def check(self, model: Model, sparsities: tuple[float, ...]) -> None:
+    def check(self, model: Model, sparsities: tuple[float, ...], searches: bool = False) -> None:
         """Refuse, before any work, what goes only with a target or not with it, and one out of reach."""
         from surgery.engine.distributed import world_size
         from surgery.search.plan_to_target import check_target
 
         target = self.target
         if target is None:
-            if self.search_cuts or self.search_time is not None:
+            if self.search_cuts or (self.search_time is not None and not searches):
                 raise UsageError(
-                    "--cuts and --search-time are for a target", next_step="give --target-params"
+                    "--cuts is for a target, --search-time for that and for --allocation searched",
+                    next_step="give --target-params",
                 )
             return
         if sparsities:

@@ -102,12 +102,12 @@ class TargetOptions:
         Raises UsageError for options that contradict each other.
         """
         target = self.target
-        sized = cut.sparsity is not None or cut.intermediate_size is not None
-        if target is not None and sized:
-            raise UsageError("a target takes the place of --sparsity and --intermediate-size")
-        for name, value in (("--cuts", self.cuts), ("--search-time", self.search_time)):
-            if target is None and value is not None:
-                raise UsageError(f"{name} is for a target", next_step="give --target-params or --target-size")
+        if target is not None and cut.sized:
+            raise UsageError("a target takes the place of --sparsity, --intermediate-size and --layer-widths")
+        if target is None and self.cuts is not None:
+            raise UsageError("--cuts is for a target", next_step="give --target-params or --target-size")
+        if target is None and cut.allocation != "searched" and self.search_time is not None:
+            raise UsageError("--search-time is for a target and for --allocation searched")
         if self.speed_of != "decode" and self.speedup is None:
             raise UsageError("--speed-of is for --target-speed", where="--speed-of")
         if target is not None and self.explicit:
@@ -115,13 +115,13 @@ class TargetOptions:
                 "the search for a target chooses what goes",
                 where="--drop-layers, --drop-attention, --drop-ffn, --kv-heads",
             )
-        if rounds > 1 and (target is not None or self.explicit):
+        if rounds > 1 and (target is not None or self.explicit or cut.layer_widths is not None):
             raise UsageError(
-                "several rounds cut FFN channels alone",
+                "several rounds cut FFN channels alone, by their number",
                 where="--rounds",
                 next_step="use --heal without --rounds, or --sparsity",
             )
-        whole = target is not None or (self.explicit and not sized)
+        whole = target is not None or (self.explicit and not cut.sized)
         return (replace(cut, sparsity=0.0) if whole else cut).check()
 
     @property
@@ -133,6 +133,11 @@ class TargetOptions:
     def dropped(self) -> dict[str, tuple[int, ...]]:
         """Layers that lose a whole sublayer, by kind of cut."""
         return {"attention": self.drop_attention, "whole-ffn": self.drop_ffn}
+
+    @property
+    def seconds(self) -> float:
+        """What a search may take."""
+        return defaults.SEARCH_SECONDS if self.search_time is None else self.search_time
 
     def kinds(self, model: Model, tell: bool = False) -> tuple[str, ...]:
         """Names of the kinds that may go for a target: those asked for, or `default_kinds`."""
@@ -198,11 +203,11 @@ class TargetOptions:
         destination: Path,
         resume: bool,
     ) -> Journal | None:
-        """The journal of the search, beside the destination; None without a target."""
+        """The journal of the search, beside the destination; None where nothing is searched for."""
         from surgery.engine.resume import Journal
         from surgery.pruning.prune_pass import index_use_fingerprint
 
-        if self.target is None:
+        if self.target is None and cut.allocation != "searched":
             return None
         fingerprint = {**index_use_fingerprint(model, index), "cut": vars(cut), "target": vars(self)}
         fingerprint |= {"expert_score": expert_score} if "experts" in (self.cuts or ()) else {}
@@ -225,13 +230,13 @@ class TargetOptions:
 
         target = self.measured(model, journal, quiet)
         how: dict[str, Any] = {**vars(cut), "seed": seed}
-        del how["sparsity"], how["intermediate_size"]
+        del how["sparsity"], how["intermediate_size"], how["layer_widths"]
         return plan_to_target(
             model,
             index,
             target,
             cuts=self.kinds(model),
-            seconds=defaults.SEARCH_SECONDS if self.search_time is None else self.search_time,
+            seconds=self.seconds,
             fixed=fixed,
             expert_score=expert_score,
             journal=journal,
@@ -289,7 +294,8 @@ target_options = collected(
             "--search-time",
             metavar="TIME",
             callback=duration,
-            help="Stop trying mixtures after this time, as 20m. The first few are always tried. "
+            help="Stop trying mixtures, and widths of layers, after this time, as 20m. The first few are "
+            "always tried. "
             f"[default: {defaults.SEARCH_SECONDS / 60:.0f}m]",
         ),
         click.option(

@@ -69,6 +69,14 @@ def layers(_: click.Context, parameter: click.Parameter, value: str | None) -> t
         raise click.BadParameter(f"{value!r} is not layer numbers, as 5,12", param=parameter) from error
 
 
+def widths(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of channels separated by commas, in the order of layers."""
+    try:
+        return None if value is None else tuple(int(word) for word in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not numbers, as 512,640", param=parameter) from error
+
+
 def factor(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
     """A factor above 1, as 1.3x."""
     if value is None:

@@ -91,16 +91,21 @@ def _texts(texts: list[dict[str, Any]]) -> str:
 
 
 def search_line(plan: dict[str, Any]) -> str | None:
-    """What the search for the mixture found, in a sentence; None where there was none."""
-    steps = plan.get("search", {}).get("steps") or []
-    if not steps:
-        return None
-    least = min(step["kl"] for step in steps)
-    return (
-        f"Searched: {len(steps)} mixtures were cut, repaired and measured on "
-        f"{plan['search']['tokens']:,} held-out calibration tokens; KL to the dense model "
-        f"{steps[0]['kl']:.3f} nats a token for the first, {least:.3f} for the best"
-    )
+    """What the searches for the mixture and for widths found, in sentences; None where there was none."""
+    found = []
+    for key, what in (
+        ("search", "mixtures were cut, repaired"),
+        ("width_search", "sets of widths were cut, refitted"),
+    ):
+        steps = plan.get(key, {}).get("steps") or []
+        if steps:
+            least = min(step["kl"] for step in steps)
+            found.append(
+                f"Searched: {len(steps)} {what} and measured on {plan[key]['tokens']:,} held-out calibration "
+                f"tokens; KL to the dense model {steps[0]['kl']:.3f} nats a token for the first, {least:.3f} "
+                "for the best"
+            )
+    return ". ".join(found) or None
 
 
 def _listed(numbers: list[int]) -> str:

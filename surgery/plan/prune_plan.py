@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +22,18 @@ from surgery.plan.kind_plan import (
     with_expert_places,
 )
 from surgery.plan.methods import METHODS
-from surgery.plan.search_plan import SearchPlan
-from surgery.plan.widths import WidthChange, default_multiple, deployability, width_changes
+from surgery.plan.search_plan import SearchPlan, WidthSearch
+from surgery.plan.widths import (
+    WidthChange,
+    check_layer_widths,
+    default_multiple,
+    deployability,
+    width_changes,
+)
 
 ALLOCATIONS = ("uniform", "global", "searched", "score")
 MEASURED = ("global", "searched")  # which start from the sensitivity of layers
+GIVEN = "given"  # allocation of a plan whose widths of layers are said one by one
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,13 @@ class PrunePlan:
     widths: changes of the config keys that hold FFN widths, the key with the most channels first.
     sparsity: share of all FFN channels that is removed.
     super_weights: entries of the index, with their columns after pruning (None if removed).
-    allocation: "uniform", "global", "searched" or "score".
+    allocation: "uniform", "global", "searched", "score" or "given".
     padded: whether layers are zero-padded to the widest layer.
     repair: name of the repair method.
     protect: whether supernodes and super-weight columns are kept.
     cuts: what goes besides FFN channels, one entry for each kind.
     search: how the mixture of cuts was found, where it was searched for.
+    width_search: how the widths of layers were, with the allocation "searched".
     """
 
     method: str
@@ -126,6 +135,7 @@ class PrunePlan:
     paper: str = ""
     cuts: tuple[KindPlan, ...] = ()
     search: SearchPlan | None = None
+    width_search: WidthSearch | None = None
 
     @property
     def per_layer_widths(self) -> bool:
@@ -184,6 +194,7 @@ class PrunePlan:
             "divides": deployability(self.width_after),
             **({"cuts": {part.kind: part.facts for part in self.cuts}} if self.cuts else {}),
             **({"search": self.search.as_json()} if self.search else {}),
+            **({"width_search": self.width_search.as_json()} if self.width_search else {}),
             "layers": [layer.as_json() for layer in self.layers],
         }
 
@@ -202,7 +213,8 @@ def make_plan(
     sensitivity: list[torch.Tensor] | None = None,
     protect: bool | None = None,
     cuts: tuple[KindPlan, ...] = (),
-    layer_widths: list[int] | None = None,
+    layer_widths: Sequence[int] | None = None,
+    width_search: WidthSearch | None = None,
 ) -> PrunePlan:
     """Choose the channels to keep from an index, the same number in all FFNs with the same config key.
 
@@ -220,14 +232,20 @@ def make_plan(
     protect: whether supernodes and super-weight columns are never removed (default: as the method says).
     cuts: what goes besides FFN channels. FFNs that go as a whole or with their layer keep no channel; sizes
         are those of the others.
-    layer_widths: with the allocation "searched", the widths that were found (`search_widths`).
+    layer_widths: with the allocation "given", channels to keep in each layer, 0 in one without an FFN; give
+        neither a sparsity nor a width then.
+    width_search: with the allocation "searched", the widths that were found (`search_widths`).
 
     Raises PlanError for an unknown method, conflicting arguments, or a width that can't be reached.
     """
     chosen = METHODS.find(method)
+    if allocation == GIVEN:
+        sparsity, width = None, max(layer_widths or [0])
     if (sparsity is None) == (width is None):
         raise PlanError("give either a sparsity or a width", where="--sparsity, --intermediate-size")
-    if allocation not in ALLOCATIONS or (allocation in MEASURED) != (sensitivity is not None):
+    if (allocation == GIVEN) != (layer_widths is not None):
+        raise PlanError("widths of layers must be given with the allocation given, and only then")
+    if allocation not in (*ALLOCATIONS, GIVEN) or (allocation in MEASURED) != (sensitivity is not None):
         raise PlanError(
             "sensitivity must be given with the allocations global and searched, and only then",
             expected=", ".join(ALLOCATIONS),
@@ -243,10 +261,9 @@ def make_plan(
     multiple = multiple_of or default_multiple(changes[0].before)
     check_something_stays(removed_attention(cuts), removed_ffns(cuts))
     bare = removed_layers(cuts) | removed_ffns(cuts)  # without channels
-    if layer_widths is not None:
-        (change,) = changes
-        widths = [None if number in bare else width for number, width in enumerate(layer_widths)]
-        changes = (WidthChange(change.key, change.before, max(layer_widths), tuple(widths)),)
+    found = width_search.widths if width_search is not None else layer_widths
+    if found is not None:
+        changes = (_at_widths(index, found, bare),)
     elif allocation != "uniform":
         changes = tuple(
             _spread(index, change, rankings, multiple, method, sensitivity, bare) for change in changes
@@ -279,7 +296,24 @@ def make_plan(
         repair=repair,
         protect=protect,
         cuts=cuts,
+        width_search=width_search,
     )
+
+
+def _at_widths(index: ChannelIndex, widths: Sequence[int], bare: frozenset[int]) -> WidthChange:
+    """The change to these widths of layers; layers `bare` of an FFN have none. Raises PlanError."""
+    check_layer_widths(index.widths, widths, len(index.layers))
+    ((key, before),) = index.widths.items()
+    zero = [number for number, width in enumerate(widths) if not width and number not in bare]
+    if zero:
+        raise PlanError(
+            "an FFN keeps at least one channel",
+            where="--layer-widths",
+            found=f"0 for layer {zero[0]}",
+            next_step="remove whole FFNs with --drop-ffn",
+        )
+    own = tuple(None if number in bare else width for number, width in enumerate(widths))
+    return WidthChange(key, before, max(width for width in own if width is not None), own)
 
 
 def _plan_at_width(

@@ -1,4 +1,4 @@
-"""What a search for the best mixture of cuts found, step by step: the entry `search` of a plan."""
+"""What searches found, step by step: for the best mixture of cuts, and for widths of layers."""
 
 from __future__ import annotations
 
@@ -61,3 +61,37 @@ class SearchPlan:
             "size": self.size,
             "steps": [step.as_json() for step in self.steps],
         }
+
+
+@dataclass(frozen=True)
+class WidthStep:
+    """Widths of all layers that were tried together.
+
+    name: "single costs", "one width", or "round 1" and so on. kl: KL(dense || cut and refitted), nats a
+    token, on held-out calibration blocks. kept: whether they were better than the best before.
+    """
+
+    name: str
+    kl: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class WidthSearch:
+    """A search for widths of layers: the best, 0 for a layer without an FFN, and what was tried, in order.
+
+    tokens: held-out calibration tokens that KL is measured on.
+    """
+
+    widths: tuple[int, ...]
+    tokens: int
+    steps: tuple[WidthStep, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry `plan.width_search` of surgeon.json."""
+        return {"tokens": self.tokens, "steps": [asdict(step) for step in self.steps]}
+
+    @classmethod
+    def from_json(cls, widths: tuple[int, ...], fields: dict[str, Any]) -> WidthSearch:
+        """The search with the best `widths` whose entry is `fields`."""
+        return cls(widths, fields["tokens"], tuple(WidthStep(**step) for step in fields["steps"]))

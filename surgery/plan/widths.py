@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,24 @@ def width_changes(
     if refusal is not None and all(change.after == change.before for change in changes):
         raise refusal
     return tuple(changes)
+
+
+def check_layer_widths(widths: dict[str, int], layer_widths: Sequence[int], layers: int) -> None:
+    """Raise PlanError unless `layer_widths` are one width for each layer of a model with one FFN width.
+
+    0 is for a layer whose FFN goes in any case.
+    """
+    before = max(widths.values(), default=0)
+    wrong = [width for width in layer_widths if not 0 <= width <= before]
+    if len(widths) != 1 or len(layer_widths) != layers or wrong:
+        raise PlanError(
+            "these are not the widths of its layers",
+            where="--layer-widths",
+            expected=f"{layers} numbers from 1 to {before}"
+            if len(widths) == 1
+            else "a model with one FFN width",
+            found=f"{len(layer_widths)} numbers" + (f", {wrong[0]} among them" if wrong else ""),
+        )
 
 
 def deployability(width: int) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
 from surgery.cut.ffn_channels import planned_cut
@@ -10,7 +10,7 @@ from surgery.cut.planned_model import check_planned
 from surgery.engine.open_model import Model
 from surgery.model.meta_model import MetaModel
 from surgery.plan.prune_plan import MEASURED, PrunePlan
-from surgery.plan.widths import WidthChange, width_changes
+from surgery.plan.widths import WidthChange, check_layer_widths, width_changes
 from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import check_sensitivity_measurable
 
@@ -27,6 +27,7 @@ def prune_job(plan: PrunePlan, calibration: tuple[int, ...], written: int = 0) -
         block_size,
         written=written,
         sensitivity=plan.allocation in MEASURED,
+        searches_widths=plan.allocation == "searched",
     )
 
 
@@ -76,6 +77,7 @@ def estimate_prune(
     intermediate_size: int | None,
     multiple_of: int | None,
     allocation: str,
+    layer_widths: Sequence[int] | None = None,
     repair: str,
     calibration: tuple[int, int],
 ) -> PruneCost:
@@ -87,6 +89,8 @@ def estimate_prune(
     if allocation in MEASURED:
         check_sensitivity_measurable(meta_model)
     method = REPAIRS.find(repair)
+    if layer_widths is not None:
+        check_layer_widths(meta_model.widths(), layer_widths, len(meta_model.layers))
     changes = width_changes(meta_model.widths(), sparsity, intermediate_size, multiple_of)
     check_planned(meta_model, planned_cut(meta_model, changes))
     job = PruneJob(
@@ -95,5 +99,6 @@ def estimate_prune(
         method.follows_pruned,
         *calibration,
         sensitivity=allocation in MEASURED,
+        searches_widths=allocation == "searched",
     )
     return prune_cost(meta_model, job, opened.run)

@@ -8,83 +8,152 @@ half as many.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
+from surgery import defaults
 from surgery.budget.model_size import ModelSize
-from surgery.budget.sensitivity_cost import sensitivity_cost
+from surgery.budget.sensitivity_cost import width_search_cost
 from surgery.cut.model_cut import model_cut
 from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal, saved_once
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.kind_plan import removed_ffns, removed_layers
 from surgery.plan.prune_plan import PrunePlan, channel_orders
+from surgery.plan.search_plan import WidthSearch, WidthStep
 from surgery.progress import Progress, no_progress
+from surgery.repair.sensitivity import split_blocks
 from surgery.repair.width_costs import WidthCosts, measure_width_costs
 
 ROUNDS = 12  # at most
 PAIRS = 8  # of layers that a step moves between, at first
 STEPS = 12  # of an FFN's width
-BETTER = 0.002  # share by which KL must fall: less is noise
+BETTER = 0.002  # share by which KL must fall in a round: less is noise
 
 
 def search_widths(
     model: Model,
     index: ChannelIndex,
     plan: PrunePlan,
+    *,
+    seconds: float = defaults.SEARCH_SECONDS,
+    journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
     say: Callable[[str], None] = lambda _: None,
-) -> list[int]:
+) -> WidthSearch:
     """Widths of all layers, as many channels in sum as `plan` keeps; 0 for a layer without an FFN.
 
     The search starts from the widths of `plan`, or from one width for all where that costs less, and leaves
     what else the plan removes as it is. KL is measured on the calibration blocks that sensitivity is measured
-    on. The same arguments give the same widths.
+    on. No round begins when `seconds` have passed. What was measured stays in `journal`, so that an
+    interrupted search goes on, and a finished one is told again.
     """
-    orders = channel_orders(index, plan.method, plan.seed, plan.protect)
-    blocks, block_size = index.input_ids.shape
-    size = ModelSize.of(model.meta_model, model.run.dtype, block_size)
-    cost = sensitivity_cost(size, blocks, block_size, model.run)
-    streamed, cut = StreamedModel(model), model_cut(model.meta_model, plan, widths_only=True)
-    step = max(1, round(plan.width_before / STEPS / plan.multiple_of)) * plan.multiple_of
-    bare = removed_layers(plan.cuts) | removed_ffns(plan.cuts)
-    whole = [len(order) for order in orders]
-    least = [max(1, len(next(iter(layer.ffns.values())).protected)) for layer in plan.layers]
 
-    def moves(widths: list[int]) -> list[list[int]]:
+    def search() -> dict[str, torch.Tensor]:
+        found = _Widths(model, index, plan, journal, progress, say).search(seconds)
+        told = json.dumps(found.as_json()).encode()
+        return {"widths": torch.tensor(found.widths), "told": torch.tensor(list(told), dtype=torch.uint8)}
+
+    tensors = saved_once(journal, "widths", search)
+    told = json.loads(bytes(tensors["told"].tolist()))
+    return WidthSearch.from_json(tuple(tensors["widths"].tolist()), told)
+
+
+class _Widths:
+    """One search: what the measurements have in common."""
+
+    def __init__(
+        self,
+        model: Model,
+        index: ChannelIndex,
+        plan: PrunePlan,
+        journal: Journal | None,
+        progress: Progress[Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.orders = channel_orders(index, plan.method, plan.seed, plan.protect)
+        self.ids = index.input_ids.long()
+        blocks, block_size = self.ids.shape
+        size = ModelSize.of(model.meta_model, model.run.dtype, block_size)
+        self.cost = width_search_cost(size, blocks, block_size, model.run)
+        self.streamed, self.cut = StreamedModel(model), model_cut(model.meta_model, plan, widths_only=True)
+        self.moments: dict[int, torch.Tensor] | None = {} if self.cost.keeps_moments else None
+        self.first = [len(layer.kept) for layer in plan.layers]
+        self.step = max(1, round(plan.width_before / STEPS / plan.multiple_of)) * plan.multiple_of
+        self.bare = removed_layers(plan.cuts) | removed_ffns(plan.cuts)
+        self.least = [max(1, len(next(iter(layer.ffns.values())).protected)) for layer in plan.layers]
+        self.journal, self.progress, self.say = journal, progress, say
+        self.steps: list[WidthStep] = []
+
+    def search(self, seconds: float) -> WidthSearch:
+        """The best widths found in so much time."""
+        started = time.monotonic()
+        self.say("Searching for better widths of layers")
+        best = self.first
+        costs = self._measured("single costs", best, None)
+        alike = uniform(best, self.bare, self.least)
+        if alike is not None and alike != best:
+            found = self._measured("one width", alike, costs)
+            best, costs = (alike, found) if self.steps[-1].kept else (best, costs)
+        pairs = PAIRS
+        for turn in range(1, ROUNDS + 1):
+            widths = moved(best, costs, self.step, pairs)
+            if widths == best or time.monotonic() - started >= seconds:
+                break
+            found = self._measured(f"round {turn}", widths, costs, last=turn == ROUNDS)
+            if self.steps[-1].kept:
+                best, costs = widths, found
+            else:
+                pairs //= 2
+        tokens = split_blocks(self.ids)[1].numel()
+        return WidthSearch(tuple(best), tokens, tuple(self.steps))
+
+    def _measured(
+        self, name: str, widths: list[int], before: WidthCosts | None, last: bool = False
+    ) -> WidthCosts:
+        """Costs of `widths`, and of a step away for each layer but in the `last` round; noted and said."""
+        others = [[] for _ in widths] if last else self._moves(widths)
+
+        def measure() -> dict[str, torch.Tensor]:
+            found = measure_width_costs(
+                self.streamed,
+                self.ids,
+                self.orders,
+                widths,
+                others,
+                self.cut,
+                self.cost,
+                self.moments,
+                self.progress,
+            )
+            kls = [
+                found.kl,
+                *(one[width] for one, near in zip(found.others, others, strict=True) for width in near),
+            ]
+            return {"kl": torch.tensor(kls, dtype=torch.float64)}
+
+        digest = hashlib.sha256(json.dumps([widths, others]).encode()).hexdigest()[:16]
+        kl, *kls = saved_once(self.journal, f"widths-{digest}", measure)["kl"].tolist()
+        rest = iter(kls)
+        costs = WidthCosts(kl, [{width: next(rest) for width in near} for near in others])
+        kept = before is None or kl < before.kl * (1 - BETTER)
+        self.steps.append(WidthStep(name, kl, kept))
+        self.say(f"Widths, {name}: KL {kl:.4f} nats a token{'' if kept else ', no better'}")
+        return costs
+
+    def _moves(self, widths: list[int]) -> list[list[int]]:
         """Widths a step away that each layer may have."""
         found = []
         for number, width in enumerate(widths):
-            near = (width - step, width + step) if number not in bare else ()
-            found.append([one for one in near if least[number] <= one <= whole[number]])
+            near = (width - self.step, width + self.step) if number not in self.bare else ()
+            found.append([one for one in near if self.least[number] <= one <= len(self.orders[number])])
         return found
-
-    def measured(widths: list[int], others: list[list[int]]) -> WidthCosts:
-        ids = index.input_ids.long()
-        return measure_width_costs(streamed, ids, orders, widths, others, cut, cost, progress)
-
-    say("Searching for better widths of layers")
-    best = [len(layer.kept) for layer in plan.layers]
-    costs = measured(best, moves(best))
-    say(f"Widths by single costs: KL {costs.kl:.4f} nats a token")
-    alike = uniform(best, bare, least)
-    if alike is not None and alike != best:
-        found = measured(alike, moves(alike))
-        say(f"One width: KL {found.kl:.4f}")
-        best, costs = (alike, found) if found.kl < costs.kl else (best, costs)
-    pairs = PAIRS
-    for turn in range(1, ROUNDS + 1):
-        widths = moved(best, costs, step, pairs)
-        if widths == best:
-            break
-        last = turn == ROUNDS
-        found = measured(widths, [[] for _ in widths] if last else moves(widths))
-        if found.kl < costs.kl * (1 - BETTER):
-            best, costs = widths, found
-            say(f"Widths of round {turn}: KL {costs.kl:.4f}")
-        else:
-            pairs //= 2
-    return best
 
 
 def uniform(widths: list[int], bare: Collection[int], least: list[int]) -> list[int] | None:

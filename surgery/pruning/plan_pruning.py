@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,12 @@ from surgery import defaults
 from surgery.budget.model_size import ModelSize
 from surgery.budget.sensitivity_cost import sensitivity_cost
 from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal, saved_once
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KindPlan
-from surgery.plan.prune_plan import MEASURED, PrunePlan, channel_orders, make_plan
+from surgery.plan.prune_plan import GIVEN, MEASURED, PrunePlan, channel_orders, make_plan
 from surgery.progress import Progress, no_progress
 from surgery.pruning.layer_widths import search_widths
 from surgery.repair.methods import REPAIRS
@@ -31,6 +32,7 @@ def plan_pruning(
     intermediate_size: int | None = None,
     method: str = defaults.METHOD,
     allocation: str = defaults.ALLOCATION,
+    layer_widths: Sequence[int] | None = None,
     repair: str = defaults.REPAIR,
     pad: bool = False,
     protect: bool | None = None,
@@ -38,6 +40,8 @@ def plan_pruning(
     seed: int = defaults.SEED,
     sensitivity: list[torch.Tensor] | None = None,
     cuts: tuple[KindPlan, ...] = (),
+    seconds: float = defaults.SEARCH_SECONDS,
+    journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
     say: Callable[[str], None] = lambda _: None,
 ) -> PrunePlan:
@@ -45,19 +49,23 @@ def plan_pruning(
 
     Half of the channels go unless `sparsity` (in [0, 1)) or `intermediate_size` says otherwise. `method`
     ranks channels, `allocation` is "uniform", "global" (widths by measured sensitivity), "searched" (which
-    starts from these and measures whole configurations: `search_widths`) or "score", `repair`
-    names how what stays is refitted; see `make_plan` for the others. `sensitivity`, as `sensitivity_of`
-    returns it, is measured where it is needed and not given. `cuts` goes besides FFN channels. Raises
-    IndexMismatchError for an index of another model, PlanError for a cut that can't be made.
+    starts from these and measures whole configurations for about `seconds`: `search_widths`) or "score";
+    `layer_widths` says the channels that each layer keeps in place of both. `repair` names how what stays is
+    refitted; see `make_plan` for the others. `sensitivity`, as `sensitivity_of` returns it, is measured where
+    it is needed and not given. `cuts` goes besides FFN channels. A search keeps what it measured in
+    `journal`. Raises IndexMismatchError for an index of another model, PlanError for a cut that can't be
+    made.
     """
     check_prunable(model.checkpoint.config, model.name)
     index.check_source(model.checkpoint)
     REPAIRS.find(repair)
-    if sparsity is None and intermediate_size is None:
+    if layer_widths is not None:
+        allocation, sparsity, intermediate_size = GIVEN, None, None
+    elif sparsity is None and intermediate_size is None:
         sparsity = defaults.SPARSITY
     if allocation in MEASURED and sensitivity is None:
-        sensitivity = sensitivity_of(
-            model, index, method=method, seed=seed, protect=protect, progress=progress
+        sensitivity = saved_sensitivity(
+            journal, model, index, method=method, seed=seed, protect=protect, progress=progress
         )
     build = partial(
         make_plan,
@@ -74,10 +82,25 @@ def plan_pruning(
         protect=protect,
         cuts=cuts,
     )
-    plan = build()
+    plan = build(layer_widths=layer_widths)
     if allocation == "searched":
-        plan = build(layer_widths=search_widths(model, index, plan, progress, say))
+        widths = search_widths(
+            model, index, plan, seconds=seconds, journal=journal, progress=progress, say=say
+        )
+        plan = build(width_search=widths)
     return plan
+
+
+def saved_sensitivity(
+    journal: Journal | None, model: Model, index: ChannelIndex, **how: Any
+) -> list[torch.Tensor]:
+    """What `sensitivity_of` gives, or gave before the run was interrupted."""
+
+    def measure() -> dict[str, torch.Tensor]:
+        return {str(layer): found for layer, found in enumerate(sensitivity_of(model, index, **how))}
+
+    tensors = saved_once(journal, "sensitivity", measure)
+    return [tensors[name] for name in sorted(tensors, key=int)]
 
 
 def sensitivity_of(

@@ -123,6 +123,9 @@ def channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.
 def narrow(weight: torch.Tensor, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor) -> None:
     """Write into down projection `weight` [D, F] its `original` with only `channels`, refitted by `gram`."""
     kept = channels.sort().values.to(weight.device)
+    if len(kept) == weight.shape[1]:
+        weight.copy_(original)
+        return
     weight.zero_()
     weight[:, kept] = (original[:, kept].double() + _refit(gram, original, kept)).to(weight.dtype)
 

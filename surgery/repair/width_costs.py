@@ -40,6 +40,7 @@ def measure_width_costs(
     others: list[list[int]],
     cut: Cut,
     cost: SensitivityCost,
+    moments: dict[int, torch.Tensor] | None = None,
     progress: Progress[Any] = no_progress,
 ) -> WidthCosts:
     """KL(dense || pruned) of all layers at `widths`, and with one of them at one of `others`.
@@ -47,17 +48,25 @@ def measure_width_costs(
     `ids` [N, T], `orders` and `cost` are as of `measure_sensitivity`, as are the blocks that are measured and
     those that are refitted on. `cut` says what goes besides FFN channels; a layer without an FFN has width 0.
     One pass over the layers; every other width is a copy of the hidden states that branches off at its layer.
+    Channels' moments are those of the dense model, by layer: they are added to `moments`, where that is
+    given, and taken from there once they all are.
     """
     count = len(model.layers)
     fitted, held_out = split_blocks(ids)
     dense = TokenStream(model, held_out, micro_batch=cost.micro_batch)
-    fit = TokenStream(model, fitted, micro_batch=cost.micro_batch)
+    need = {number for number, width in enumerate(widths) if width}
+    kept = moments if moments is not None and need <= moments.keys() else None
+    fit = TokenStream(model, fitted, micro_batch=cost.micro_batch) if kept is None else None
     pruned = dense.fork(len(held_out), 0, cost.branches_on)
     branches: list[tuple[int, int, TokenStream]] = []
     mask = mask_members(sublayer_groups(cut), cut.kept)
     for number, layer in progress(model.stream_layers(range(count)), "widths", count):
-        gram = channel_gram(model, fit, number, layer) if widths[number] else None
-        fit.forward(number, layer)
+        gram = kept[number] if kept is not None and widths[number] else None
+        if fit is not None:
+            gram = channel_gram(model, fit, number, layer) if widths[number] else None
+            fit.forward(number, layer)
+            if moments is not None and gram is not None:
+                moments[number] = gram
         dense.forward(number, layer)
         if number in cut.skipped:
             continue

@@ -205,7 +205,7 @@ def _repair(manifest: dict[str, Any]) -> Figure | None:
 def _kinds(plan: dict[str, Any]) -> list[Table]:
     """What stays of each layer, where more than FFN channels goes; and the mixtures that were tried."""
     if "cuts" not in plan:
-        return []
+        return _widths_tried(plan)
     rows: list[list[Any]] = [
         [row.number, "removed" if row.after is None else row.after, row.attention, row.channels]
         for row in layer_rows(plan)
@@ -224,7 +224,19 @@ def _kinds(plan: dict[str, Any]) -> list[Table]:
         tables.append(
             Table("search", "Mixtures of cuts that were tried, in order", headings, tried, note=note)
         )
-    return tables
+    return tables + _widths_tried(plan)
+
+
+def _widths_tried(plan: dict[str, Any]) -> list[Table]:
+    """What a search for widths of layers tried."""
+    steps = plan.get("width_search", {}).get("steps") or []
+    if not steps:
+        return []
+    rows: list[list[Any]] = [[step["name"], step["kl"], "yes" if step["kept"] else "no"] for step in steps]
+    columns: list[tuple[str, Unit]] = [("widths of layers", "text"), ("KL to the dense model", "number")]
+    columns += [("better", "text")]
+    note = "KL in nats a token, after the search's cheaper refit, on held-out calibration blocks."
+    return [Table("widths", "Widths of layers that were tried, in order", columns, rows, note=note)]
 
 
 def _removed(removed: dict[str, list[int]]) -> str:

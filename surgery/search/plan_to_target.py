@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KindPlan
 from surgery.plan.prune_plan import MEASURED, PrunePlan, make_plan
-from surgery.plan.search_plan import SearchPlan
+from surgery.plan.search_plan import SearchPlan, WidthSearch
 from surgery.progress import Progress, no_progress
 from surgery.pruning.layer_widths import search_widths
-from surgery.pruning.plan_pruning import sensitivity_of
+from surgery.pruning.plan_pruning import saved_sensitivity
 from surgery.repair.methods import REPAIRS
 from surgery.search.levels import expert_levels, head_levels
 from surgery.search.mixtures import COUNTS, Search
@@ -72,12 +72,12 @@ def plan_to_target(
     check_target(model, target, cuts)
     if allocation in MEASURED and sensitivity is None:
         say("Measuring the sensitivity of each layer at five widths")
-        measured = partial(sensitivity_of, model, index, method=method, seed=seed, protect=protect)
-        tensors = saved_once(journal, "sensitivity", lambda: _by_layer(measured(progress=progress)))
-        sensitivity = [tensors[name] for name in sorted(tensors, key=int)]
+        sensitivity = saved_sensitivity(
+            journal, model, index, method=method, seed=seed, protect=protect, progress=progress
+        )
 
     def build(
-        parts: tuple[KindPlan, ...], size: dict[str, Any], layer_widths: list[int] | None = None
+        parts: tuple[KindPlan, ...], size: dict[str, Any], width_search: WidthSearch | None = None
     ) -> PrunePlan:
         return make_plan(
             index,
@@ -91,7 +91,7 @@ def plan_to_target(
             sensitivity=sensitivity,
             protect=protect,
             cuts=parts,
-            layer_widths=layer_widths,
+            width_search=width_search,
         )
 
     fitter = Fitter(model, target, build, "ffn" in cuts, multiple_of, allocation != "uniform")
@@ -111,13 +111,15 @@ def plan_to_target(
         search.levels["experts"] = expert_levels(model, index, expert_score, protect, journal, progress)
     say(f"Trying mixtures of cuts that come to {target.text(target.amount)}")
     finished = journal.numbers("tried") if journal is not None else []
-    plan = search.run(seconds, finished[0] if finished else None)
+    started = time.monotonic()
+    share = 0.5 if allocation == "searched" else 1.0  # the widths of the best mixture take the other half
+    plan = search.run(share * seconds, finished[0] if finished else None)
     if journal is not None and not finished:
         journal.mark(f"tried {len(search.steps)}")
     if allocation == "searched":
-        widths = partial(search_widths, model, index, plan, progress, say)
-        tensors = saved_once(journal, "widths", lambda: {"widths": torch.tensor(widths())})
-        plan = build(plan.cuts, search.size_of(search.best), tensors["widths"].tolist())
+        left = seconds - (time.monotonic() - started)
+        widths = search_widths(model, index, plan, seconds=left, journal=journal, progress=progress, say=say)
+        plan = build(plan.cuts, search.size_of(search.best), widths)
     found = SearchPlan(
         target,
         fitter.amount(plan),
@@ -203,10 +205,6 @@ def _single_costs(
     streamed = StreamedModel(model)
     found = measure_single_costs(streamed, ids, kinds, cost.micro_batch, cost.branches_on, progress)
     return {f"{kind} {number}": torch.tensor(kl, dtype=torch.float64) for (kind, number), kl in found.items()}
-
-
-def _by_layer(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {str(layer): tensor for layer, tensor in enumerate(tensors)}
 
 
 def _item(name: str) -> Item:

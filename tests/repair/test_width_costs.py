@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ import surgery.loading
 from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.cut.model_cut import model_cut
 from surgery.engine.open_model import Model
+from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
+from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.kind_plan import layers_plan, sublayer_plan
 from surgery.plan.prune_plan import channel_orders
@@ -104,11 +107,95 @@ def test_a_search_lowers_the_divergence_and_keeps_the_size(
     written = json.loads(Path("cut/surgeon.json").read_text())
     widths = written["plan"]["widths"]["intermediate_size"]["per_layer"]
     assert sum(widths) == 6 * 24 and len(set(widths)) > 1 and written["plan"]["allocation"] == "searched"
-    assert "--allocation searched" in written["command"]
+    steps = written["plan"]["width_search"]["steps"]
+    assert [step["kl"] for step in steps] == pytest.approx(levels, abs=1e-4)
+    assert sum(step["kept"] for step in steps) > 1
+    assert f"{len(steps)} sets of widths" in Path("cut/README.md").read_text()
+    assert f"--layer-widths {','.join(map(str, widths))}" in written["command"]
     loaded = AutoModelForCausalLM.from_pretrained("cut")
     assert [layer.mlp.down_proj.in_features for layer in loaded.model.layers] == widths
     again = surgery.plan_pruning(*indexed, sparsity=0.5, multiple_of=4, allocation="searched")
     assert list(again.widths[0].per_layer) == widths
+    words = shlex.split(written["command"])
+    surgeon("prune", "tiny", *words[3:], "--index", "index", "--out", "given")
+    for name in ("model.safetensors", "config.json"):
+        assert Path("given", name).read_bytes() == Path("cut", name).read_bytes()
+    surgeon("report", "cut", "--out", "page.html")
+    assert "Widths of layers that were tried" in Path("page.html").read_text()
+
+
+def test_without_time_no_round_begins(indexed: tuple[Model, ChannelIndex]) -> None:
+    model, index = indexed
+    plan = surgery.plan_pruning(model, index, sparsity=0.5, multiple_of=4, allocation="global")
+    found = search_widths(model, index, replace(plan, repair="lstsq"), seconds=0)
+    assert [step.name for step in found.steps] == ["single costs", "one width"]
+    assert sum(found.widths) == sum(len(layer.kept) for layer in plan.layers)
+
+
+def test_an_interrupted_search_goes_on(
+    indexed: tuple[Model, ChannelIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill only what was not measured is measured; a finished search is told again."""
+    model, index = indexed
+    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
+    plan = surgery.plan_pruning(model, index, sparsity=0.5, multiple_of=4, allocation="global")
+    whole = search_widths(model, index, plan)
+    measured: list[list[int]] = []
+
+    def counted(streamed: Any, ids: Any, orders: Any, widths: list[int], *rest: Any) -> WidthCosts:
+        measured.append(widths)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return measure_width_costs(streamed, ids, orders, widths, *rest)
+
+    monkeypatch.setattr(layer_widths, "measure_width_costs", counted)
+    with pytest.raises(KeyboardInterrupt):
+        search_widths(model, index, plan, journal=Journal(tmp_path / "out", {}, resume=True))
+    for again in range(2):
+        journal = Journal(tmp_path / "out", {}, resume=True)
+        assert search_widths(model, index, plan, seconds=1e9 if not again else 0, journal=journal) == whole
+    assert len(measured) == len(whole.steps) + 1 and measured[2] == measured[3]
+
+
+def test_moments_that_are_kept_change_nothing(indexed: tuple[Model, ChannelIndex]) -> None:
+    model, index = indexed
+    ids, orders = index.input_ids.long(), channel_orders(index, "scar-prot")
+    cuts = (sublayer_plan("whole-ffn", range(6), [3]),)
+    plan = surgery.plan_pruning(model, index, sparsity=0.5, multiple_of=4, cuts=cuts)
+    cut = model_cut(model.meta_model, plan, widths_only=True)
+    widths: list[int] = [24, 8, 12, 0, 16, 48]
+    others: list[list[int]] = [[28], [], [8], [], [], []]
+    kept: dict[int, torch.Tensor] = {}
+    found = [
+        measure_width_costs(StreamedModel(model), ids, orders, widths, others, cut, COST, moments)
+        for moments in (None, kept, kept)
+    ]
+    assert found[0] == found[1] == found[2] and sorted(kept) == [0, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--layer-widths", "8,8"], 1, "6 numbers from 1 to 48"),
+        (["--layer-widths", "8,8,8,8,8,49"], 1, "49 among them"),
+        (["--layer-widths", "8,8,8,8,8,8", "--sparsity", "0.5"], 2, "takes the place"),
+        (["--layer-widths", "8,x"], 2, "is not numbers"),
+        (["--layer-widths", "8,8,8,8,8,8", "--target-params", "1k"], 2, "takes the place"),
+        (["--search-time", "1m"], 2, "for --allocation searched"),
+    ],
+)
+def test_widths_that_will_not_do_are_refused_before_any_work(
+    options: list[str], code: int, message: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    result = surgeon("prune", str(save_tiny("llama")), *options, *CALIBRATION, "--out", "cut", code=code)
+    assert message in result.output and "Indexing" not in result.output
+
+
+def test_no_width_for_a_layer_with_an_ffn_is_refused(
+    indexed: tuple[Model, ChannelIndex],
+) -> None:
+    with pytest.raises(PlanError, match="at least one channel"):
+        surgery.plan_pruning(*indexed, layer_widths=[8, 8, 0, 8, 8, 8])
 
 
 def test_a_target_is_met_with_searched_widths(
@@ -131,7 +218,7 @@ def test_layers_that_go_stay_at_zero(
         model, index, sparsity=0.5, multiple_of=4, allocation="global", cuts=(layers_plan(6, [2]),)
     )
     monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
-    widths = search_widths(model, index, replace(plan, repair="lstsq"))
+    widths = search_widths(model, index, replace(plan, repair="lstsq")).widths
     assert widths[2] == 0 and sum(widths) == sum(len(layer.kept) for layer in plan.layers)
     least = [len(layer.ffns["dense"].protected) for layer in plan.layers]
     assert all(width >= floor for width, floor in zip(widths, least, strict=True) if width)
