@@ -68,6 +68,8 @@ class PackedCheckpoint(DequantisedCheckpoint):
         if not scale.dtype.is_floating_point or len(scale.shape) != 2 or scale.shape[0] != rows:
             raise _unfit(scale, f"scales of floating point [{rows}, G]")
         groups = scale.shape[1]
+        if not 0 < groups <= columns:
+            raise _unfit(scale, f"1 to {columns} groups of {columns} columns")
         columns -= columns % groups if groups > 1 else 0
         zero, order = stored.tensors.get(stem + ZERO), stored.tensors.get(stem + GROUP)
         if zero is not None and tuple(zero.shape) != (-(-rows * self.bits // 32), groups):

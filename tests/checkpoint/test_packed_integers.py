@@ -117,6 +117,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: add_tensors(f, {Q + ".weight_scale": torch.ones(3, 4)}),
         r"fits the others.*weight_scale.*found F32 \[3, 4\]",
     ),
+    "no groups": (
+        lambda f: add_tensors(f, {Q + ".weight_scale": torch.ones(32, 0)}),
+        r"expected 1 to 32 groups of 32 columns",
+    ),
+    "more groups than columns": (
+        lambda f: add_tensors(f, {Q + ".weight_scale": torch.ones(32, 33)}),
+        r"expected 1 to 32 groups of 32 columns",
+    ),
     "zero points of another shape": (
         lambda f: add_tensors(f, {Q + ".weight_zero_point": torch.zeros(1, 1, dtype=torch.int32)}),
         "fits the others.*weight_zero_point",
