@@ -52,10 +52,16 @@ def base_model(manifest: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def widths_differ(plan: dict[str, Any]) -> bool:
+    """Whether layers keep different numbers of channels, padded or not."""
+    own = [set(change.get("per_layer") or ()) - {None} for change in (plan.get("widths") or {}).values()]
+    return any(len(widths) > 1 for widths in own)
+
+
 def layers_differ(plan: dict[str, Any]) -> bool:
     """Whether a plan's layers differ in width or lack attention or FFN: surgeon's loader has to load them."""
-    widths = plan.get("allocation", "uniform") != "uniform" and not plan.get("padded")
-    return widths or not {"attention", "whole-ffn"}.isdisjoint(plan.get("cuts", {}))
+    uneven = widths_differ(plan) and not plan.get("padded")
+    return uneven or not {"attention", "whole-ffn"}.isdisjoint(plan.get("cuts", {}))
 
 
 def trials(manifest: dict[str, Any]) -> list[str]:

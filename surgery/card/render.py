@@ -6,7 +6,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from surgery.card.hub_metadata import base_model, is_gguf, layers_differ, own_tags, trials
+from surgery.card.hub_metadata import base_model, is_gguf, layers_differ, own_tags, trials, widths_differ
 from surgery.card.perplexity_change import perplexity_change
 from surgery.card.source_card import inherited_metadata
 from surgery.card.speed import speed_section
@@ -76,14 +76,13 @@ def _pruned_variables(manifest: dict[str, Any]) -> dict[str, Any]:
     """What a template sees of a pruned model besides its manifest."""
     plan, source, result = manifest["plan"], manifest["source"], manifest["result"]
     one_width = {"intermediate_size": {"before": plan["width_before"], "after": plan["width_after"]}}
-    widths_differ = plan.get("allocation", "uniform") != "uniform"
     return {
         "method": plan.get("method_label") or plan["method"],
         "paper": plan.get("paper", ""),
         "percent": f"{100 * plan['sparsity']:.0f}%",
         "saved": f"{100 * (1 - result['bytes'] / source['bytes']):.0f}%",
         "widths": plan.get("widths") or one_width,
-        "widths_differ": widths_differ,
+        "widths_differ": widths_differ(plan),
         "per_layer": layers_differ(plan),
         "cuts": cut_lines(plan),
         "search": search_line(plan),

@@ -167,7 +167,7 @@ def compare(
         )
         if found is None:
             lines.insert(1, "Before that an index is made: `surgeon index --dry-run` says what it takes")
-        if search.target is not None:
+        if search.target is not None or any("searched" in way for way in ways):
             lines.insert(1, "Before that, not counted: the search for each cut, --search-time or longer")
         counts = {"cuts": len(variants), "texts": len(blocks), "walks": passes}
         wide = bool(cost.float64_flops)

@@ -51,7 +51,6 @@ def estimate(
 ) -> tuple[int, PruneCost]:
     """Cuts made in one pass and what it takes, from the widths alone. Raises MemoryBudgetError."""
     from surgery.evaluate.compare import share_passes, text_tokens
-    from surgery.plan.prune_plan import MEASURED
     from surgery.plan.widths import WidthChange, width_changes
     from surgery.pruning.jobs import comparison_job, estimated_widths
 
@@ -67,7 +66,7 @@ def estimate(
         calibration,
         len(variants),
         text_tokens(blocks),
-        not allocations.isdisjoint(MEASURED),
+        allocations,
     )
     return share_passes(model, job)
 

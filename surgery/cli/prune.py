@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,14 +124,14 @@ def prune(
         kinds.sized(cut, elsewhere=target.target is not None or target.explicit), rounds=healing.rounds
     )
     searches = target.target is not None or cut.allocation == "searched"
-    job.check(dry_run, searches=target.target is not None)
+    job.check(dry_run, searches=searches)
     check_alone(searches=searches, heals=healing.heal_tokens is not None)
     template = read_template(card_template)
     opened = how.open(model)
     found = read_index(index_folder, opened.checkpoint)
     check_index_exists(found)
     shape = calibration_shape(found, text_options)
-    cost_at_most = check_feasible(opened, cut, shape)
+    cost_at_most = check_feasible(opened, cut, shape, {*target.drop_layers, *target.drop_ffn})
     check_shares(shape[0], REPAIRS.find(cut.repair).changes_weights)
     target.check_model(opened)
     kinds.check_model(opened)
@@ -158,9 +159,9 @@ def prune(
         quiet=quiet,
     )
     parts = (*kinds.experts(opened, index, cut.protect is not False, quiet), *parts)
-    score = kinds.expert_score
-    search = None if dry_run else target.journal(opened, index, cut, parts, score, destination, resume)
-    plan = plan_for(opened, index, cut, target, parts, score, text_options.seed, search, quiet)
+    score, seed = kinds.expert_score, text_options.seed
+    search = None if dry_run else target.journal(opened, index, cut, parts, score, seed, destination, resume)
+    plan = plan_for(opened, index, cut, target, parts, score, seed, search, quiet)
     edits = planned_edits(opened, plan)
     sizes, cost = sizes_and_cost(opened, index, plan, edits)
     fates = show_prune_plan(opened, plan, sizes, edits, as_json or not first)
@@ -200,13 +201,17 @@ def check_alone(*, searches: bool, heals: bool) -> None:
     if world_size() > 1 and (searches or heals):
         raise UsageError(
             "several processes repair one cut; they neither search nor heal in the same command",
-            where="--heal" if heals else "a target",
+            where="--heal" if heals else "a target, or --allocation searched",
             next_step="run `surgeon heal` with torchrun after it" if heals else "run the search alone",
         )
 
 
-def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) -> PruneCost:
-    """The cost of the cut; refuses a model, a width or a budget that won't do before anything is computed."""
+def check_feasible(
+    model: Model, cut: CutOptions, calibration: tuple[int, int], bare: Collection[int] = ()
+) -> PruneCost:
+    """The cost of the cut, after which layers `bare` have no FFN; refuses a model, a width or a budget that
+    won't do before anything is computed.
+    """
     from surgery.pruning.jobs import estimate_prune
 
     check_prunable(model)
@@ -217,6 +222,7 @@ def check_feasible(model: Model, cut: CutOptions, calibration: tuple[int, int]) 
         multiple_of=cut.multiple_of,
         allocation=cut.allocation,
         layer_widths=cut.layer_widths,
+        bare=bare,
         repair=cut.repair,
         calibration=calibration,
     )

@@ -31,7 +31,7 @@ def canonical_command(
         words += ["--revision", checkpoint.revision]
     found = plan.search.size if plan.search is not None else {}
     if plan.allocation in ("searched", GIVEN):  # what was found, so that it is not searched for again
-        words += ["--layer-widths", ",".join(str(len(layer.kept)) for layer in plan.layers)]
+        words += ["--layer-widths", ",".join(str(width or 0) for width in plan.widths[0].per_layer)]
     elif len(plan.widths) == 1 and plan.allocation == "uniform" and plan.width_after < plan.width_before:
         words += ["--intermediate-size", str(plan.width_after)]
     else:

@@ -55,7 +55,7 @@ class JobOptions:
             )
         if self.jobs and searches:
             raise UsageError(
-                "a job's price does not count the search for a target",
+                "a job's price does not count a search, for a target or for widths",
                 where="--jobs",
                 next_step="search here first, then price the cut that it names",
             )

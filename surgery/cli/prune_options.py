@@ -107,7 +107,7 @@ cut_options = collected(
             default=defaults.ALLOCATION,
             show_default=True,
             help="One width for all layers, which loads everywhere; or one width each, which needs a "
-            "loader: by the measured sensitivity of layers (global), by up to twelve more measurements of "
+            "loader: by the measured sensitivity of layers (global), by measuring "
             "all widths together (searched), or by the scores alone (score).",
         ),
         click.option(

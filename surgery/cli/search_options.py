@@ -52,6 +52,12 @@ class SearchOptions:
         from surgery.search.plan_to_target import check_target
 
         target = self.target
+        if world_size() > 1 and (target is not None or searches):
+            raise UsageError(
+                "a search runs in one process",
+                where="--allocations searched" if target is None else target.option,
+                next_step="search alone, then compare plans with --sparsity",
+            )
         if target is None:
             if self.search_cuts or (self.search_time is not None and not searches):
                 raise UsageError(
@@ -61,12 +67,6 @@ class SearchOptions:
             return
         if sparsities:
             raise UsageError("a target takes the place of --sparsity")
-        if world_size() > 1:
-            raise UsageError(
-                "a search runs in one process",
-                where=target.option,
-                next_step="search alone, then compare plans with --sparsity",
-            )
         for kinds in self.cuts(model):
             if "vocab" in kinds:
                 raise UsageError(
@@ -106,7 +106,7 @@ search_options = collected(
             "--search-time",
             metavar="TIME",
             callback=duration,
-            help="Stop trying mixtures after this time, as 20m, for each search. "
+            help="Stop trying mixtures and widths of layers after this time, as 20m, for each search. "
             f"[default: {defaults.SEARCH_SECONDS / 60:.0f}m]",
         ),
     ],

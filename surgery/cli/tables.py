@@ -230,7 +230,7 @@ def show_plan(plan: PrunePlan, sizes: dict[str, int], console: Console) -> None:
             f"Super weight layer {weight['layer']} [{weight['row']}, {weight['column_before']}]: {result}"
         )
     if plan.needs_loader:
-        how = "in width" if plan.per_layer_widths else "in having an attention"
+        how = "in width" if plan.per_layer_widths else "in having an attention or an FFN"
         console.print(
             f"Layers differ {how}: loading needs `import surgery.loading` or trust_remote_code=True"
         )

@@ -157,7 +157,7 @@ class TargetOptions:
 
     def check_model(self, model: Model) -> None:
         """Refuse a model, layers or a target that won't do before anything is computed."""
-        from surgery.cut.sublayers import SUBLAYERS
+        from surgery.cut.sublayers import SUBLAYERS, check_an_ffn_stays
         from surgery.plan.kind_plan import check_something_stays
         from surgery.search.plan_to_target import check_target
 
@@ -166,6 +166,7 @@ class TargetOptions:
 
             check_removed(model.meta_model, self.drop_layers)
         check_something_stays(self.drop_attention, self.drop_ffn)
+        check_an_ffn_stays(model.meta_model, {*self.drop_ffn, *self.drop_layers})
         for kind, removed in self.dropped.items():
             SUBLAYERS[kind].check_removed(model.meta_model, removed)
         if self.kv_heads is not None:
@@ -200,6 +201,7 @@ class TargetOptions:
         cut: CutOptions,
         fixed: tuple[KindPlan, ...],
         expert_score: str,
+        seed: int,
         destination: Path,
         resume: bool,
     ) -> Journal | None:
@@ -210,6 +212,7 @@ class TargetOptions:
         if self.target is None and cut.allocation != "searched":
             return None
         fingerprint = {**index_use_fingerprint(model, index), "cut": vars(cut), "target": vars(self)}
+        fingerprint |= {"seed": seed} if cut.method == "random" else {}
         fingerprint |= {"expert_score": expert_score} if "experts" in (self.cuts or ()) else {}
         fingerprint |= {"fixed": [part.facts for part in fixed]} if fixed else {}
         return Journal(destination, fingerprint, resume=resume, kind="search")

@@ -188,3 +188,9 @@ WHOLE_FFNS = Sublayer(
     lambda meta_model, number: ffn_site(meta_model.layers[number], meta_model.ffns[number]),
 )
 SUBLAYERS = {one.kind: one for one in (ATTENTIONS, WHOLE_FFNS)}
+
+
+def check_an_ffn_stays(meta_model: MetaModel, gone: Collection[int]) -> None:
+    """Raise PlanError where every layer with an FFN is one of `gone`."""
+    if not any(ffns and number not in gone for number, ffns in enumerate(meta_model.ffns)):
+        raise PlanError("at least one FFN has to stay", where="--drop-ffn, --drop-layers")

@@ -196,13 +196,20 @@ class Comparison:
                 self.rows.append(ComparisonRow(*row, *interval, *kinds))
 
 
+COUNTED = {  # kinds of which a number stays in every layer: what a row calls it, and its fact
+    "kv": ("key/value heads kept", "heads"),
+    "experts": ("experts kept", "after"),
+    "vocab": ("tokens kept", "after"),
+}
+
+
 def _kinds(plan: PrunePlan) -> tuple[str, str]:
     """The kinds that a search could take, and what goes beside FFN channels, as "layers 3, 7"."""
     gone = []
     for part in plan.cuts:
-        numbers = part.facts.get("removed", [part.facts["heads"]] if "heads" in part.facts else [])
-        what = "key/value heads kept" if part.kind == "kv" else part.kind
-        gone.append(" ".join([what, ", ".join(map(str, numbers))]).strip())
+        what, count = COUNTED.get(part.kind, (part.kind, ""))
+        numbers = [part.facts[count]] if count else part.facts["removed"]
+        gone.append(f"{what} {', '.join(map(str, numbers))}")
     return ",".join(plan.search.kinds) if plan.search is not None else "ffn", "; ".join(gone)
 
 

@@ -116,6 +116,7 @@ def prune_and_heal(
         "calibration": calibration.blocks.as_json(),
         "index": None if index is None else index.run,
         "cut": cut,
+        "plan": None if plan is None else plan.digest,
         "rounds": rounds,
         "text": text.as_json(),
         "options": run.options.as_json(),

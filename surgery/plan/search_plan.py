@@ -12,10 +12,10 @@ from surgery.budget.target import Target
 class SearchStep:
     """One configuration that was tried.
 
-    removed: numbers of the layers that go, or whose attention goes, by kind; for "kv" the number of
-    key/value heads that go in every layer. width: that of the FFNs that
-    stay (the widest layer's). kl: KL(dense || cut and repaired), nats a token, on held-out calibration
-    blocks. gain: how much less than the least before, nats a token; None where it is not less.
+    removed: numbers of the layers that go, or whose attention or FFN goes, by kind; for "kv" and "experts"
+    how many go in every layer. width: that of the FFNs that stay (the widest layer's). kl: KL(dense || cut
+    and repaired), nats a token, on held-out calibration blocks. gain: how much less than the least before,
+    nats a token; None where it is not less.
     """
 
     removed: dict[str, tuple[int, ...]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,22 +102,30 @@ def width_changes(
     return tuple(changes)
 
 
-def check_layer_widths(widths: dict[str, int], layer_widths: Sequence[int], layers: int) -> None:
+def check_layer_widths(
+    widths: dict[str, int], layer_widths: Sequence[int], layers: int, have: Collection[int]
+) -> None:
     """Raise PlanError unless `layer_widths` are one width for each layer of a model with one FFN width.
 
-    0 is for a layer whose FFN goes in any case.
+    0 is for a layer without an FFN afterwards; the others are the layers `have`.
     """
-    before = max(widths.values(), default=0)
-    wrong = [width for width in layer_widths if not 0 <= width <= before]
-    if len(widths) != 1 or len(layer_widths) != layers or wrong:
+    if len(widths) != 1 or len(layer_widths) != layers:
         raise PlanError(
             "these are not the widths of its layers",
             where="--layer-widths",
-            expected=f"{layers} numbers from 1 to {before}"
-            if len(widths) == 1
-            else "a model with one FFN width",
-            found=f"{len(layer_widths)} numbers" + (f", {wrong[0]} among them" if wrong else ""),
+            expected=f"{layers} numbers" if len(widths) == 1 else "a model with one FFN width",
+            found=f"{len(layer_widths)} numbers",
         )
+    (before,) = widths.values()
+    for number, width in enumerate(layer_widths):
+        if not (1 <= width <= before if number in have else width == 0):
+            raise PlanError(
+                "not a width of this layer's FFN" if number in have else "this layer has no FFN afterwards",
+                where=f"--layer-widths, layer {number}",
+                expected=f"1 to {before}" if number in have else "0",
+                found=str(width),
+                next_step="" if width else "remove whole FFNs with --drop-ffn",
+            )
 
 
 def deployability(width: int) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from surgery.budget.prune_cost import PruneCost, PruneJob, prune_cost
 from surgery.cut.ffn_channels import planned_cut
@@ -42,7 +42,7 @@ def comparison_job(
     calibration: tuple[int, ...],
     cuts: int,
     text_tokens: int,
-    sensitivity: bool = False,
+    allocations: Collection[str] = (),
 ) -> PruneJob:
     """`cuts` of at most `kept` channels, repaired by any of `repairs`, each measured on `text_tokens`."""
     methods = [REPAIRS.find(name) for name in repairs]
@@ -56,7 +56,8 @@ def comparison_job(
         cuts=cuts,
         text_tokens=(cuts + 1) * text_tokens,
         preserves_layer=True,
-        sensitivity=sensitivity,
+        sensitivity=not set(allocations).isdisjoint(MEASURED),
+        searches_widths="searched" in allocations,
     )
 
 
@@ -78,10 +79,13 @@ def estimate_prune(
     multiple_of: int | None,
     allocation: str,
     layer_widths: Sequence[int] | None = None,
+    bare: Collection[int] = (),
     repair: str,
     calibration: tuple[int, int],
 ) -> PruneCost:
     """The cost of a prune before there is an index, repaired on (blocks, block size) tokens.
+
+    Layers `bare` have no FFN afterwards.
 
     Raises PlanError, UnsupportedModelError or MemoryBudgetError for what can't be done.
     """
@@ -90,7 +94,8 @@ def estimate_prune(
         check_sensitivity_measurable(meta_model)
     method = REPAIRS.find(repair)
     if layer_widths is not None:
-        check_layer_widths(meta_model.widths(), layer_widths, len(meta_model.layers))
+        have = {number for number, ffns in enumerate(meta_model.ffns) if ffns} - set(bare)
+        check_layer_widths(meta_model.widths(), layer_widths, len(meta_model.layers), have)
     changes = width_changes(meta_model.widths(), sparsity, intermediate_size, multiple_of)
     check_planned(meta_model, planned_cut(meta_model, changes))
     job = PruneJob(

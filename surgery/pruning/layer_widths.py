@@ -24,8 +24,8 @@ from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal, saved_once
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
-from surgery.plan.kind_plan import removed_ffns, removed_layers
-from surgery.plan.prune_plan import PrunePlan, channel_orders
+from surgery.plan.prune_plan import PrunePlan
+from surgery.plan.ranking import channel_orders
 from surgery.plan.search_plan import WidthSearch, WidthStep
 from surgery.progress import Progress, no_progress
 from surgery.repair.sensitivity import split_blocks
@@ -85,8 +85,9 @@ class _Widths:
         self.streamed, self.cut = StreamedModel(model), model_cut(model.meta_model, plan, widths_only=True)
         self.moments: dict[int, torch.Tensor] | None = {} if self.cost.keeps_moments else None
         self.first = [len(layer.kept) for layer in plan.layers]
-        self.step = max(1, round(plan.width_before / STEPS / plan.multiple_of)) * plan.multiple_of
-        self.bare = removed_layers(plan.cuts) | removed_ffns(plan.cuts)
+        self.multiple = plan.multiple_of
+        self.step = max(1, round(plan.width_before / STEPS / self.multiple)) * self.multiple
+        self.bare = {number for number, width in enumerate(self.first) if not width}
         self.least = [max(1, len(next(iter(layer.ffns.values())).protected)) for layer in plan.layers]
         self.journal, self.progress, self.say = journal, progress, say
         self.steps: list[WidthStep] = []
@@ -97,7 +98,7 @@ class _Widths:
         self.say("Searching for better widths of layers")
         best = self.first
         costs = self._measured("single costs", best, None)
-        alike = uniform(best, self.bare, self.least)
+        alike = uniform(best, self.bare, self.least, self.multiple)
         if alike is not None and alike != best:
             found = self._measured("one width", alike, costs)
             best, costs = (alike, found) if self.steps[-1].kept else (best, costs)
@@ -156,11 +157,13 @@ class _Widths:
         return found
 
 
-def uniform(widths: list[int], bare: Collection[int], least: list[int]) -> list[int] | None:
-    """One width for all layers but those `bare` of an FFN, the same in sum; None where there is none."""
+def uniform(widths: list[int], bare: Collection[int], least: list[int], multiple: int) -> list[int] | None:
+    """One width for all layers but those `bare` of an FFN, the same in sum; None where there is none that is
+    such a multiple.
+    """
     staying = [number for number in range(len(widths)) if number not in bare]
     width, rest = divmod(sum(widths), len(staying))
-    if rest or any(least[number] > width for number in staying):
+    if rest or width % multiple or any(least[number] > width for number in staying):
         return None
     return [0 if number in bare else width for number in range(len(widths))]
 

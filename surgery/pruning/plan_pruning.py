@@ -17,7 +17,9 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KindPlan
-from surgery.plan.prune_plan import GIVEN, MEASURED, PrunePlan, channel_orders, make_plan
+from surgery.plan.make_plan import make_plan
+from surgery.plan.prune_plan import GIVEN, MEASURED, PrunePlan
+from surgery.plan.ranking import channel_orders
 from surgery.progress import Progress, no_progress
 from surgery.pruning.layer_widths import search_widths
 from surgery.repair.methods import REPAIRS

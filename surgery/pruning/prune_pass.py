@@ -205,8 +205,7 @@ class PrunePass:
 
 def prune_fingerprint(opened: Model, index: ChannelIndex, plan: PrunePlan) -> dict[str, Any]:
     """What makes two prunes the same: source and its files, index, plan, options, versions."""
-    digest = hashlib.sha256(json.dumps(plan.as_json(), sort_keys=True).encode()).hexdigest()
-    return {**index_use_fingerprint(opened, index), "plan": digest}
+    return {**index_use_fingerprint(opened, index), "plan": plan.digest}
 
 
 def index_use_fingerprint(opened: Model, index: ChannelIndex) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from surgery.index.channel_index import ChannelIndex, LayerIndex
 from surgery.index.intervals import bounds, held_share
 from surgery.plan.methods import METHODS
-from surgery.plan.prune_plan import FfnPlan, plan_ffn, rank_channels
+from surgery.plan.prune_plan import FfnPlan
+from surgery.plan.ranking import plan_ffn, rank_channels
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,12 @@ def _widths_tried(plan: dict[str, Any]) -> list[Table]:
 
 def _removed(removed: dict[str, list[int]]) -> str:
     """Layers of a tried mixture, by kind."""
-    parts = [f"{kind} {', '.join(map(str, numbers))}" for kind, numbers in removed.items() if numbers]
+    counted = {"kv": "key/value heads a layer", "experts": "experts a layer"}
+    parts = [
+        f"{numbers[0]} {counted[kind]}" if kind in counted else f"{kind} {', '.join(map(str, numbers))}"
+        for kind, numbers in removed.items()
+        if numbers
+    ]
     return "; ".join(parts) or "nothing"
 
 

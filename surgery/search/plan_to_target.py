@@ -23,11 +23,14 @@ from surgery.errors import PlanError, UnsupportedModelError, UsageError
 from surgery.index.channel_index import ChannelIndex
 from surgery.model.families import check_prunable
 from surgery.plan.kind_plan import KindPlan
-from surgery.plan.prune_plan import MEASURED, PrunePlan, make_plan
+from surgery.plan.make_plan import make_plan
+from surgery.plan.prune_plan import MEASURED, PrunePlan
 from surgery.plan.search_plan import SearchPlan, WidthSearch
+from surgery.plan.widths import default_multiple
 from surgery.progress import Progress, no_progress
 from surgery.pruning.layer_widths import search_widths
 from surgery.pruning.plan_pruning import saved_sensitivity
+from surgery.quantize.packed_size import GROUP
 from surgery.repair.methods import REPAIRS
 from surgery.search.levels import expert_levels, head_levels
 from surgery.search.mixtures import COUNTS, Search
@@ -70,6 +73,9 @@ def plan_to_target(
     index.check_source(model.checkpoint)
     REPAIRS.find(repair)
     check_target(model, target, cuts)
+    widths = model.meta_model.widths()
+    if multiple_of is None and target.packed and len(widths) == 1:
+        multiple_of = max(default_multiple(*widths.values()), GROUP)
     if allocation in MEASURED and sensitivity is None:
         say("Measuring the sensitivity of each layer at five widths")
         sensitivity = saved_sensitivity(
@@ -118,8 +124,12 @@ def plan_to_target(
         journal.mark(f"tried {len(search.steps)}")
     if allocation == "searched":
         left = seconds - (time.monotonic() - started)
-        widths = search_widths(model, index, plan, seconds=left, journal=journal, progress=progress, say=say)
-        plan = build(plan.cuts, search.size_of(search.best), widths)
+        tried = search_widths(model, index, plan, seconds=left, journal=journal, progress=progress, say=say)
+        better = build(plan.cuts, search.size_of(search.best), tried)
+        if fitter.amount(better) <= target.amount:
+            plan = better
+        else:  # the widest layer says more than its own size: that of padding, or of layers beside the model
+            say("The widths found exceed the target as they are written: the mixture's own are kept")
     found = SearchPlan(
         target,
         fitter.amount(plan),

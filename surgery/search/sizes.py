@@ -14,7 +14,7 @@ from surgery.errors import PlanError
 from surgery.plan.kind_plan import KindPlan
 from surgery.plan.prune_plan import PrunePlan
 from surgery.plan.widths import default_multiple
-from surgery.quantize.packed_size import GROUP, packed_specs
+from surgery.quantize.packed_size import packed_specs
 
 MEAN_STEPS = 8  # steps of the mean width within a multiple
 STEPS = 64  # shares of the channels that are tried where a model has several widths
@@ -59,7 +59,7 @@ class Fitter:
         if len(widths) > 1:
             return [{"sparsity": 1 - step / STEPS} for step in range(1, STEPS + 1)]
         (before,) = widths.values()
-        multiple = self.multiple_of or max(default_multiple(before), GROUP * self.target.packed)
+        multiple = self.multiple_of or default_multiple(before)
         step = max(1, multiple // MEAN_STEPS) if self.per_layer else multiple
         narrower: list[Size] = [{"width": width} for width in range(multiple, before, step)]
         return [*narrower, WHOLE]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +45,7 @@ class Trials:
         """KL(dense || cut and repaired) of each plan, in nats a token; what the journal has is not measured
         again.
         """
-        names = [_digest(plan) for plan in plans]
+        names = [plan.digest[:16] for plan in plans]
         unknown = {name: plan for name, plan in zip(names, plans, strict=True) if self._saved(name) is None}
         found: dict[str, float] = {}
         if unknown:
@@ -64,8 +62,3 @@ class Trials:
         if self.journal is None or f"trial {name}" not in self.journal:
             return None
         return float(self.journal.load(f"trial-{name}")[0]["kl"])
-
-
-def _digest(plan: PrunePlan) -> str:
-    """Names a plan in the journal."""
-    return hashlib.sha256(json.dumps(plan.as_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ from surgery.engine.run_options import RunOptions
 from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import MemoryBudgetError
 from surgery.model.meta_model import MetaModel
-from surgery.plan.prune_plan import make_plan
+from surgery.plan.make_plan import make_plan
 from surgery.pruning.jobs import prune_job
 from surgery.repair.layer_repair import LayerRepair, dense_reference
 from surgery.repair.least_squares import SplitMoments, least_squares, refit
@@ -64,7 +64,7 @@ def test_memory_of_repairing_a_layer_is_estimated(
     from surgery.index.channel_index import ChannelIndex
 
     source = save_tiny(variant, **({} if variant == "gpt2" else WIDE))
-    surgeon("index", str(source), "--out", "index", *CALIBRATION[:2], "--blocks", "16", "--block-size", "64")
+    surgeon("index", str(source), "--out", "index", *CALIBRATION[:2], "--blocks", "8", "--block-size", "64")
     index = ChannelIndex.load("index")
     plan = make_plan(index, method="scar-lp", sparsity=0.5, multiple_of=8, repair="lstsq-acc")
     job = prune_job(plan, index.input_ids.shape)
@@ -78,7 +78,7 @@ def test_memory_of_repairing_a_layer_is_estimated(
         dense = dense_reference(model, index.input_ids.long(), costs)
         repair = LayerRepair(dense, ffn_cut(model.meta_model, plan), REPAIRS[plan.repair], costs.matrix_bytes)
         hidden = (0 if scarce else costs.hidden_bytes) * (len(plan.layers[0].ffns) > 0)
-        for number, layer in model.stream_layers(range(2)):
+        for number, layer in model.stream_layers(range(1 if scarce else 2)):
             live = Live()
             with live:
                 dense.run(number, layer)

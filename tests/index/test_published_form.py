@@ -16,8 +16,8 @@ from surgery.index.calibration import Calibration
 from surgery.index.channel_index import ChannelIndex, FfnIndex, LayerIndex
 from surgery.index.codes import decode, encode, rounded
 from surgery.index.ffn_index import HALO_ONLY, LATER, STATISTICS
+from surgery.plan.make_plan import make_plan
 from surgery.plan.methods import METHODS
-from surgery.plan.prune_plan import make_plan
 
 
 def plans(index: ChannelIndex) -> dict[tuple[str, float], object]:

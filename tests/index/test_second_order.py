@@ -17,8 +17,9 @@ from surgery.index import supernodes as halo
 from surgery.index.channel_index import ChannelIndex, FfnIndex
 from surgery.index.second_order import DAMPING, damped, obs_scores, removal_costs, unexplained
 from surgery.plan import scores as importance
+from surgery.plan.make_plan import make_plan
 from surgery.plan.methods import METHODS
-from surgery.plan.prune_plan import ALLOCATIONS, make_plan
+from surgery.plan.prune_plan import ALLOCATIONS
 from surgery.registry import import_object
 from surgery.repair.methods import REPAIRS
 

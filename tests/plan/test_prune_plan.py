@@ -10,7 +10,8 @@ from surgery.index import supernodes as halo
 from surgery.index.channel_index import STATISTICS, ChannelIndex, FfnIndex, LayerIndex
 from surgery.index.super_weights import SuperWeight
 from surgery.plan import scores as importance
-from surgery.plan.prune_plan import keep_highest, make_plan
+from surgery.plan.make_plan import make_plan
+from surgery.plan.ranking import keep_highest
 from surgery.plan.widths import deployability, rounded_width
 
 

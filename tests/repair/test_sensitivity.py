@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
-from surgery.plan.prune_plan import channel_orders
+from surgery.plan.ranking import channel_orders
 from surgery.repair import sensitivity
 from surgery.repair.sensitivity import measure_sensitivity
 

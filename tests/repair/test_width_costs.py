@@ -25,7 +25,7 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.errors import PlanError
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.kind_plan import layers_plan, sublayer_plan
-from surgery.plan.prune_plan import channel_orders
+from surgery.plan.ranking import channel_orders
 from surgery.pruning import layer_widths
 from surgery.pruning.layer_widths import moved, search_widths, uniform
 from surgery.repair import sensitivity
@@ -90,9 +90,10 @@ def test_channels_move_where_they_gain() -> None:
 
 
 def test_one_width_for_all_layers() -> None:
-    assert uniform([4, 12, 0, 8], {2}, [4, 4, 9, 4]) == [8, 8, 0, 8]
-    assert uniform([4, 12, 0, 8], {2}, [4, 9, 9, 4]) is None  # a layer needs more
-    assert uniform([4, 12, 9], set(), [1, 1, 1]) is None  # not as many in sum
+    assert uniform([4, 12, 0, 8], {2}, [4, 4, 9, 4], 4) == [8, 8, 0, 8]
+    assert uniform([4, 12, 0, 8], {2}, [4, 9, 9, 4], 4) is None  # a layer needs more
+    assert uniform([4, 12, 9], set(), [1, 1, 1], 1) is None  # not as many in sum
+    assert uniform([4, 12, 0, 8], {2}, [4, 4, 9, 4], 16) is None  # not such a multiple
 
 
 def test_a_search_lowers_the_divergence_and_keeps_the_size(
@@ -176,10 +177,13 @@ def test_moments_that_are_kept_change_nothing(indexed: tuple[Model, ChannelIndex
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--layer-widths", "8,8"], 1, "6 numbers from 1 to 48"),
-        (["--layer-widths", "8,8,8,8,8,49"], 1, "49 among them"),
+        (["--layer-widths", "8,8"], 1, "expected 6 numbers"),
+        (["--layer-widths", "8,8,8,8,8,49"], 1, "layer 5; expected 1 to 48"),
         (["--layer-widths", "8,8,8,8,8,8", "--sparsity", "0.5"], 2, "takes the place"),
         (["--layer-widths", "8,x"], 2, "is not numbers"),
+        (["--layer-widths", "8,8,0,8,8,8"], 1, "layer 2; expected 1 to 48"),
+        (["--layer-widths", "8,8,8,8,8,8", "--drop-ffn", "2"], 1, "no FFN afterwards"),
+        (["--drop-ffn", "0,1,2,3,4,5"], 1, "at least one FFN has to stay"),
         (["--layer-widths", "8,8,8,8,8,8", "--target-params", "1k"], 2, "takes the place"),
         (["--search-time", "1m"], 2, "for --allocation searched"),
     ],
@@ -191,34 +195,28 @@ def test_widths_that_will_not_do_are_refused_before_any_work(
     assert message in result.output and "Indexing" not in result.output
 
 
-def test_no_width_for_a_layer_with_an_ffn_is_refused(
-    indexed: tuple[Model, ChannelIndex],
+def test_given_widths_beside_layers_and_ffns_that_go(
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    with pytest.raises(PlanError, match="at least one channel"):
-        surgery.plan_pruning(*indexed, layer_widths=[8, 8, 0, 8, 8, 8])
-
-
-def test_a_target_is_met_with_searched_widths(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """Equal widths are written as one; the card's command makes the same again."""
     save_tiny("llama")
-    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
-    target = ("--target-params", "55k", "--cuts", "ffn,layers", "--search-time", "0s", "--multiple-of", "4")
-    surgeon("prune", "tiny", *target, "--allocation", "searched", "--out", "cut", *CALIBRATION)
-    written = json.loads(Path("cut/surgeon.json").read_text())
-    assert surgery.open_model("cut").checkpoint.parameters <= 55_000
-    assert written["plan"]["search"]["steps"] and written["plan"]["allocation"] == "searched"
-
-
-def test_layers_that_go_stay_at_zero(
-    indexed: tuple[Model, ChannelIndex], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, index = indexed
-    plan = surgery.plan_pruning(
-        model, index, sparsity=0.5, multiple_of=4, allocation="global", cuts=(layers_plan(6, [2]),)
-    )
-    monkeypatch.setattr(layer_widths, "BETTER", 1e-6)
-    widths = search_widths(model, index, replace(plan, repair="lstsq")).widths
-    assert widths[2] == 0 and sum(widths) == sum(len(layer.kept) for layer in plan.layers)
-    least = [len(layer.ffns["dense"].protected) for layer in plan.layers]
-    assert all(width >= floor for width, floor in zip(widths, least, strict=True) if width)
+    surgeon("index", "tiny", "--out", "index", *CALIBRATION)
+    equal = ("--layer-widths", "16,16,16,16,16,16")
+    surgeon("prune", "tiny", *equal, "--index", "index", "--out", "equal", "--quiet")
+    assert not Path("equal/modeling_per_layer.py").exists()
+    card = Path("equal/README.md").read_text()
+    assert "surgery.loading" not in card and "more than others" not in card
+    mixed = ("--layer-widths", "16,8,0,0,24,48", "--drop-layers", "2", "--drop-ffn", "3")
+    surgeon("prune", "tiny", *mixed, "--index", "index", "--out", "cut", "--quiet")
+    loaded = AutoModelForCausalLM.from_pretrained("cut")
+    sizes = [
+        one.down_proj.in_features for layer in loaded.model.layers if hasattr(one := layer.mlp, "down_proj")
+    ]
+    assert sizes == [16, 8, 24, 48] and len(loaded.model.layers) == 5
+    words = shlex.split(json.loads(Path("cut/surgeon.json").read_text())["command"])
+    surgeon("prune", "tiny", *words[3:], "--index", "index", "--out", "again", "--quiet")
+    assert Path("again/model.safetensors").read_bytes() == Path("cut/model.safetensors").read_bytes()
+    with pytest.raises(PlanError, match="not a width"):
+        surgery.plan_pruning(
+            opened(Path("tiny")), ChannelIndex.load("index"), layer_widths=[8, 8, 0, 8, 8, 8]
+        )

@@ -16,7 +16,7 @@ from surgery.engine.resume import Journal
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.kind_plan import layers_plan
-from surgery.plan.prune_plan import make_plan
+from surgery.plan.make_plan import make_plan
 from surgery.search import trials as trials_module
 from surgery.search.head_scores import head_scores
 from surgery.search.single_costs import measure_single_costs
