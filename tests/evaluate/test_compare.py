@@ -87,7 +87,7 @@ def test_kinds_are_compared_at_one_size(save_tiny: Callable[..., Path], surgeon:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cuts", "layers"], "are for a target"),
+        (["--cuts", "layers"], "for a target"),
         (["--target-params", "45k", "--sparsity", "0.5"], "takes the place"),
         (["--target-params", "45k", "--target-size", "1MB"], "one target"),
         (["--target-params", "45k", "--cuts", "ffn,heads"], "not one of"),

@@ -77,6 +77,21 @@ def test_a_healed_folder_is_complete_and_better(
     assert "Healed" in titles
 
 
+@pytest.mark.parametrize("train", ["lora:4", "norms"])
+def test_layers_without_attention_or_ffn_are_healed(
+    train: str, pruned: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    pruned("llama", "--drop-ffn", "3", "--drop-attention", "1")
+    surgeon("heal", "cut", *HEAL, "--train", train, "--out", "healed")
+    before, after = tensors(Path("cut")), tensors(Path("healed"))
+    assert before.keys() == after.keys() and not any("layers.3.mlp" in name for name in after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("layers.3." in name for name in changed) and any("layers.1." in name for name in changed)
+    loaded = AutoModelForCausalLM.from_pretrained("healed")
+    assert not list(loaded.model.layers[3].mlp.parameters())
+    assert not list(loaded.model.layers[1].self_attn.parameters())
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt2", "phi3", "deepseek_v3"])
 def test_trained_parameters_come_back_from_the_stored_tensors(
     family: str, pruned: Callable[..., Path], surgeon: Callable[..., Any]
