@@ -133,16 +133,16 @@ class PrunePass:
                 self._load_streams(streams, first)
             for number, layer in progress(model.stream_layers(range(first, count)), "layers", count - first):
                 result = pruner(number, layer)
-                if number not in self.cut.skipped:
-                    check.forward(number, layer)
-                if result is None:
-                    continue
-                repairs.append(result.as_json())
                 with in_layer(number):
-                    repaired = repaired_tensors(model.meta_model, number, result, self.deferred)
-                    for name, tensor in repaired.items():
-                        self._write(writer, name, tensor)
-                    self._save_streams(streams, number, repairs[-1])
+                    if result is not None:  # first, as memory then holds what the file gives back
+                        repaired = repaired_tensors(model.meta_model, number, result, self.deferred)
+                        for name, tensor in repaired.items():
+                            self._write(writer, name, tensor)
+                    if number not in self.cut.skipped:
+                        check.forward(number, layer)
+                    if result is not None:
+                        repairs.append(result.as_json())
+                        self._save_streams(streams, number, repairs[-1])
             with model.other_weights():
                 return last_logits(model, check), repairs
 

@@ -274,6 +274,17 @@ def test_storage_finer_than_memory_keeps_its_digits(
     assert all(after[name].shape != before[name].shape for name in downs)
 
 
+@pytest.mark.parametrize("variant", ["llama", "mixtral"])
+def test_rounding_to_the_stored_dtype_is_no_difference(
+    variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
+) -> None:
+    """Computed in float32, stored in bfloat16: the written model is compared with what the file gives back."""
+    save_tiny(variant, dtype=torch.bfloat16)
+    surgeon("prune", "tiny", "--multiple-of", "8", "--dtype", "float32", "--out", "cut", *CALIBRATION)
+    measured = json.loads(Path("cut/surgeon.json").read_text())["measurements"]["verification"]
+    assert measured["dtype"] == "float32" and measured["relative_difference"] < 1e-5
+
+
 def test_experts_are_repaired_in_turns_that_fit() -> None:
     chunks = {f"expert.{n}": column_blocks(8, 16, repair_bytes([4], 16)) for n in range(3)}
     assert len(pass_schedule(chunks, 16, None)) == 2
