@@ -278,7 +278,7 @@ def test_storage_finer_than_memory_keeps_its_digits(
 def test_rounding_to_the_stored_dtype_is_no_difference(
     variant: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    """Computed in float32, stored in bfloat16: the written model is compared with what the file gives back."""
+    """Computed in float32, stored in bfloat16: what is compared is what the file gives back."""
     save_tiny(variant, dtype=torch.bfloat16)
     surgeon("prune", "tiny", "--multiple-of", "8", "--dtype", "float32", "--out", "cut", *CALIBRATION)
     measured = json.loads(Path("cut/surgeon.json").read_text())["measurements"]["verification"]
