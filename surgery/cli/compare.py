@@ -147,7 +147,8 @@ def compare(
     opened = how.open(model)
     check_prunable(opened)
     ways = chosen or list(itertools.product(allocations, repairs, methods))
-    search.check(opened, sparsities, searches=any("searched" in way for way in ways))
+    searches = any("searched" in way for way in ways)
+    search.check(opened, sparsities, searches)
     sizes = [(0.0, kinds) for kinds in search.cuts(opened)] or [(one, ()) for one in sparsities or SPARSITIES]
     variants = [Variant(sparsity, *way, kinds) for sparsity, kinds in sizes for way in ways]
     check_variants(opened, variants, multiple_of)
@@ -167,7 +168,7 @@ def compare(
         )
         if found is None:
             lines.insert(1, "Before that an index is made: `surgeon index --dry-run` says what it takes")
-        if search.target is not None or any("searched" in way for way in ways):
+        if search.target is not None or searches:
             lines.insert(1, "Before that, not counted: the search for each cut, --search-time or longer")
         counts = {"cuts": len(variants), "texts": len(blocks), "walks": passes}
         wide = bool(cost.float64_flops)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from surgery.engine.open_model import Model
     from surgery.engine.resume import Journal
     from surgery.evaluate.compare import Comparison
-    from surgery.index.channel_index import ChannelIndex
     from surgery.plan.prune_plan import PrunePlan
     from surgery.text import TokenBlocks
 
@@ -108,7 +107,7 @@ def plans_for(
 ) -> list[PrunePlan]:
     """A plan for every variant; sensitivity is measured once a method, and saved in the journal."""
     from surgery.plan.prune_plan import MEASURED
-    from surgery.pruning.plan_pruning import plan_pruning
+    from surgery.pruning.plan_pruning import plan_pruning, saved_sensitivity
     from surgery.search.plan_to_target import plan_to_target
 
     measured: dict[str, Any] = {}
@@ -117,8 +116,12 @@ def plans_for(
         sensitivity = None
         if variant.allocation in MEASURED:
             if variant.method not in measured:
+                step, what = f"sensitivity-{variant.method}", (comparison.opened, comparison.index)
+                if step not in journal:
+                    ranked = f"channels ranked by {variant.method}"
+                    say(f"Measuring the sensitivity of each layer at five widths, {ranked}", quiet)
                 measured[variant.method] = saved_sensitivity(
-                    comparison.opened, comparison.index, variant.method, seed, journal, quiet
+                    journal, *what, step, method=variant.method, seed=seed, progress=bars(quiet)
                 )
             sensitivity = measured[variant.method]
         how: dict[str, Any] = {**asdict(variant), "seed": seed, "multiple_of": multiple_of}
@@ -148,20 +151,3 @@ def plans_for(
             )
         )
     return plans
-
-
-def saved_sensitivity(
-    model: Model, index: ChannelIndex, method: str, seed: int, journal: Journal, quiet: bool
-) -> list[Any]:
-    """The sensitivity of layers under a method's ranking, from the journal or measured now."""
-    from surgery.pruning.plan_pruning import sensitivity_of
-
-    step, name = f"sensitivity {method}", f"sensitivity-{method}"
-    if step in journal:
-        tensors = journal.load(name)[1]
-        return [tensors[str(number)] for number in range(len(tensors))]
-    say(f"Measuring the sensitivity of each layer at five widths, channels ranked by {method}", quiet)
-    found = sensitivity_of(model, index, method=method, seed=seed, progress=bars(quiet))
-    journal.save(name, {}, {str(number): one for number, one in enumerate(found)})
-    journal.mark(step)
-    return found

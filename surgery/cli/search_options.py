@@ -9,7 +9,14 @@ import click
 
 from surgery import defaults
 from surgery.cli.options import collected
-from surgery.cli.target_values import default_kinds, duration, kinds_of, one_target, target_amount
+from surgery.cli.target_values import (
+    default_kinds,
+    duration,
+    kinds_of,
+    one_target,
+    search_seconds,
+    target_amount,
+)
 from surgery.cut.kinds import KINDS
 from surgery.errors import UsageError
 
@@ -44,7 +51,7 @@ class SearchOptions:
     @property
     def seconds(self) -> float:
         """What each search may take."""
-        return defaults.SEARCH_SECONDS if self.search_time is None else self.search_time
+        return search_seconds(self.search_time)
 
     def check(self, model: Model, sparsities: tuple[float, ...], searches: bool = False) -> None:
         """Refuse, before any work, what goes only with a target or not with it, and one out of reach."""

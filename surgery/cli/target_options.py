@@ -18,6 +18,7 @@ from surgery.cli.target_values import (
     kinds,
     layers,
     one_target,
+    search_seconds,
     target_amount,
 )
 from surgery.cut.kinds import KINDS
@@ -137,7 +138,7 @@ class TargetOptions:
     @property
     def seconds(self) -> float:
         """What a search may take."""
-        return defaults.SEARCH_SECONDS if self.search_time is None else self.search_time
+        return search_seconds(self.search_time)
 
     def kinds(self, model: Model, tell: bool = False) -> tuple[str, ...]:
         """Names of the kinds that may go for a target: those asked for, or `default_kinds`."""
@@ -157,8 +158,8 @@ class TargetOptions:
 
     def check_model(self, model: Model) -> None:
         """Refuse a model, layers or a target that won't do before anything is computed."""
-        from surgery.cut.sublayers import SUBLAYERS, check_an_ffn_stays
-        from surgery.plan.kind_plan import check_something_stays
+        from surgery.cut.sublayers import SUBLAYERS
+        from surgery.plan.kind_plan import check_an_ffn_stays, check_something_stays
         from surgery.search.plan_to_target import check_target
 
         if self.drop_layers:
@@ -166,7 +167,8 @@ class TargetOptions:
 
             check_removed(model.meta_model, self.drop_layers)
         check_something_stays(self.drop_attention, self.drop_ffn)
-        check_an_ffn_stays(model.meta_model, {*self.drop_ffn, *self.drop_layers})
+        have = [number for number, ffns in enumerate(model.meta_model.ffns) if ffns]
+        check_an_ffn_stays(have, {*self.drop_ffn, *self.drop_layers})
         for kind, removed in self.dropped.items():
             SUBLAYERS[kind].check_removed(model.meta_model, removed)
         if self.kv_heads is not None:

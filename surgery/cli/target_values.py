@@ -63,18 +63,25 @@ def kinds(_: click.Context, parameter: click.Parameter, value: str | None) -> tu
 
 def layers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
     """Layer numbers separated by commas, sorted."""
-    try:
-        return tuple(sorted({int(word) for word in value.split(",")})) if value is not None else ()
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not layer numbers, as 5,12", param=parameter) from error
+    return tuple(sorted(set(_numbers(value, parameter, "layer numbers, as 5,12"))))
 
 
 def widths(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Numbers of channels separated by commas, in the order of layers."""
+    """Numbers of channels separated by commas, in the order of layers; None where none are given."""
+    return _numbers(value, parameter, "numbers, as 512,640") or None
+
+
+def _numbers(value: str | None, parameter: click.Parameter, what: str) -> tuple[int, ...]:
+    """Numbers separated by commas; `what` says in an error what was expected."""
     try:
-        return None if value is None else tuple(int(word) for word in value.split(","))
+        return () if value is None else tuple(int(word) for word in value.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not numbers, as 512,640", param=parameter) from error
+        raise click.BadParameter(f"{value!r} is not {what}", param=parameter) from error
+
+
+def search_seconds(given: float | None) -> float:
+    """What a search may take, where `given` is what the command line says."""
+    return defaults.SEARCH_SECONDS if given is None else given
 
 
 def factor(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:

@@ -19,7 +19,7 @@ from surgery.cut.tensors import TensorEdit
 from surgery.errors import PlanError, UnsupportedModelError
 from surgery.model.meta_model import MetaModel
 from surgery.model.sublayers import SublayerSite, attention_site, ffn_site
-from surgery.plan.kind_plan import SUBLAYER_GROUPS, KindPlan
+from surgery.plan.kind_plan import SUBLAYER_GROUPS, KindPlan, without
 
 MODELING_TEMPLATE = '''"""{name} whose decoder layers differ in width, or have no attention or no FFN.
 
@@ -143,7 +143,7 @@ class Sublayer:
 
     def removed(self, kept: Kept) -> list[int]:
         """Numbers of the layers that go without it."""
-        return sorted(n for (n, name), members in kept.items() if name == self.group and not len(members))
+        return sorted(without(kept, self.group))
 
     def layers(self, meta_model: MetaModel) -> list[int]:
         """Numbers of the layers that have one that can go."""
@@ -188,9 +188,3 @@ WHOLE_FFNS = Sublayer(
     lambda meta_model, number: ffn_site(meta_model.layers[number], meta_model.ffns[number]),
 )
 SUBLAYERS = {one.kind: one for one in (ATTENTIONS, WHOLE_FFNS)}
-
-
-def check_an_ffn_stays(meta_model: MetaModel, gone: Collection[int]) -> None:
-    """Raise PlanError where every layer with an FFN is one of `gone`."""
-    if not any(ffns and number not in gone for number, ffns in enumerate(meta_model.ffns)):
-        raise PlanError("at least one FFN has to stay", where="--drop-ffn, --drop-layers")

@@ -130,14 +130,25 @@ class Journal:
 def saved_once(
     journal: Journal | None, step: str, measure: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """What `measure` gives, or gave before the run was interrupted."""
+    """Tensors that `measure` gives, or gave before the run was interrupted."""
+    return _once(journal, step, lambda: ({}, measure()))[1]
+
+
+def noted_once(journal: Journal | None, step: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """JSON fields that `measure` gives, or gave before the run was interrupted."""
+    return _once(journal, step, lambda: (measure(), {}))[0]
+
+
+def _once(
+    journal: Journal | None, step: str, measure: Callable[[], tuple[dict[str, Any], dict[str, torch.Tensor]]]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if journal is not None and step in journal:
-        return journal.load(step)[1]
-    found = measure()
+        return journal.load(step)
+    fields, tensors = measure()
     if journal is not None:
-        journal.save(step, {}, found)
+        journal.save(step, fields, tensors or None)
         journal.mark(step)
-    return found
+    return fields, tensors
 
 
 def journal_folder(destination: Path, kind: str = "") -> Path:

@@ -81,9 +81,19 @@ def check_something_stays(attention: Collection[int], ffns: Collection[int]) -> 
         )
 
 
+def check_an_ffn_stays(have: Collection[int], gone: Collection[int]) -> None:
+    """Raise PlanError where all layers that `have` an FFN are among those `gone`."""
+    if set(have) <= set(gone):
+        raise PlanError("at least one FFN has to stay", where="--drop-ffn, --drop-layers")
+
+
+def without(kept: Mapping[tuple[int, str], torch.Tensor], group: str) -> frozenset[int]:
+    """Numbers of the layers whose group of this name keeps no member."""
+    return frozenset(number for (number, name), members in kept.items() if name == group and not len(members))
+
+
 def _gone(parts: Iterable[KindPlan], group: str) -> frozenset[int]:
-    kept = [item for part in parts for item in part.kept.items()]
-    return frozenset(number for (number, name), members in kept if name == group and not len(members))
+    return frozenset[int]().union(*(without(part.kept, group) for part in parts))
 
 
 def with_expert_places(

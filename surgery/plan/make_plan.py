@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from surgery.index.channel_index import ChannelIndex
 from surgery.plan.allocation import allocate, score_damage, standardised
 from surgery.plan.kind_plan import (
     KindPlan,
+    check_an_ffn_stays,
     check_something_stays,
     removed_attention,
     removed_ffns,
@@ -84,11 +85,11 @@ def make_plan(
     multiple = multiple_of or default_multiple(changes[0].before)
     check_something_stays(removed_attention(cuts), removed_ffns(cuts))
     bare = removed_layers(cuts) | removed_ffns(cuts)  # without channels
-    if not any(layer.ffns and number not in bare for number, layer in enumerate(index.layers)):
-        raise PlanError("at least one FFN has to stay", where="--drop-ffn, --drop-layers")
+    have = {number for number, layer in enumerate(index.layers) if layer.ffns}
+    check_an_ffn_stays(have, bare)
     found = width_search.widths if width_search is not None else layer_widths
     if found is not None:
-        changes = (_at_widths(index, found, bare),)
+        changes = (_at_widths(index, found, have - bare),)
     elif allocation != "uniform":
         changes = tuple(
             _spread(index, change, rankings, multiple, method, sensitivity, bare) for change in changes
@@ -141,9 +142,8 @@ def _check_arguments(
         )
 
 
-def _at_widths(index: ChannelIndex, widths: Sequence[int], bare: frozenset[int]) -> WidthChange:
-    """The change to these widths of layers; layers `bare` of an FFN have none. Raises PlanError."""
-    have = {number for number, layer in enumerate(index.layers) if layer.ffns} - bare
+def _at_widths(index: ChannelIndex, widths: Sequence[int], have: Collection[int]) -> WidthChange:
+    """The change to these widths of layers; those that `have` an FFN then have one. Raises PlanError."""
     check_layer_widths(index.widths, widths, len(index.layers), have)
     ((key, before),) = index.widths.items()
     own = tuple(width if number in have else None for number, width in enumerate(widths))

@@ -92,6 +92,7 @@ class WidthSearch:
         return {"tokens": self.tokens, "steps": [asdict(step) for step in self.steps]}
 
     @classmethod
-    def from_json(cls, widths: tuple[int, ...], fields: dict[str, Any]) -> WidthSearch:
-        """The search with the best `widths` whose entry is `fields`."""
-        return cls(widths, fields["tokens"], tuple(WidthStep(**step) for step in fields["steps"]))
+    def from_json(cls, fields: dict[str, Any]) -> WidthSearch:
+        """The search whose entry is `fields`, with its `widths` among them."""
+        steps = tuple(WidthStep(**step) for step in fields["steps"])
+        return cls(tuple(fields["widths"]), fields["tokens"], steps)

@@ -21,7 +21,7 @@ from surgery.budget.model_size import ModelSize
 from surgery.budget.sensitivity_cost import width_search_cost
 from surgery.cut.model_cut import model_cut
 from surgery.engine.open_model import Model
-from surgery.engine.resume import Journal, saved_once
+from surgery.engine.resume import Journal, noted_once
 from surgery.engine.streamed_model import StreamedModel
 from surgery.index.channel_index import ChannelIndex
 from surgery.plan.prune_plan import PrunePlan
@@ -55,14 +55,11 @@ def search_widths(
     interrupted search goes on, and a finished one is told again.
     """
 
-    def search() -> dict[str, torch.Tensor]:
+    def search() -> dict[str, Any]:
         found = _Widths(model, index, plan, journal, progress, say).search(seconds)
-        told = json.dumps(found.as_json()).encode()
-        return {"widths": torch.tensor(found.widths), "told": torch.tensor(list(told), dtype=torch.uint8)}
+        return {"widths": found.widths, **found.as_json()}
 
-    tensors = saved_once(journal, "widths", search)
-    told = json.loads(bytes(tensors["told"].tolist()))
-    return WidthSearch.from_json(tuple(tensors["widths"].tolist()), told)
+    return WidthSearch.from_json(noted_once(journal, "widths", search))
 
 
 class _Widths:
@@ -121,7 +118,7 @@ class _Widths:
         """Costs of `widths`, and of a step away for each layer but in the `last` round; noted and said."""
         others = [[] for _ in widths] if last else self._moves(widths)
 
-        def measure() -> dict[str, torch.Tensor]:
+        def measure() -> dict[str, Any]:
             found = measure_width_costs(
                 self.streamed,
                 self.ids,
@@ -133,16 +130,11 @@ class _Widths:
                 self.moments,
                 self.progress,
             )
-            kls = [
-                found.kl,
-                *(one[width] for one, near in zip(found.others, others, strict=True) for width in near),
-            ]
-            return {"kl": torch.tensor(kls, dtype=torch.float64)}
+            return {"kl": found.kl, "others": [list(one.items()) for one in found.others]}
 
         digest = hashlib.sha256(json.dumps([widths, others]).encode()).hexdigest()[:16]
-        kl, *kls = saved_once(self.journal, f"widths-{digest}", measure)["kl"].tolist()
-        rest = iter(kls)
-        costs = WidthCosts(kl, [{width: next(rest) for width in near} for near in others])
+        told = noted_once(self.journal, f"widths-{digest}", measure)
+        kl, costs = told["kl"], WidthCosts(told["kl"], [dict(one) for one in told["others"]])
         kept = before is None or kl < before.kl * (1 - BETTER)
         self.steps.append(WidthStep(name, kl, kept))
         self.say(f"Widths, {name}: KL {kl:.4f} nats a token{'' if kept else ', no better'}")

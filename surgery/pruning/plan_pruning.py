@@ -94,14 +94,14 @@ def plan_pruning(
 
 
 def saved_sensitivity(
-    journal: Journal | None, model: Model, index: ChannelIndex, **how: Any
+    journal: Journal | None, model: Model, index: ChannelIndex, step: str = "sensitivity", **how: Any
 ) -> list[torch.Tensor]:
-    """What `sensitivity_of` gives, or gave before the run was interrupted."""
+    """What `sensitivity_of` gives, or gave before the run was interrupted; `step` names it in the journal."""
 
     def measure() -> dict[str, torch.Tensor]:
         return {str(layer): found for layer, found in enumerate(sensitivity_of(model, index, **how))}
 
-    tensors = saved_once(journal, "sensitivity", measure)
+    tensors = saved_once(journal, step, measure)
     return [tensors[name] for name in sorted(tensors, key=int)]
 
 

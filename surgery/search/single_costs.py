@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.cut.sublayers import SUBLAYERS
 from surgery.engine.hooks import module_outputs
 from surgery.engine.loss import measure_divergence
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
-from surgery.model.sublayers import SublayerSite, attention_site, ffn_site
+from surgery.model.sublayers import SublayerSite
 from surgery.progress import Progress, no_progress
 
 Item = tuple[str, int]  # (kind, layer): ("layers", 3), ("attention", 3)
@@ -42,9 +43,9 @@ def measure_single_costs(
             stream.forward(number, layer)
         if "layers" in kinds:
             without["layers", number] = base.fork(len(ids), number, place)
-        sites = {"attention": attention_site(layer), "whole-ffn": ffn_site(layer, model.ffns(number))}
-        for kind, site in sites.items():
-            if kind in kinds and site is not None:
+        for kind, sublayer in SUBLAYERS.items():
+            site = sublayer.site(model.meta_model, number) if kind in kinds else None
+            if site is not None:
                 without[kind, number] = branch = base.fork(len(ids), number, place)
                 with _silenced(layer, site):
                     branch.forward(number, layer)

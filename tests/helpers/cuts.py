@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,14 @@ from surgery.cut.groups import Cut
 from surgery.cut.tensors import TensorEdit, edited_specs
 
 IDS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3))
+
+
+def generated(model: Any) -> list[torch.Tensor]:
+    """Four tokens that a model writes after IDS, with a cache and without one."""
+    return [
+        model.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cached, pad_token_id=0)
+        for cached in (True, False)
+    ]
 
 
 def write(source: Path, cut: Cut, folder: Path) -> None:
