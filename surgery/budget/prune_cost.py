@@ -16,16 +16,13 @@ from torch import nn
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.machine import Machine
 from surgery.budget.model_size import ModelSize, token_share
-from surgery.budget.repair_cost import EXPERT_PASSES, column_blocks, pass_schedule, repair_bytes
+from surgery.budget.repair_cost import DENSE_STORES, EXPERT_PASSES, column_blocks, pass_schedule, repair_bytes
 from surgery.budget.sensitivity_cost import MEASURE_TOKENS, sensitivity_cost, width_search_cost
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.run_options import RunOptions
 from surgery.model.ffn import Ffn, is_conv1d
 from surgery.model.meta_model import MetaModel
 
-DENSE_STORES = (
-    3  # hidden states of the dense model in a repair: a layer's input, its output, the stream before its FFN
-)
 VERIFY_TOKENS = 64  # tokens that a written checkpoint is verified on
 MOST_BLOCKS = 16  # column blocks that channels are divided into to meet a budget
 SOLVED = 4  # times a block is solved for: two or three ridges, and the chosen one on all blocks

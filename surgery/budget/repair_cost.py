@@ -7,6 +7,7 @@ ridge is solved with, where float32 would not do.
 
 from __future__ import annotations
 
+DENSE_STORES = 3  # of the dense model: a layer's input, its output, the stream before its FFN
 GRAMS = 3  # K x K beside the sums while a ridge is solved for, the copy LAPACK makes included
 CHANGES = 4  # D x K at the same time
 EXPERT_PASSES = 3  # over a layer, for its routed experts together, each from what the one before left

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from surgery.budget.budget import Budget, largest_micro_batch
 from surgery.budget.model_size import ModelSize
-from surgery.budget.repair_cost import solve_bytes
+from surgery.budget.repair_cost import DENSE_STORES, moment_bytes, solve_bytes
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.run_options import RunOptions
 
@@ -21,14 +21,13 @@ FIT_BLOCKS = 32  # calibration blocks that the branches are refitted on
 @dataclass(frozen=True)
 class SensitivityCost:
     """`resident_bytes` beside the branches, `branch_bytes` of all branches, stored in `branches_on` memory or
-    disk. `keeps_moments` says whether all layers' moments fit beside both, for later passes.
+    disk.
     """
 
     micro_batch: int
     resident_bytes: int
     branch_bytes: int
     branches_on: str
-    keeps_moments: bool = False
 
 
 def measured_blocks(blocks: int, block_size: int) -> int:
@@ -41,30 +40,51 @@ def sensitivity_cost(size: ModelSize, blocks: int, block_size: int, run: RunOpti
     must.
     """
     matrices = sensitivity_bytes(size.widest, size.hidden, max(FRACTIONS))
-    return _pass_cost(size, blocks, block_size, run, matrices, len(FRACTIONS))
+    fitted = FIT_BLOCKS * block_size * run.dtype.itemsize * size.hidden
+    return _pass_cost(size, blocks, block_size, run, matrices, len(FRACTIONS), fitted)
 
 
 def width_search_cost(size: ModelSize, blocks: int, block_size: int, run: RunOptions) -> SensitivityCost:
-    """Cost of one pass of the search for widths, likewise. Any width may be solved for."""
-    return _pass_cost(size, blocks, block_size, run, sensitivity_bytes(size.widest, size.hidden, 1.0), 2)
+    """Cost of one pass of the search for widths, likewise; hidden states and channels of the blocks that
+    layers are repaired on go where branches do.
+    """
+    matrices = width_search_bytes(size.widest, size.hidden)
+    stores = DENSE_STORES + 1  # the pruned model's
+    fitted = FIT_BLOCKS * block_size * run.dtype.itemsize * (stores * size.hidden + size.widest)
+    return _pass_cost(size, blocks, block_size, run, matrices, 2, 0, fitted)
 
 
 def _pass_cost(
-    size: ModelSize, blocks: int, block_size: int, run: RunOptions, matrices: int, copies: int
+    size: ModelSize,
+    blocks: int,
+    block_size: int,
+    run: RunOptions,
+    matrices: int,
+    copies: int,
+    resident_stores: int,
+    stores: int = 0,
 ) -> SensitivityCost:
-    """Cost of a pass that takes so many bytes of `matrices` in a layer and makes `copies` of its output."""
+    """Cost of a pass that takes so many bytes of `matrices` in a layer and makes `copies` of its output.
+
+    It has `resident_stores` bytes of hidden states in memory, and `stores` bytes where branches go.
+    """
     budget = Budget.of(run)
     tokens = max(TOKENS_PER_STEP[run.device.type], block_size)
     token_bytes = run.dtype.itemsize * size.hidden
-    streams = token_bytes * (FIT_BLOCKS * block_size + MEASURE_TOKENS)
     layers = 3 * size.layer + size.merging + size.saved_token * tokens + matrices
-    resident = streams + max(layers, size.other_resident + size.compared_bytes(MEASURE_TOKENS))
-    branches = size.layers * copies * measured_blocks(blocks, block_size) * block_size * token_bytes
+    ends = size.other_resident + size.compared_bytes(MEASURE_TOKENS)
+    resident = resident_stores + token_bytes * MEASURE_TOKENS + max(layers, ends)
+    branches = size.layers * copies * measured_blocks(blocks, block_size) * block_size * token_bytes + stores
     place = budget.place(branches, resident)
-    kept = resident + branches * (place == budget.first_place) + 8 * size.layers * size.widest**2
-    return SensitivityCost(
-        largest_micro_batch(block_size, run.device.type), resident, branches, place, kept <= budget.usable
-    )
+    return SensitivityCost(largest_micro_batch(block_size, run.device.type), resident, branches, place)
+
+
+def width_search_bytes(width: int, outputs: int) -> int:
+    """Bytes of matrices that trying widths of a layer of F = `width` channels and D = `outputs` takes: sums
+    for training and held-out blocks and those of both, then what solving for all channels takes.
+    """
+    both = 8 * width * (width + outputs)
+    return both + max(moment_bytes(width, outputs), both + solve_bytes(width, outputs))
 
 
 def sensitivity_bytes(width: int, outputs: int, largest: float) -> int:

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
-
 from surgery import defaults
 from surgery.budget.model_size import ModelSize
 from surgery.budget.sensitivity_cost import width_search_cost
@@ -28,6 +26,7 @@ from surgery.plan.prune_plan import PrunePlan
 from surgery.plan.ranking import channel_orders
 from surgery.plan.search_plan import WidthSearch, WidthStep
 from surgery.progress import Progress, no_progress
+from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import split_blocks
 from surgery.repair.width_costs import WidthCosts, measure_width_costs
 
@@ -80,7 +79,7 @@ class _Widths:
         size = ModelSize.of(model.meta_model, model.run.dtype, block_size)
         self.cost = width_search_cost(size, blocks, block_size, model.run)
         self.streamed, self.cut = StreamedModel(model), model_cut(model.meta_model, plan, widths_only=True)
-        self.moments: dict[int, torch.Tensor] | None = {} if self.cost.keeps_moments else None
+        self.method = REPAIRS.find(plan.repair)
         self.first = [len(layer.kept) for layer in plan.layers]
         self.multiple = plan.multiple_of
         self.step = max(1, round(plan.width_before / STEPS / self.multiple)) * self.multiple
@@ -99,9 +98,13 @@ class _Widths:
         if alike is not None and alike != best:
             found = self._measured("one width", alike, costs)
             best, costs = (alike, found) if self.steps[-1].kept else (best, costs)
-        pairs = PAIRS
+        pairs, tried = PAIRS, [self.first, best]
         for turn in range(1, ROUNDS + 1):
             widths = moved(best, costs, self.step, pairs)
+            while pairs and widths in tried:
+                pairs //= 2
+                widths = moved(best, costs, self.step, pairs)
+            tried.append(widths)
             if widths == best or time.monotonic() - started >= seconds:
                 break
             found = self._measured(f"round {turn}", widths, costs, last=turn == ROUNDS)
@@ -126,8 +129,8 @@ class _Widths:
                 widths,
                 others,
                 self.cut,
+                self.method,
                 self.cost,
-                self.moments,
                 self.progress,
             )
             return {"kl": found.kl, "others": [list(one.items()) for one in found.others]}

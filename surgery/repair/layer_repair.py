@@ -80,12 +80,30 @@ class LayerRepair:
         through it.
         """
         result = LayerRepairResult(keeps_deltas=self.keeps_deltas)
+        additive = self.before_ffn(number, layer, result)
+        if (number, WHOLE_FFN) in self.gone:
+            if self.method.follows_pruned:
+                self.pruned.forward(number, layer)
+            return result
+        self._repair_ffns(number, layer, additive, result)
+        if additive:
+            self.add_ffn_output(number)
+        elif self.method.follows_pruned:
+            if self.dense.mixture:
+                self._repair_experts(number, layer, result)
+            self.pruned.forward(number, layer)
+        return result
+
+    def before_ffn(self, number: int, layer: nn.Module, result: LayerRepairResult) -> bool:
+        """Mask what goes of the resident layer besides FFN channels, and repair its attention.
+
+        Returns whether the layer's FFN is to bring the pruned stream to the dense one (`DenseReference`).
+        """
         if self.reroute is not None:
             self.reroute(number, layer)
         additive = self.method.follows_pruned and self.dense.additive
         self.mask_others(number, layer)
         fits = self.method.fits_attention and (number, ATTENTION) not in self.gone
-        no_ffn = (number, WHOLE_FFN) in self.gone
         if additive and fits and self.dense.attention is not None:
             repair_attention(
                 self.method,
@@ -96,22 +114,11 @@ class LayerRepair:
                 self.budget,
                 result,
                 self.head_columns.get(number),
-                last=no_ffn,
+                last=(number, WHOLE_FFN) in self.gone,
             )
-        if no_ffn:
-            if self.method.follows_pruned:
-                self.pruned.forward(number, layer)
-            return result
-        self._repair_ffns(number, layer, additive, result)
-        if additive:
-            self._add_ffn_output(number)
-        elif self.method.follows_pruned:
-            if self.dense.mixture:
-                self._repair_experts(number, layer, result)
-            self.pruned.forward(number, layer)
-        return result
+        return additive
 
-    def _add_ffn_output(self, number: int) -> None:
+    def add_ffn_output(self, number: int) -> None:
         """Move the pruned stream through the FFN: the output of its kept channels is added to the stream
         before it.
         """
@@ -143,7 +150,7 @@ class LayerRepair:
             originals = {name: _weights(ffn) for name, ffn in ffns.items()}
         for turn, columns in enumerate(passes):
             last = turn == len(passes) - 1
-            moments = self._ffn_moments(number, layer, additive, columns, originals if turn else {}, last)
+            moments = self.ffn_moments(number, layer, additive, columns, originals if turn else {}, last)
             for name, found in self._refit_all(number, ffns, moments, columns, result).items():
                 result.ffns.setdefault(name, []).append(found)
         self.mask(number, layer)
@@ -188,13 +195,13 @@ class LayerRepair:
             done[name] = found.without_change()
             if found.change is not None:
                 kept = self.kept[number, name][columns[name]].to(found.change.device)
-                _apply_change(ffn, kept, found.change, result)
+                apply_change(ffn, kept, found.change, result)
         return done
 
     def _solve(self, has_bias: bool, moments: Moments, ridge: float) -> torch.Tensor:
         return self.method.solved(moments, ridge, has_bias)
 
-    def _ffn_moments(
+    def ffn_moments(
         self,
         number: int,
         layer: nn.Module,
@@ -207,7 +214,8 @@ class LayerRepair:
 
         An FFN is to put out what it did before it was changed (`originals`, once it has been), or in an
         additive layer what leads to the dense stream. An expert that no token reaches has no moments and
-        stays as it is.
+        stays as it is. In an additive layer `last` leaves the pruned stream before the FFN and stores the
+        channels, for `add_ffn_output`.
         """
         ffns = {ffn.name: ffn for ffn in self.model.ffns(number)}
         found: dict[str, SplitMoments] = {}
@@ -310,7 +318,7 @@ def _weights(ffn: Ffn) -> Weights:
     return ffn.down_weight().clone(), None if bias is None else bias.clone()
 
 
-def _apply_change(ffn: Ffn, kept: torch.Tensor, change: torch.Tensor, result: LayerRepairResult) -> None:
+def apply_change(ffn: Ffn, kept: torch.Tensor, change: torch.Tensor, result: LayerRepairResult) -> None:
     """Add a change [D, K] of the `kept` columns, or [D, K + 1] with a change of the bias, in double
     precision.
     """

@@ -108,6 +108,22 @@ class Moments:
             self.constant,
         )
 
+    def of_kept(self, kept: torch.Tensor, weight: torch.Tensor) -> Moments:
+        """Moments of a map of the inputs `kept` [K'], sorted, alone, from those of all inputs of W [D, K].
+
+        With the other columns W_r of W gone, e = r - W_k u_k is W_r u_r more: C' = C_k + W_r G_rk. The
+        constant stays. `left` and `power` are as before.
+        """
+        stays = torch.zeros(len(self.gram), dtype=torch.bool, device=kept.device)
+        stays[kept] = True
+        if self.constant:
+            stays[-1] = True
+        removed = ~stays
+        between = self.gram[removed][:, stays]
+        lost = weight[:, removed[: weight.shape[1]]].to(between) @ between
+        gram, cross = self.gram[stays][:, stays], self.cross[:, stays] + lost
+        return Moments(gram, cross, self.left, self.power, self.constant)
+
     def error(self, change: torch.Tensor | None = None) -> float:
         """Share of the targets left unexplained by W + dW: sum_t w_t ||e_t - dW u_t||^2 over sum_t w_t
         ||r_t||^2.

@@ -96,10 +96,10 @@ def _branch(
     """
     weight = model.ffns(number)[0].down_weight()
     original = weight.clone()
-    gram = channel_gram(model, fit, number, layer)
+    gram = _channel_gram(model, fit, number, layer)
     branches = []
     for width in sorted({max(1, round(fraction * len(order))) for fraction in FRACTIONS}):
-        narrow(weight, original, gram, order[:width])
+        _narrow(weight, original, gram, order[:width])
         branch = base.fork(len(base.ids), number, place)
         branch.forward(number, layer)
         branches.append((number, width, branch))
@@ -107,7 +107,7 @@ def _branch(
     return branches
 
 
-def channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module) -> torch.Tensor:
+def _channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.Module) -> torch.Tensor:
     """Second moments [F, F] of all channels of the layer's FFN, tokens weighted as in repair."""
     width = model.ffns(number)[0].width
     total = torch.zeros(width, width, dtype=wide_dtype(model.device), device=model.device)
@@ -120,7 +120,7 @@ def channel_gram(model: StreamedModel, fit: TokenStream, number: int, layer: nn.
     return total
 
 
-def narrow(weight: torch.Tensor, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor) -> None:
+def _narrow(weight: torch.Tensor, original: torch.Tensor, gram: torch.Tensor, channels: torch.Tensor) -> None:
     """Write into down projection `weight` [D, F] its `original` with only `channels`, refitted by `gram`."""
     kept = channels.sort().values.to(weight.device)
     if len(kept) == weight.shape[1]:

@@ -2,15 +2,17 @@
 
 Sensitivity (`measure_sensitivity`) asks the same of a model whose other layers are whole. Costs do not add:
 single ones say little about which layer of a model cut by half should get more. Here all layers have their
-widths, with the cheaper refit of sensitivity in place of the repair, and what else a plan removes is gone.
+widths, what else a plan removes is gone, and every layer is repaired as a prune repairs it: on the pruned
+model's own inputs, its attention too. Only the ridge is not chosen but fixed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from surgery.budget.sensitivity_cost import SensitivityCost
 from surgery.cut.groups import Cut
@@ -19,8 +21,15 @@ from surgery.engine.hooks import preserved
 from surgery.engine.loss import measure_divergence
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
+from surgery.plan.kind_plan import WHOLE_FFN
 from surgery.progress import Progress, no_progress
-from surgery.repair.sensitivity import channel_gram, narrow, split_blocks
+from surgery.repair.dense_reference import DenseReference
+from surgery.repair.layer_repair import LayerRepair, apply_change
+from surgery.repair.methods import RepairMethod
+from surgery.repair.sensitivity import split_blocks
+from surgery.repair.stored_weights import LayerRepairResult
+
+RIDGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -39,54 +48,126 @@ def measure_width_costs(
     widths: list[int],
     others: list[list[int]],
     cut: Cut,
+    method: RepairMethod,
     cost: SensitivityCost,
-    moments: dict[int, torch.Tensor] | None = None,
     progress: Progress[Any] = no_progress,
 ) -> WidthCosts:
     """KL(dense || pruned) of all layers at `widths`, and with one of them at one of `others`.
 
     `ids` [N, T], `orders` and `cost` are as of `measure_sensitivity`, as are the blocks that are measured and
-    those that are refitted on. `cut` says what goes besides FFN channels; a layer without an FFN has width 0.
-    One pass over the layers; every other width is a copy of the hidden states that branches off at its layer.
-    Channels' moments are those of the dense model, by layer: they are added to `moments`, where that is
-    given, and taken from there once they all are.
+    those that layers are repaired on, by `method`. `cut` says what goes besides FFN channels; a layer without
+    an FFN has width 0. One pass over the layers; every other width is a copy of the hidden states that
+    branches off at its layer, through later layers that are repaired for `widths`.
     """
     count = len(model.layers)
     fitted, held_out = split_blocks(ids)
     dense = TokenStream(model, held_out, micro_batch=cost.micro_batch)
-    need = {number for number, width in enumerate(widths) if width}
-    kept = moments if moments is not None and need <= moments.keys() else None
-    fit = TokenStream(model, fitted, micro_batch=cost.micro_batch) if kept is None else None
     pruned = dense.fork(len(held_out), 0, cost.branches_on)
     branches: list[tuple[int, int, TokenStream]] = []
-    mask = mask_members(sublayer_groups(cut), cut.kept)
+    refits = _Refits(model, fitted, orders, cut, method, cost)
     for number, layer in progress(model.stream_layers(range(count)), "widths", count):
-        gram = kept[number] if kept is not None and widths[number] else None
-        if fit is not None:
-            gram = channel_gram(model, fit, number, layer) if widths[number] else None
-            fit.forward(number, layer)
-            if moments is not None and gram is not None:
-                moments[number] = gram
         dense.forward(number, layer)
-        if number in cut.skipped:
-            continue
-        earlier = list(branches)
-        with preserved(layer):
-            mask(number, layer)
-            if gram is not None:
-                weight = model.ffns(number)[0].down_weight()
-                original = weight.clone()
+        refits.reference(number, layer)
+        if number not in cut.skipped:
+            earlier = list(branches)
+            with preserved(layer):
+                refits.begin(number, layer)
                 for width in others[number]:
-                    narrow(weight, original, gram, orders[number][:width])
+                    refits.narrow(width)
                     branch = pruned.fork(len(held_out), number, cost.branches_on)
                     branch.forward(number, layer)
                     branches.append((number, width, branch))
-                narrow(weight, original, gram, orders[number][: widths[number]])
-            for _, _, branch in earlier:
-                branch.forward(number, layer)
-            pruned.forward(number, layer)
+                refits.end(widths[number])
+                for _, _, branch in earlier:
+                    branch.forward(number, layer)
+                pruned.forward(number, layer)
+        refits.step()
     found = measure_divergence(model, dense, [pruned, *(branch for *_, branch in branches)])
     costs: list[dict[int, float]] = [{} for _ in range(count)]
     for (number, width, _), one in zip(branches, found[1:], strict=True):
         costs[number][width] = one.kl
     return WidthCosts(found[0].kl, costs)
+
+
+class _Refits:
+    """Repairs resident layers at any width of their FFN; all widths of a layer from the same moments.
+
+    For every layer call `reference`; then, unless it goes, `begin`, `narrow` for each width that is tried,
+    and `end`; then `step`.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids: torch.Tensor,
+        orders: list[torch.Tensor],
+        cut: Cut,
+        method: RepairMethod,
+        cost: SensitivityCost,
+    ) -> None:
+        self.model, self.orders, self.method = model, orders, method
+        others = sublayer_groups(cut)
+        self.mask = mask_members(others, cut.kept)
+        self.bare = {
+            layer for (layer, group), kept in cut.kept.items() if group == WHOLE_FFN and not len(kept)
+        }
+        self.dense: DenseReference | None = None
+        if method.changes_weights:
+            whole = {group.key: torch.arange(group.size) for group in cut.groups if group not in others}
+            self.dense = DenseReference(model, ids, cost.micro_batch, cost.branches_on)
+            self.repair = LayerRepair(self.dense, replace(cut, kept={**cut.kept, **whole}), method)
+
+    def reference(self, number: int, layer: nn.Module) -> None:
+        """Run the layer as the dense model has it."""
+        if self.dense is not None:
+            self.dense.run(number, layer)
+
+    def step(self) -> None:
+        """Go to the next layer."""
+        if self.dense is not None:
+            self.dense.step()
+
+    def begin(self, number: int, layer: nn.Module) -> None:
+        """Mask what goes besides channels, repair the attention, and collect the channels' moments."""
+        self.number, self.resident, self.moments = number, layer, None
+        self.additive = False
+        if self.dense is None:
+            self.mask(number, layer)
+        else:
+            self.additive = self.repair.before_ffn(number, layer, LayerRepairResult())
+        if number in self.bare:
+            return
+        (self.ffn,) = self.model.ffns(number)
+        bias = self.ffn.down_bias()
+        self.weight, self.bias = self.ffn.down_weight().clone(), None if bias is None else bias.clone()
+        if self.dense is not None:
+            columns = {self.ffn.name: slice(0, self.ffn.width)}
+            split = self.repair.ffn_moments(number, layer, self.additive, columns, {}, last=True)
+            self.moments = split[self.ffn.name].train + split[self.ffn.name].held_out
+
+    def narrow(self, width: int) -> None:
+        """Keep the best `width` channels of the FFN, refitted; a whole FFN stays as it is, unless it is to
+        make up for what earlier layers lost.
+        """
+        weight, bias = self.ffn.down_weight(), self.ffn.down_bias()
+        kept = self.orders[self.number][:width].sort().values.to(weight.device)
+        weight.zero_()
+        weight[:, kept] = self.weight[:, kept]
+        if bias is not None and self.bias is not None:
+            bias.copy_(self.bias)
+        if self.moments is None or (len(kept) == self.ffn.width and not self.additive):
+            return
+        found = self.moments.of_kept(kept, self.weight)
+        change = self.method.solved(found, RIDGE, self.ffn.bias_name is not None)
+        apply_change(self.ffn, kept, change, LayerRepairResult())
+
+    def end(self, width: int) -> None:
+        """Leave the layer at its width, and move the pruned stream that layers are repaired on through it."""
+        if self.number not in self.bare:
+            self.narrow(width)
+        if self.dense is None or not self.method.follows_pruned:
+            return
+        if self.additive and self.number not in self.bare:
+            self.repair.add_ffn_output(self.number)
+        else:
+            self.repair.pruned.forward(self.number, self.resident)
