@@ -8,6 +8,7 @@ indexing a small model on a CPU (`tests/benchmarks/streamed.py --time`).
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 
@@ -75,8 +76,13 @@ def _unused_bytes() -> int:
     """Resident private bytes not allocated through malloc: its free pages, and mappings of other code."""
     library = _glibc()
     assert library is not None
-    info, process = library.mallinfo2(), psutil.Process().memory_info()
+    info, process = library.mallinfo2(), _process(os.getpid()).memory_info()
     return int(process.rss - process.shared - info.uordblks - info.hblkhd)
+
+
+@cache
+def _process(number: int) -> psutil.Process:
+    return psutil.Process(number)
 
 
 @cache

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.loopback_hub import TOKEN, LoopbackHub
+from helpers.prepared_python import run_prepared
 
 SEVERAL = """
 import json, sys, traceback
@@ -29,10 +30,14 @@ print(json.dumps(results))
 
 @dataclass
 class World:
-    """A loopback Hub, a folder to work in, and a way to run commands against it."""
+    """A loopback Hub, a folder to work in, and a way to run commands against it.
+
+    `home` is a link to the folder's "home" whose path is the same for all tests.
+    """
 
     hub: LoopbackHub
     folder: Path
+    home: Path
     outputs: list[str]
 
     def run(
@@ -48,10 +53,13 @@ class World:
             "HF_HOME": str(self.folder / home),
             **environment,
         }
-        command = (sys.executable, *command)
-        result = subprocess.run(
-            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
-        )
+        if home == "home":
+            result = run_prepared(command, self.folder, env | {"HF_HOME": str(self.home)})
+        else:
+            command = (sys.executable, *command)
+            result = subprocess.run(
+                command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
+            )
         self.outputs += [result.stdout, result.stderr]
         assert result.returncode == code, result.stderr[-3000:]
         return result

@@ -127,14 +127,17 @@ class LoopbackHub:
 
 
 @contextmanager
-def serving() -> Iterator[LoopbackHub]:
-    """Run a LoopbackHub on a free port of 127.0.0.1."""
+def serving(port: int = 0) -> Iterator[LoopbackHub]:
+    """Run a LoopbackHub on a port of 127.0.0.1: on `port` if it is free, else on any."""
     hub = LoopbackHub()
 
     class Bound(Handler):
         state = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), Bound)
+    except OSError:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -152,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
 
     state: LoopbackHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for its headers to be acknowledged, 40 ms
     routes = (
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create_repo"),
