@@ -81,10 +81,9 @@ def _pass_cost(
 
 def width_search_bytes(width: int, outputs: int) -> int:
     """Bytes of matrices that trying widths of a layer of F = `width` channels and D = `outputs` takes: sums
-    for training and held-out blocks and those of both, then what solving for all channels takes.
+    of all channels, those of the kept ones, all at most, and what solving for these takes.
     """
-    both = 8 * width * (width + outputs)
-    return both + max(moment_bytes(width, outputs), both + solve_bytes(width, outputs))
+    return 2 * moment_bytes(width, outputs) + solve_bytes(width, outputs)
 
 
 def sensitivity_bytes(width: int, outputs: int, largest: float) -> int:

@@ -111,18 +111,19 @@ class Moments:
     def of_kept(self, kept: torch.Tensor, weight: torch.Tensor) -> Moments:
         """Moments of a map of the inputs `kept` [K'], sorted, alone, from those of all inputs of W [D, K].
 
-        With the other columns W_r of W gone, e = r - W_k u_k is W_r u_r more: C' = C_k + W_r G_rk. The
-        constant stays. `left` and `power` are as before.
+        With the other columns W_r of W gone, e = r - W_k u_k is W_r u_r more: C' = C_k + W_r G_rk, and
+        `left` grows by 2 tr(C_r' W_r) + tr(W_r G_rr W_r'). The constant stays.
         """
         stays = torch.zeros(len(self.gram), dtype=torch.bool, device=kept.device)
         stays[kept] = True
         if self.constant:
             stays[-1] = True
         removed = ~stays
-        between = self.gram[removed][:, stays]
-        lost = weight[:, removed[: weight.shape[1]]].to(between) @ between
-        gram, cross = self.gram[stays][:, stays], self.cross[:, stays] + lost
-        return Moments(gram, cross, self.left, self.power, self.constant)
+        gone = weight[:, removed[: weight.shape[1]]].to(self.gram)
+        lost = gone @ self.gram[removed]
+        gram, cross = self.gram[stays][:, stays], self.cross[:, stays] + lost[:, stays]
+        left = self.left + ((2 * self.cross[:, removed] + lost[:, removed]) * gone).sum()
+        return Moments(gram, cross, left, self.power, self.constant)
 
     def error(self, change: torch.Tensor | None = None) -> float:
         """Share of the targets left unexplained by W + dW: sum_t w_t ||e_t - dW u_t||^2 over sum_t w_t
@@ -177,6 +178,11 @@ class SplitMoments:
         places = torch.arange(len(u), device=u.device) if tokens is None else tokens
         for moments, chosen in ((self.train, places < border), (self.held_out, places >= border)):
             moments.add(u[chosen], r[chosen], weight, flat[chosen], columns)
+
+    def of_kept(self, kept: torch.Tensor, weight: torch.Tensor) -> SplitMoments:
+        """Both as of `Moments.of_kept`."""
+        train, held_out = self.train.of_kept(kept, weight), self.held_out.of_kept(kept, weight)
+        return SplitMoments(train, held_out, self.first_held)
 
 
 def summed(moments: SplitMoments) -> SplitMoments:

@@ -3,7 +3,7 @@
 Sensitivity (`measure_sensitivity`) asks the same of a model whose other layers are whole. Costs do not add:
 single ones say little about which layer of a model cut by half should get more. Here all layers have their
 widths, what else a plan removes is gone, and every layer is repaired as a prune repairs it: on the pruned
-model's own inputs, its attention too. Only the ridge is not chosen but fixed.
+model's own inputs, its attention too. Only for the other widths of a layer is the ridge not chosen again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from surgery.plan.kind_plan import WHOLE_FFN
 from surgery.progress import Progress, no_progress
 from surgery.repair.dense_reference import DenseReference
 from surgery.repair.layer_repair import LayerRepair, apply_change
+from surgery.repair.least_squares import Moments, refit
 from surgery.repair.methods import RepairMethod
 from surgery.repair.sensitivity import split_blocks
 from surgery.repair.stored_weights import LayerRepairResult
-
-RIDGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,13 @@ def measure_width_costs(
         if number not in cut.skipped:
             earlier = list(branches)
             with preserved(layer):
-                refits.begin(number, layer)
+                refits.begin(number, layer, widths[number])
                 for width in others[number]:
                     refits.narrow(width)
                     branch = pruned.fork(len(held_out), number, cost.branches_on)
                     branch.forward(number, layer)
                     branches.append((number, width, branch))
-                refits.end(widths[number])
+                refits.end()
                 for _, _, branch in earlier:
                     branch.forward(number, layer)
                 pruned.forward(number, layer)
@@ -127,9 +126,12 @@ class _Refits:
         if self.dense is not None:
             self.dense.step()
 
-    def begin(self, number: int, layer: nn.Module) -> None:
-        """Mask what goes besides channels, repair the attention, and collect the channels' moments."""
-        self.number, self.resident, self.moments = number, layer, None
+    def begin(self, number: int, layer: nn.Module, width: int) -> None:
+        """Mask what goes besides channels, repair the attention, collect the channels' moments and choose the
+        ridge for the width that the layer is to have.
+        """
+        self.number, self.resident, self.width = number, layer, width
+        self.moments: Moments | None = None
         self.additive = False
         if self.dense is None:
             self.mask(number, layer)
@@ -142,29 +144,39 @@ class _Refits:
         self.weight, self.bias = self.ffn.down_weight().clone(), None if bias is None else bias.clone()
         if self.dense is not None:
             columns = {self.ffn.name: slice(0, self.ffn.width)}
-            split = self.repair.ffn_moments(number, layer, self.additive, columns, {}, last=True)
-            self.moments = split[self.ffn.name].train + split[self.ffn.name].held_out
+            found = self.repair.ffn_moments(number, layer, self.additive, columns, {}, last=True)
+            split = found[self.ffn.name]
+            self.best = refit(split.of_kept(self._kept(width), self.weight), self._solve)
+            self.moments = split.train + split.held_out
 
     def narrow(self, width: int) -> None:
         """Keep the best `width` channels of the FFN, refitted; a whole FFN stays as it is, unless it is to
         make up for what earlier layers lost.
         """
         weight, bias = self.ffn.down_weight(), self.ffn.down_bias()
-        kept = self.orders[self.number][:width].sort().values.to(weight.device)
+        kept = self._kept(width)
         weight.zero_()
         weight[:, kept] = self.weight[:, kept]
         if bias is not None and self.bias is not None:
             bias.copy_(self.bias)
         if self.moments is None or (len(kept) == self.ffn.width and not self.additive):
             return
-        found = self.moments.of_kept(kept, self.weight)
-        change = self.method.solved(found, RIDGE, self.ffn.bias_name is not None)
-        apply_change(self.ffn, kept, change, LayerRepairResult())
+        change = self.best.change
+        if width != self.width and self.best.ridge is not None:
+            change = self._solve(self.moments.of_kept(kept, self.weight), self.best.ridge)
+        if change is not None:
+            apply_change(self.ffn, kept, change, LayerRepairResult())
 
-    def end(self, width: int) -> None:
+    def _kept(self, width: int) -> torch.Tensor:
+        return self.orders[self.number][:width].sort().values.to(self.model.device)
+
+    def _solve(self, moments: Moments, ridge: float) -> torch.Tensor:
+        return self.method.solved(moments, ridge, self.ffn.bias_name is not None)
+
+    def end(self) -> None:
         """Leave the layer at its width, and move the pruned stream that layers are repaired on through it."""
         if self.number not in self.bare:
-            self.narrow(width)
+            self.narrow(self.width)
         if self.dense is None or not self.method.follows_pruned:
             return
         if self.additive and self.number not in self.bare:

@@ -31,10 +31,8 @@ from surgery.plan.kind_plan import layers_plan, sublayer_plan
 from surgery.plan.ranking import channel_orders
 from surgery.pruning import layer_widths
 from surgery.pruning.layer_widths import moved, search_widths, uniform
-from surgery.repair import attention, layer_repair, width_costs
 from surgery.repair.dense_reference import DenseReference
 from surgery.repair.layer_repair import LayerRepair
-from surgery.repair.least_squares import Moments, Refit, SplitMoments
 from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import split_blocks
 from surgery.repair.width_costs import WidthCosts, measure_width_costs
@@ -170,8 +168,8 @@ def test_an_interrupted_search_goes_on(
 def test_layers_are_repaired_as_a_prune_repairs_them(
     family: str, name: str, save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    """The model after a pruning pass of the same blocks, whose ridge is fixed: without attention in layer 3,
-    without FFN in layer 1, at widths of their own. GPT-2 has biases, OLMo 2's layers add nothing as it is.
+    """The model after a repair on the same blocks: without attention in layer 3, without FFN in layer 1, at
+    widths of their own. GPT-2 has biases; OLMo 2's layers add nothing to the stream as it is.
     """
     model = opened(save_tiny(family))
     surgeon("index", "tiny", "--out", "index", *CALIBRATION)
@@ -183,27 +181,20 @@ def test_layers_are_repaired_as_a_prune_repairs_them(
     widths = [24, 0, 12, 40, 16, 48]
     kept = {(i, DENSE): orders[i][:width].sort().values for i, width in enumerate(widths) if width}
     fitted, held = split_blocks(ids)
-
-    def fixed(moments: SplitMoments, solve: Callable[[Moments, float], torch.Tensor]) -> Refit:
-        return Refit(solve(moments.train + moments.held_out, width_costs.RIDGE), width_costs.RIDGE, 0.0, 0.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (layer_repair, attention):
-            patch.setattr(module, "refit", fixed)
-        streamed = StreamedModel(model)
-        others: list[list[int]] = [[20], [], [], [], [], []]
-        found = measure_width_costs(streamed, ids, orders, widths, others, cut, method, COST)
-        whole = replace(cut, kept={**cut.kept, **kept})
-        dense, pruned = (TokenStream(streamed, held, micro_batch=2) for _ in range(2))
-        reference = DenseReference(streamed, fitted, 2)
-        repair = LayerRepair(reference, whole, method)
-        for number, layer in streamed.stream_layers(range(6)):
-            dense.forward(number, layer)
-            reference.run(number, layer)
-            repair.layer(number, layer)
-            reference.step()
-            pruned.forward(number, layer)
-        (expected,) = measure_divergence(streamed, dense, [pruned])
+    streamed = StreamedModel(model)
+    others: list[list[int]] = [[20], [], [], [], [], []]
+    found = measure_width_costs(streamed, ids, orders, widths, others, cut, method, COST)
+    whole = replace(cut, kept={**cut.kept, **kept})
+    dense, pruned = (TokenStream(streamed, held, micro_batch=2) for _ in range(2))
+    reference = DenseReference(streamed, fitted, 2)
+    repair = LayerRepair(reference, whole, method)
+    for number, layer in streamed.stream_layers(range(6)):
+        dense.forward(number, layer)
+        reference.run(number, layer)
+        repair.layer(number, layer)
+        reference.step()
+        pruned.forward(number, layer)
+    (expected,) = measure_divergence(streamed, dense, [pruned])
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
     assert found.others[0][20] != pytest.approx(found.kl, rel=1e-3)
 
