@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -178,7 +180,8 @@ def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = (
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with quiet_transformers():
+        # compressed-tensors draws bars for a packed folder, which nothing else switches off
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             _, info = automatic.from_pretrained(
                 str(folder),
                 config=built,

@@ -235,7 +235,7 @@ def _widths_tried(plan: dict[str, Any]) -> list[Table]:
     rows: list[list[Any]] = [[step["name"], step["kl"], "yes" if step["kept"] else "no"] for step in steps]
     columns: list[tuple[str, Unit]] = [("widths of layers", "text"), ("KL to the dense model", "number")]
     columns += [("better", "text")]
-    note = "KL in nats a token, repaired with one ridge for all, on held-out calibration blocks."
+    note = "KL in nats a token, repaired, on held-out calibration blocks."
     return [Table("widths", "Widths of layers that were tried, in order", columns, rows, note=note)]
 
 
