@@ -89,7 +89,8 @@ def width_search_bytes(width: int, outputs: int) -> int:
 def sensitivity_bytes(width: int, outputs: int, largest: float) -> int:
     """Bytes of matrices that measuring a layer of F = `width` channels and D = `outputs` takes at its peak.
 
-    All channels' moments [F, F] and, for the `largest` fraction kept, its own moments and what solving takes.
+    All channels' moments [F, F] and [D, F] and what removed ones put out [D, F]; for the `largest` fraction
+    kept, its own moments and what solving takes.
     """
     kept = round(largest * width)
-    return 8 * (width**2 + kept**2 + outputs * (width + kept)) + solve_bytes(kept, outputs)
+    return 8 * (width**2 + kept**2 + outputs * (2 * width + kept)) + solve_bytes(kept, outputs)

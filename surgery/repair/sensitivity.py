@@ -132,12 +132,9 @@ def _narrow(weight: torch.Tensor, original: torch.Tensor, gram: torch.Tensor, ch
 
 def _refit(gram: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Change of the kept columns that best makes up for the removed ones, from all channels' moments."""
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    removed[kept] = False
-    between = gram[removed][:, kept]
-    part = Moments.zeros(weight.shape[0], len(kept), weight.device)
-    part.gram, part.cross = gram[kept][:, kept], weight[:, removed].to(between) @ between
-    return least_squares(part, RIDGE)
+    nothing = gram.new_zeros(())  # is left while all channels stay
+    whole = Moments(gram, gram.new_zeros(weight.shape), nothing, nothing)
+    return least_squares(whole.of_kept(kept, weight), RIDGE)
 
 
 def _interpolate(costs: dict[int, float], width: int) -> torch.Tensor:
