@@ -173,14 +173,10 @@ def check_loads(folder: Path, beside: Collection[str] = ()) -> None:
 
 def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = ()) -> None:
     """`check_loads` with a given config; `folder` may also hold packed weights. Raises CheckpointError."""
-    from transformers.utils import logging
-
     built = build_config(config, folder.name)
     automatic = auto_class(built)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        # compressed-tensors draws bars for a packed folder, which nothing else switches off
+        # progress bars of transformers, and of compressed-tensors, which has no switch
         with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             _, info = automatic.from_pretrained(
                 str(folder),
@@ -195,9 +191,6 @@ def check_keys(folder: Path, config: dict[str, Any], beside: Collection[str] = (
         raise CheckpointError(
             "the checkpoint does not load", where=folder.name, found=one_line(error)
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = set(info.get(kind) or ()) - (set(beside) if kind == "unexpected_keys" else set())
         if found:

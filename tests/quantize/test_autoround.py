@@ -35,14 +35,32 @@ def logits(folder: str, text: str) -> torch.Tensor:
         return model(ids, use_cache=False).logits.float()
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Dtypes of the scales that the library trained."""
+    found: list[torch.dtype] = []
+    parts = TunedMatrices.parts
+
+    def spy(self: TunedMatrices, name: str, tensor: torch.Tensor, scheme: Scheme) -> Any:
+        found.append(self[name]["weight_scale"].dtype)
+        return parts(self, name, tensor, scheme)
+
+    monkeypatch.setattr(TunedMatrices, "parts", spy)
+    return found
+
+
 def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
-    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], license_text: str
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+    license_text: str,
+    trained: list[torch.dtype],
 ) -> None:
     source = save_tiny("llama", **WIDE)
     manifest = {"schema_version": 1, "super_weights": [SUPER.as_json()]}
     (source / "surgeon.json").write_text(json.dumps(manifest))
     Path("json.py").write_text("raise SystemExit('code of the current folder was run')")
     surgeon("quantize", "tiny", *TUNED, "--tuning-steps", "60", "--out", "tuned", "--quiet")
+    assert set(trained) == {torch.float32}
     surgeon("quantize", "tiny", *TUNED[:4], "--out", "nearest", "--quiet")
     tuned, nearest = load_file("tuned/model.safetensors"), load_file("nearest/model.safetensors")
     assert {name: (t.dtype, t.shape) for name, t in tuned.items()} == {
@@ -65,20 +83,12 @@ def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
 
 
 def test_scales_are_trained_in_the_dtype_that_is_stored(
-    save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, surgeon: Callable[..., Any]
+    save_tiny: Callable[..., Path], surgeon: Callable[..., Any], trained: list[torch.dtype]
 ) -> None:
     """So that writing them changes nothing: INT8 by row lost a third of its accuracy by that.
 
     The same command writes the same bytes.
     """
-    trained: list[torch.dtype] = []
-    parts = TunedMatrices.parts
-
-    def spy(self: TunedMatrices, name: str, tensor: torch.Tensor, scheme: Scheme) -> Any:
-        trained.append(self[name]["weight_scale"].dtype)
-        return parts(self, name, tensor, scheme)
-
-    monkeypatch.setattr(TunedMatrices, "parts", spy)
     save_tiny("llama", dtype=torch.bfloat16, **WIDE)
     how = ("--bits", "8", "--per-channel", "--rounding", "autoround", "--tuning-steps", "2", *CALIBRATION)
     for out in ("once", "again"):
