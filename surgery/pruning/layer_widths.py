@@ -1,15 +1,17 @@
 """search_widths: better widths per layer for the same number of channels, by measuring whole configurations.
 
-Every round measures, in one pass, the KL of the present widths, and of every layer a step narrower and a
-step wider (`measure_width_costs`). Then channels move from the layers where a step costs the least to those
-where it gains the most, several pairs at once. A round that did not help is taken back; the next moves
-half as many.
+Every round measures, in one pass, the KL of the present widths, and with layers a step narrower and a step
+wider (`measure_width_costs`). Then channels move from the layers where a step costs the least to those where
+it gains the most, several pairs at once. A round that did not help is taken back; the next moves half as
+many. The first round tries both steps of every layer; later ones those that promised most when they were
+last tried, and the others in turn.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -30,8 +32,10 @@ from surgery.repair.methods import REPAIRS
 from surgery.repair.sensitivity import split_blocks
 from surgery.repair.width_costs import WidthCosts, measure_width_costs
 
-ROUNDS = 12  # at most
+ROUNDS = 32  # at most
 PAIRS = 8  # of layers that a step moves between, at first
+PROMISING = 12  # steps of each direction that are tried in every round
+TURNS = 3  # rounds in which each of the other steps is tried once
 STEPS = 12  # of an FFN's width
 BETTER = 0.002  # share by which KL must fall in a round: less is noise
 
@@ -87,6 +91,7 @@ class _Widths:
         self.least = [max(1, len(next(iter(layer.ffns.values())).protected)) for layer in plan.layers]
         self.journal, self.progress, self.say = journal, progress, say
         self.steps: list[WidthStep] = []
+        self.gains: dict[tuple[int, int], float] = {}  # by (layer, step), when it was last tried
 
     def search(self, seconds: float) -> WidthSearch:
         """The best widths found in so much time."""
@@ -96,8 +101,12 @@ class _Widths:
         costs = self._measured("single costs", best, None)
         alike = uniform(best, self.bare, self.least, self.multiple)
         if alike is not None and alike != best:
+            gains, self.gains = self.gains, {}  # those of other widths say little
             found = self._measured("one width", alike, costs)
-            best, costs = (alike, found) if self.steps[-1].kept else (best, costs)
+            if self.steps[-1].kept:
+                best, costs = alike, found
+            else:
+                self.gains = gains
         pairs, tried = PAIRS, [self.first, best]
         for turn in range(1, ROUNDS + 1):
             widths = moved(best, costs, self.step, pairs)
@@ -138,18 +147,38 @@ class _Widths:
         digest = hashlib.sha256(json.dumps([widths, others]).encode()).hexdigest()[:16]
         told = noted_once(self.journal, f"widths-{digest}", measure)
         kl, costs = told["kl"], WidthCosts(told["kl"], [dict(one) for one in told["others"]])
+        for number, (width, found) in enumerate(zip(widths, costs.others, strict=True)):
+            self.gains |= {(number, other - width): kl - one for other, one in found.items()}
         kept = before is None or kl < before.kl * (1 - BETTER)
         self.steps.append(WidthStep(name, kl, kept))
         self.say(f"Widths, {name}: KL {kl:.4f} nats a token{'' if kept else ', no better'}")
         return costs
 
     def _moves(self, widths: list[int]) -> list[list[int]]:
-        """Widths a step away that each layer may have."""
-        found = []
-        for number, width in enumerate(widths):
-            near = (width - self.step, width + self.step) if number not in self.bare else ()
-            found.append([one for one in near if self.least[number] <= one <= len(self.orders[number])])
+        """Widths a step away that each layer is tried at in this round."""
+        found: list[list[int]] = [[] for _ in widths]
+        for step in (-self.step, self.step):
+            gains = {
+                number: self.gains.get((number, step), math.inf)
+                for number, width in enumerate(widths)
+                if number not in self.bare and self.least[number] <= width + step <= len(self.orders[number])
+            }
+            for number in to_try(gains, turn=len(self.steps)):
+                found[number].append(widths[number] + step)
         return found
+
+
+def to_try(gains: dict[int, float], turn: int) -> list[int]:
+    """Layers, of those that can take a step, that are tried with it in round `turn`.
+
+    `gains` are what the step gained when it was last tried, infinite where it was not yet.
+    """
+    promising = sorted(gains, key=lambda number: -gains[number])[:PROMISING]
+    return [
+        number
+        for number, gain in gains.items()
+        if gain == math.inf or number in promising or number % TURNS == turn % TURNS
+    ]
 
 
 def uniform(widths: list[int], bare: Collection[int], least: list[int], multiple: int) -> list[int] | None:

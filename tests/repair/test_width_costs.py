@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from surgery.model.families import DENSE
 from surgery.plan.kind_plan import layers_plan, sublayer_plan
 from surgery.plan.ranking import channel_orders
 from surgery.pruning import layer_widths
-from surgery.pruning.layer_widths import moved, search_widths, uniform
+from surgery.pruning.layer_widths import PROMISING, TURNS, moved, search_widths, to_try, uniform
 from surgery.repair.dense_reference import DenseReference
 from surgery.repair.layer_repair import LayerRepair
 from surgery.repair.methods import REPAIRS
@@ -93,6 +94,16 @@ def test_channels_move_where_they_gain() -> None:
     assert moved([8, 8, 8, 8], costs, 4, 1) == [8, 12, 8, 4]
     assert moved([8, 8, 8, 8], costs, 4, 5) == [8, 12, 8, 4]  # another pair would cost more than it gains
     assert moved([8, 8, 8, 8], WidthCosts(1.0, [{}, {}, {}, {}]), 4, 5) == [8, 8, 8, 8]
+
+
+def test_later_rounds_try_the_promising_steps_and_the_others_in_turn() -> None:
+    gains = {layer: float(layer % 7) - 9.0 for layer in range(40)}
+    best = set(sorted(gains, key=lambda layer: -gains[layer])[:PROMISING])
+    rounds = [set(to_try(gains, turn)) for turn in range(5, 5 + TURNS)]
+    assert all(best <= tried for tried in rounds) and max(map(len, rounds)) < 26
+    assert set.union(*rounds) == set(gains)
+    new = dict.fromkeys(range(20), math.inf)
+    assert to_try(new | {40: 1.0}, 0) == list(range(20))  # 40 % TURNS is not 0
 
 
 def test_one_width_for_all_layers() -> None:
