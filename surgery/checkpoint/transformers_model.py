@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from surgery.checkpoint.quiet_transformers import quiet_transformers
 from surgery.checkpoint.reader import Checkpoint
@@ -145,11 +146,25 @@ def build_model(config: Any, dtype: torch.dtype, where: str) -> Any:
 
     with quiet_transformers():
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), _NothingDrawn():
                 model = auto_class(config).from_config(config, dtype=dtype)
         except Exception as error:
             raise _cannot_build(error, where) from error
     return model.eval().requires_grad_(False)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Weights on the meta device are not initialised at random in it: that takes longer than the rest."""
+
+    RANDOM = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.__name__ in self.RANDOM:  # of torch.nn.init and of Tensor
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)
 
 
 def _cannot_build(error: Exception, where: str) -> UnsupportedModelError:

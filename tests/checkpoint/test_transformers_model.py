@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import init_empty_weights
 from click.testing import CliRunner, Result
+from helpers.model_families import CONFIGS, config_fields
 from helpers.tiny_models import CALIBRATION
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from surgery.checkpoint.transformers_model import build_model
 from surgery.cli.main import main
 
 CUT = ["--multiple-of", "8", "--repair", "none", "--out", "cut", *CALIBRATION]
@@ -126,3 +130,17 @@ def test_a_terminal_that_prints_no_arrow() -> None:
     done = subprocess.run(command, capture_output=True, timeout=120, env=env, check=False)
     assert done.returncode == 0, done.stderr
     assert b"width 48 ? " in done.stdout
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_buffers_are_those_of_an_initialised_model(variant: str) -> None:
+    """Weights on the meta device are not drawn; what else initialising sets is there."""
+    fields = config_fields(variant)
+    built = build_model(AutoConfig.for_model(**fields), torch.float32, "here")
+    with init_empty_weights(include_buffers=False):
+        expected = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    assert all(parameter.is_meta for parameter in built.parameters())
+    buffers = dict(built.named_buffers())
+    assert buffers.keys() == dict(expected.named_buffers()).keys()
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
