@@ -6,7 +6,7 @@ import re
 import statistics
 from typing import Any
 
-from surgery.card.render import obligation, shipped_template
+from surgery.card.render import compiled_card, obligation, shipped_template
 from surgery.card.source_card import inherited_metadata
 from surgery.index.channel_index import ChannelIndex
 from surgery.index.intervals import bounds, median_top_share, top_share, why_none
@@ -29,17 +29,12 @@ def render_index_card(
     `columns` are the statistics in the Parquet file. The license is that of `source_card`, the README.md of
     the model.
     """
-    import jinja2
-
     fields = index.as_json()
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
     inherited = inherited_metadata(source_card)
     shares = [layer["lp_share"]["0.01"] for layer in fields["layers"] if layer["width"]]
     named = inherited.get("license_name") or inherited.get("license") or ""
     link = inherited.get("license_link")
-    text = environment.from_string(shipped_template("index_card.md")).render(
+    text = compiled_card(shipped_template("index_card.md")).render(
         **fields,
         repo=repo,
         columns=[f"`{name}`" for name in columns],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib import resources
 from typing import Any
@@ -35,19 +36,7 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
     `widths`, `widths_differ`, `per_layer`, `padded`, `repair`, `repair_label`, `repaired`, `cuts` and
     `search`.
     """
-    import jinja2
-
     quantized, pruned = "quantization" in manifest, "plan" in manifest
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(shipped_template),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
-    environment.filters["count"] = lambda count: f"{count:,}"
-    environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f} M"
     variables = {
         "manifest": manifest,
         "front_matter": front_matter(manifest, source_card),
@@ -63,8 +52,25 @@ def render_card(manifest: dict[str, Any], source_card: str | None = None, templa
     name = "quantized_card.md" if quantized else "model_card.md" if pruned else "healed_card.md"
     name = "gguf_card.md" if is_gguf(manifest) else name
     text = shipped_template(name) if template is None else template
-    rendered = environment.from_string(text).render(variables)
-    return re.sub(r"\n{3,}", "\n\n", rendered)
+    return re.sub(r"\n{3,}", "\n\n", compiled_card(text).render(variables))
+
+
+@functools.cache
+def compiled_card(text: str) -> Any:
+    """The jinja2 template of a card, which takes longer to compile than to render."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(shipped_template),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["gib"] = lambda count: f"{count / 2**30:.2f} GiB"
+    environment.filters["count"] = lambda count: f"{count:,}"
+    environment.filters["millions"] = lambda count: f"{count / 1e6:,.1f} M"
+    return environment.from_string(text)
 
 
 def shipped_template(name: str) -> str:

@@ -7,6 +7,7 @@ that a page from somebody else is safe to open.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -18,18 +19,12 @@ from surgery.report.document import Document, Unit
 
 def render_page(document: Document, json_name: str) -> str:
     """The HTML of a document; `json_name` is the file beside the page that holds the same numbers."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["shown"] = shown
-    environment.filters["between"] = between
     style, script = _read("page.css"), _read("page.js")
     library = re.sub(r"//# sourceMappingURL=\S+\s*$", "", _read("chart.umd.min.js"))
     fields = document.as_json()
-    return environment.from_string(_read("page.html")).render(
+    page: str = _template().render(
         report=fields,
         json_name=json_name,
         style=Markup(style),
@@ -39,6 +34,19 @@ def render_page(document: Document, json_name: str) -> str:
         style_hash=Markup(_source_hash(style)),
         script_hashes=Markup(f"{_source_hash(library)} {_source_hash(script)}"),
     )
+    return page
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = shown
+    environment.filters["between"] = between
+    return environment.from_string(_read("page.html"))
 
 
 def embedded(fields: dict[str, Any]) -> str:
