@@ -4,6 +4,7 @@ network.
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -16,7 +17,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 from click.testing import CliRunner
 from helpers.tiny_models import REAL_MODEL, REAL_TEXT, ROOT, byte_tokenizer, tiny_model
+from matplotlib.figure import Figure
 from transformers.monkey_patching import clear_patch_mapping
+
+BLANK_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,20 @@ def forget_patches() -> Iterator[None]:
     """Leave no class patch behind: looking for classes to patch slows every later load in the process."""
     yield
     clear_patch_mapping()
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts are plotted, but matplotlib renders them in tests marked `draws` alone: it takes a third of the
+    time of a tiny model's prune.
+    """
+    if "draws" not in request.keywords:
+        blank = {".png": BLANK_PNG, ".svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}
+
+        def savefig(_: Figure, path: Path, **__: Any) -> None:
+            path.write_bytes(blank[path.suffix])
+
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture

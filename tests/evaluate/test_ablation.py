@@ -128,6 +128,7 @@ def test_restoring_the_activation_undoes_what_little_else_the_weight_does(
     assert found["back"].kl < found["gone"].kl
 
 
+@pytest.mark.draws
 def test_the_command_runs_every_experiment(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from helpers.tiny_models import CALIBRATION
 
 
+@pytest.mark.draws
 def test_rows_equal_written_checkpoints(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> None:
     source = save_tiny("llama")
     surgeon("index", str(source), "--out", "index", *CALIBRATION)

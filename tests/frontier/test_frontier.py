@@ -38,6 +38,7 @@ def whole_bits(folder: Path, text: str, text_bytes: int) -> float:
     return float(nats) / 0.6931471805599453 / text_bytes
 
 
+@pytest.mark.draws
 def test_points_are_what_other_commands_make(
     save_tiny: Callable[..., Path],
     surgeon: Callable[..., Any],
