@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,12 +46,24 @@ def check_destination(
         )
     if path.exists() and not path.is_dir():
         raise DestinationError("the destination is a file", where=str(path), expected="a folder")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(path)
     if not os.access(parent, os.W_OK):
         raise DestinationError("no permission to write", where=str(parent))
     check_disk(parent, needs_bytes, option)
+
+
+def check_temporary(destination: Path, needs_bytes: int, temporary_bytes: int) -> None:
+    """Raise DestinationError where the disk of temporary files lacks `temporary_bytes`.
+
+    Where `destination` is on the same disk, its `needs_bytes` are counted too.
+    """
+    folder = Path(tempfile.gettempdir())
+    same = folder.stat().st_dev == _existing_parent(destination).stat().st_dev
+    check_disk(folder, temporary_bytes + (needs_bytes if same else 0), "the environment variable TMPDIR")
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def check_disk(folder: Path, needs_bytes: int, option: str) -> None:
@@ -79,9 +92,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
             where=str(path),
             next_step="name another with --out, or give --overwrite",
         )
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(path)
     if not os.access(parent, os.W_OK):
         raise DestinationError("no permission to write", where=str(parent))
 

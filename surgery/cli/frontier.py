@@ -65,7 +65,7 @@ def frontier(
     \b
     surgeon frontier org/name --text wikitext-test --target-size 2GiB --out name-frontier
     """
-    from surgery.checkpoint.output_folder import check_destination, complete_folder
+    from surgery.checkpoint.output_folder import check_destination, check_temporary, complete_folder
     from surgery.engine.resume import Journal, journal_folder
     from surgery.frontier.decide import as_row, sentence
     from surgery.frontier.page import document, write_page
@@ -82,6 +82,7 @@ def frontier(
     held = sum(file.stat().st_size for file in journal_folder(folder, JOURNAL).rglob("*") if file.is_file())
     needs = max(0, plan.disk_bytes - held)
     check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=needs)
+    check_temporary(folder, needs, plan.temporary_bytes)
     say("\n".join(plan.lines()), quiet)
     index = index_for(
         job.model, found, text_options, [chosen.method], destination=folder, resume=resume, quiet=quiet

@@ -84,7 +84,8 @@ class FrontierJob:
         shape = calibration_shape(index, calibration)
         costs = self._costs(shape, index is None)
         made = [sizes[point.name] for point in self.points if point.other is None and point.slug != "dense"]
-        return FrontierPlan(self.model, sizes, costs, sum(made), index is None)
+        tuned = [sizes[point.name] for point in self.points if point.tuned]
+        return FrontierPlan(self.model, sizes, costs, sum(made), max(tuned, default=0), index is None)
 
     def _costs(self, calibration: tuple[int, int], indexes: bool) -> list[Cost]:
         """What every step takes: the index, cuts, heals, and the passes that measure the points."""
@@ -94,7 +95,6 @@ class FrontierJob:
         from surgery.heal.options import HealOptions, estimate_heal
         from surgery.pruning.jobs import estimate_prune
         from surgery.quantize.autoround import autoround_cost
-        from surgery.quantize.rounding import AUTOROUND
 
         model = self.model
         costs: list[Cost] = []
@@ -123,7 +123,7 @@ class FrontierJob:
         both = agreement_cost(model, model, shapes)  # the dense model's passes, and a point's
         alone = replace(both, flops=both.flops / 4, read_bytes=both.read_bytes // 2)
         for point in self.points:
-            if point.scheme is not None and point.scheme.rounding == AUTOROUND:
+            if point.tuned:
                 costs.append(autoround_cost(model, calibration))
             elif point.scheme is not None:
                 costs.append(rounding_cost(model.meta_model, model.run))
@@ -132,12 +132,16 @@ class FrontierJob:
 
 @dataclass(frozen=True)
 class FrontierPlan:
-    """Bytes of every point by name, and what making and measuring them takes."""
+    """Bytes of every point by name, and what making and measuring them takes.
+
+    `temporary_bytes` is what AutoRound writes to the folder of temporary files for the largest point.
+    """
 
     model: Model
     sizes: dict[str, int]
     costs: list[Cost]
     disk_bytes: int
+    temporary_bytes: int
     indexes: bool
 
     def lines(self) -> list[str]:

@@ -100,7 +100,7 @@ def quantize(
     \b
     surgeon quantize org/name --bits 4 --group-size 128 --out name-int4
     """
-    from surgery.checkpoint.output_folder import check_destination
+    from surgery.checkpoint.output_folder import check_destination, check_temporary
     from surgery.cli.ablation_table import save_outcomes
     from surgery.model.meta_model import check_model
     from surgery.quantize.autoround import check_autoround, tuned_matrices
@@ -121,7 +121,7 @@ def quantize(
     check_model(opened.checkpoint)
     check_autoround(opened, schemes[0])
     folder = out or Path(f"{opened.short_name}-int{scheme.bits}")
-    check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=0)
+    check_destination(folder, overwrite=overwrite, source=local_path(model))
     index = read_index(index_folder, opened.checkpoint)
     if compare:
         on = (text or defaults.EVALUATION_TEXT, text_blocks)
@@ -132,12 +132,17 @@ def quantize(
         save_outcomes(folder, "quantization.json", fields, as_json)
         say(f"Table and plot written to {folder}", quiet)
         return
-    handling = handling or ("restore" if simulate else "module")
+    handling, kept = handling or ("restore" if simulate else "module"), kept_tensors(opened.meta_model)
     clipping = simulate if clip is None else clip
     cost = quantization_cost(opened, clipping, text_options, scheme)
+    plan = checked_plan(opened, [], schemes[0], handling, clipping, packed=not simulate)
+    size = sum(spec.nbytes for spec in quantized_specs(kept, plan, packed=not simulate).values())
+    check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=size)
+    if scheme.tuned:
+        check_temporary(folder, size, temporary_bytes=size)
     weights = known_super_weights(opened, index, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
-    specs = quantized_specs(kept_tensors(opened.meta_model), plan, packed=not simulate)
+    specs = quantized_specs(kept, plan, packed=not simulate)
     show_plan(opened, plan, specs, to_stderr=as_json)
     if dry_run:
         show_quantize_dry_run(opened, plan, specs, cost, as_json)

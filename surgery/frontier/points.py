@@ -15,7 +15,7 @@ from surgery.plan.widths import width_changes
 from surgery.quantize.autoround import MULTIPLE
 from surgery.quantize.packed_size import packed_specs
 from surgery.quantize.plan import check_roundable, plan_quantization
-from surgery.quantize.rounding import NEAREST, Scheme
+from surgery.quantize.rounding import AUTOROUND, NEAREST, Scheme
 
 GROUPS = (128, 64, 32, 16)  # group sizes tried, largest first
 
@@ -66,6 +66,11 @@ class Point:
     def is_cut(self) -> bool:
         """Whether channels were cut."""
         return self.sparsity is not None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether AutoRound rounds it."""
+        return self.scheme is not None and self.scheme.rounding == AUTOROUND
 
 
 def all_points(

@@ -161,6 +161,8 @@ def test_disk_too_small(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
     result = surgeon("prune", str(source), "--multiple-of", "8", "--out", "out", *CALIBRATION, code=1)
     assert "disk is too small" in result.stderr and not (source.parent / "out").exists()
+    result = surgeon("quantize", str(source), "--bits", "4", "--group-size", "16", "--out", "out", code=1)
+    assert "disk is too small" in result.stderr and "super weights" not in result.stderr
 
 
 def test_index_of_another_model_is_refused(

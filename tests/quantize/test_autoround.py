@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from surgery.checkpoint.output_folder import MARGIN_BYTES
 from surgery.index.super_weights import SuperWeight
 from surgery.quantize.autoround import TunedMatrices
 from surgery.quantize.rounding import Scheme
@@ -150,6 +152,31 @@ def test_what_autoround_can_not_do_is_refused(
     monkeypatch.setattr("surgery.quantize.autoround.find_spec", lambda _: None)
     assert "ffn-surgeon[autoround]" in surgeon(*how, code=2).stderr
     assert not Path("x").exists()
+
+
+def test_a_disk_too_small_for_temporary_files_is_refused_before_the_work(
+    save_tiny: Callable[..., Path],
+    surgeon: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Also where it could hold the temporary files or the result, but not both."""
+    save_tiny("llama", **WIDE)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    tuned = ["--group-size", "16", "--rounding", "autoround"]
+    quantize = ["quantize", "tiny", *tuned, "--out", "x"]
+    points = ["--sparsity", "0.5", "--multiple-of", "32", "--round", "3:16:autoround", "--no-speed"]
+    frontier = ["frontier", "tiny", *CALIBRATION, "--text", "text.txt", *points, "--out", "front"]
+    for command in (quantize, frontier):
+        size = json.loads(surgeon(*command, "--dry-run", "--json").stdout)
+        least = size["bytes_after"] if "bytes_after" in size else size["costs"]["disk_bytes"]
+        free = MARGIN_BYTES + least
+        with monkeypatch.context() as full:
+            full.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+            said = surgeon(*command, code=1).stderr
+        assert "the disk is too small" in said and "TMPDIR" in said
+    assert not Path("x").exists() and not Path("front").exists()
 
 
 def test_a_failure_of_the_library_leaves_nothing(
