@@ -72,7 +72,7 @@ def measure_width_costs(
         if number not in cut.skipped:
             earlier = list(branches)
             with preserved(layer):
-                refits.begin(number, layer, widths[number])
+                refits.begin(number, layer, widths[number], max([widths[number], *others[number]]))
                 for width in others[number]:
                     refits.narrow(width)
                     branch = pruned.fork(len(held_out), number, cost.branches_on)
@@ -115,9 +115,8 @@ class _Refits:
         }
         self.dense: DenseReference | None = None
         if method.changes_weights:
-            whole = {group.key: torch.arange(group.size) for group in cut.groups if group not in others}
             self.dense = DenseReference(model, ids, cost.micro_batch, cost.branches_on)
-            self.repair = LayerRepair(self.dense, replace(cut, kept={**cut.kept, **whole}), method)
+            self.repair = LayerRepair(self.dense, replace(cut, kept=dict(cut.kept)), method)
 
     def reference(self, number: int, layer: nn.Module) -> None:
         """Run the layer as the dense model has it."""
@@ -129,9 +128,9 @@ class _Refits:
         if self.dense is not None:
             self.dense.step()
 
-    def begin(self, number: int, layer: nn.Module, width: int) -> None:
-        """Mask what goes besides channels, repair the attention, collect the channels' moments and choose the
-        ridge for the width that the layer is to have.
+    def begin(self, number: int, layer: nn.Module, width: int, widest: int) -> None:
+        """Mask what goes besides channels, repair the attention, collect the moments of the channels of the
+        `widest` that is tried, and choose the ridge for the width that the layer is to have.
         """
         self.number, self.resident, self.width = number, layer, width
         self.moments: Moments | None = None
@@ -146,10 +145,12 @@ class _Refits:
         bias = self.ffn.down_bias()
         self.weight, self.bias = self.ffn.down_weight().clone(), None if bias is None else bias.clone()
         if self.dense is not None:
-            columns = {self.ffn.name: slice(0, self.ffn.width)}
+            self.tried = self._kept(widest)
+            self.repair.kept[number, self.ffn.name] = self.tried.cpu()
+            columns = {self.ffn.name: slice(0, widest)}
             found = self.repair.ffn_moments(number, layer, self.additive, columns, {}, last=True)
             split = found[self.ffn.name]
-            self.best = refit(split.of_kept(self._kept(width), self.weight), self._solve)
+            self.best = refit(split.of_kept(*self._among(self._kept(width))), self._solve)
             self.moments = split.train + split.held_out
 
     def narrow(self, width: int) -> None:
@@ -166,12 +167,16 @@ class _Refits:
             return
         change = self.best.change
         if width != self.width and self.best.ridge is not None:
-            change = self._solve(self.moments.of_kept(kept, self.weight), self.best.ridge)
+            change = self._solve(self.moments.of_kept(*self._among(kept)), self.best.ridge)
         if change is not None:
             apply_change(self.ffn, kept, change, LayerRepairResult())
 
     def _kept(self, width: int) -> torch.Tensor:
         return self.orders[self.number][:width].sort().values.to(self.model.device)
+
+    def _among(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of `kept` among the channels that moments were collected of, and the weights of those."""
+        return torch.searchsorted(self.tried, kept), self.weight[:, self.tried]
 
     def _solve(self, moments: Moments, ridge: float) -> torch.Tensor:
         return self.method.solved(moments, ridge, self.ffn.bias_name is not None)
