@@ -117,11 +117,14 @@ def plans_for(
         if variant.allocation in MEASURED:
             if variant.method not in measured:
                 step, what = f"sensitivity-{variant.method}", (comparison.opened, comparison.index)
-                if step not in journal:
-                    ranked = f"channels ranked by {variant.method}"
-                    say(f"Measuring the sensitivity of each layer at five widths, {ranked}", quiet)
                 measured[variant.method] = saved_sensitivity(
-                    journal, *what, step, method=variant.method, seed=seed, progress=bars(quiet)
+                    journal,
+                    *what,
+                    step,
+                    lambda line: say(line, quiet),
+                    method=variant.method,
+                    seed=seed,
+                    progress=bars(quiet),
                 )
             sensitivity = measured[variant.method]
         how: dict[str, Any] = {**asdict(variant), "seed": seed, "multiple_of": multiple_of}

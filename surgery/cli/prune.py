@@ -240,13 +240,10 @@ def plan_for(
     quiet: bool,
 ) -> PrunePlan:
     """The plan that the options ask for; `fixed` goes in any case, experts by `expert_score` for a target."""
-    from surgery.plan.prune_plan import MEASURED
     from surgery.pruning.plan_pruning import plan_pruning
 
     if target.target is not None:
         return target.plan(model, index, options, fixed, expert_score, seed, search, quiet)
-    if options.allocation in MEASURED:
-        say("Measuring the sensitivity of each layer at five widths", quiet)
     parts = (*target.parts(model, index, quiet), *fixed)
     return plan_pruning(
         model,

@@ -67,7 +67,7 @@ def plan_pruning(
         sparsity = defaults.SPARSITY
     if allocation in MEASURED and sensitivity is None:
         sensitivity = saved_sensitivity(
-            journal, model, index, method=method, seed=seed, protect=protect, progress=progress
+            journal, model, index, say=say, method=method, seed=seed, protect=protect, progress=progress
         )
     build = partial(
         make_plan,
@@ -94,11 +94,18 @@ def plan_pruning(
 
 
 def saved_sensitivity(
-    journal: Journal | None, model: Model, index: ChannelIndex, step: str = "sensitivity", **how: Any
+    journal: Journal | None,
+    model: Model,
+    index: ChannelIndex,
+    step: str = "sensitivity",
+    say: Callable[[str], None] = lambda _: None,
+    **how: Any,
 ) -> list[torch.Tensor]:
     """What `sensitivity_of` gives, or gave before the run was interrupted; `step` names it in the journal."""
 
     def measure() -> dict[str, torch.Tensor]:
+        ranked = how.get("method", defaults.METHOD)
+        say(f"Measuring the sensitivity of each layer at five widths, channels ranked by {ranked}")
         return {str(layer): found for layer, found in enumerate(sensitivity_of(model, index, **how))}
 
     tensors = saved_once(journal, step, measure)

@@ -77,9 +77,8 @@ def plan_to_target(
     if multiple_of is None and target.packed and len(widths) == 1:
         multiple_of = max(default_multiple(*widths.values()), GROUP)
     if allocation in MEASURED and sensitivity is None:
-        say("Measuring the sensitivity of each layer at five widths")
         sensitivity = saved_sensitivity(
-            journal, model, index, method=method, seed=seed, protect=protect, progress=progress
+            journal, model, index, say=say, method=method, seed=seed, protect=protect, progress=progress
         )
 
     def build(

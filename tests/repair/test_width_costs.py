@@ -174,6 +174,18 @@ def test_an_interrupted_search_goes_on(
     assert len(measured) == len(whole.steps) + 1 and measured[2] == measured[3]
 
 
+def test_sensitivity_is_announced_when_it_is_measured(
+    indexed: tuple[Model, ChannelIndex], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        journal = Journal(tmp_path / "out", {}, resume=True)
+        surgery.plan_pruning(
+            *indexed, sparsity=0.5, multiple_of=4, allocation="global", journal=journal, say=said.append
+        )
+    assert [line.split(",")[0] for line in said] == ["Measuring the sensitivity of each layer at five widths"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
 @pytest.mark.parametrize("name", ["lstsq-acc", "lstsq", "bias"])
 def test_layers_are_repaired_as_a_prune_repairs_them(
