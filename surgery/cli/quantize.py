@@ -132,14 +132,15 @@ def quantize(
         save_outcomes(folder, "quantization.json", fields, as_json)
         say(f"Table and plot written to {folder}", quiet)
         return
-    handling, kept = handling or ("restore" if simulate else "module"), kept_tensors(opened.meta_model)
+    handling = handling or ("restore" if simulate else "module")
     clipping = simulate if clip is None else clip
     cost = quantization_cost(opened, clipping, text_options, scheme)
-    plan = checked_plan(opened, [], schemes[0], handling, clipping, packed=not simulate)
-    size = sum(spec.nbytes for spec in quantized_specs(kept, plan, packed=not simulate).values())
-    check_destination(folder, overwrite=overwrite, source=local_path(model), needs_bytes=size)
-    if scheme.tuned:
-        check_temporary(folder, size, temporary_bytes=size)
+    kept = kept_tensors(opened.meta_model)
+    if not dry_run:
+        plan = checked_plan(opened, [], schemes[0], handling, clipping, packed=not simulate)
+        size = sum(spec.nbytes for spec in quantized_specs(kept, plan, packed=not simulate).values())
+        check_destination(folder, overwrite=overwrite, needs_bytes=size)
+        check_temporary(folder, size, size if scheme.tuned else 0)
     weights = known_super_weights(opened, index, text_options, quiet) if handling != "none" else []
     plan = checked_plan(opened, weights, schemes[0], handling, clipping, packed=not simulate)
     specs = quantized_specs(kept, plan, packed=not simulate)

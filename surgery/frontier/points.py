@@ -15,7 +15,7 @@ from surgery.plan.widths import width_changes
 from surgery.quantize.autoround import MULTIPLE
 from surgery.quantize.packed_size import packed_specs
 from surgery.quantize.plan import check_roundable, plan_quantization
-from surgery.quantize.rounding import AUTOROUND, NEAREST, Scheme
+from surgery.quantize.rounding import Scheme
 
 GROUPS = (128, 64, 32, 16)  # group sizes tried, largest first
 
@@ -59,7 +59,7 @@ class Point:
         """Name for files."""
         if self.scheme is None:
             return self.base
-        by = "" if self.scheme.rounding == NEAREST else f"-{self.scheme.rounding}"
+        by = f"-{self.scheme.rounding}" if self.scheme.tuned else ""
         return f"{self.base}-int{self.scheme.bits}-{self.scheme.size}{by}"
 
     @property
@@ -70,7 +70,7 @@ class Point:
     @property
     def tuned(self) -> bool:
         """Whether AutoRound rounds it."""
-        return self.scheme is not None and self.scheme.rounding == AUTOROUND
+        return self.scheme is not None and self.scheme.tuned
 
 
 def all_points(
@@ -132,7 +132,7 @@ def check_schemes(
                 found=str(scheme.size),
             )
         odd = [columns for columns in every if columns % MULTIPLE]
-        if scheme.rounding != NEAREST and odd:
+        if scheme.tuned and odd:
             raise UsageError(
                 f"AutoRound rounds matrices whose sides are multiples of {MULTIPLE}",
                 where="--round",

@@ -99,14 +99,16 @@ def saved_sensitivity(
     index: ChannelIndex,
     step: str = "sensitivity",
     say: Callable[[str], None] = lambda _: None,
+    *,
+    method: str,
     **how: Any,
 ) -> list[torch.Tensor]:
     """What `sensitivity_of` gives, or gave before the run was interrupted; `step` names it in the journal."""
 
     def measure() -> dict[str, torch.Tensor]:
-        ranked = how.get("method", defaults.METHOD)
-        say(f"Measuring the sensitivity of each layer at five widths, channels ranked by {ranked}")
-        return {str(layer): found for layer, found in enumerate(sensitivity_of(model, index, **how))}
+        say(f"Measuring the sensitivity of each layer at five widths, channels ranked by {method}")
+        found = sensitivity_of(model, index, method=method, **how)
+        return {str(layer): costs for layer, costs in enumerate(found)}
 
     tensors = saved_once(journal, step, measure)
     return [tensors[name] for name in sorted(tensors, key=int)]

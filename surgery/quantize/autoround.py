@@ -38,7 +38,7 @@ from surgery.engine.open_model import Model
 from surgery.errors import AutoRoundError, MemoryBudgetError, UnsupportedModelError, UsageError
 from surgery.quantize.compressed_tensors import PARTS, unpacked
 from surgery.quantize.plan import QuantizePlan, plan_quantization
-from surgery.quantize.rounding import NEAREST, Scheme
+from surgery.quantize.rounding import Scheme
 
 PACKAGE = Path(surgery.__file__).parent.parent  # where the job finds this package
 STEPS = 200  # of training a layer, the library's default
@@ -54,7 +54,7 @@ def check_autoround(model: Model, scheme: Scheme) -> None:
 
     Nothing is refused for a scheme that rounds to nearest.
     """
-    if scheme.rounding == NEAREST:
+    if not scheme.tuned:
         return
     if find_spec("auto_round") is None:
         raise UsageError(
@@ -213,7 +213,7 @@ def tuned_matrices(
     `check_autoround`, AutoRoundError where the library fails.
     """
     check_autoround(model, plan.scheme)
-    if plan.scheme.rounding == NEAREST:
+    if not plan.scheme.tuned:
         yield None
         return
     assert ids is not None

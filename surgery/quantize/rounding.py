@@ -54,8 +54,13 @@ class Scheme:
     def name(self) -> str:
         """Name for tables, such as "INT4 asym group 128"."""
         size = f" {self.size}" if self.granularity in ("group", "block") else ""
-        by = "" if self.rounding == NEAREST else " by AutoRound"
+        by = " by AutoRound" if self.tuned else ""
         return f"INT{self.bits} {'sym' if self.symmetric else 'asym'} {self.granularity}{size}{by}"
+
+    @property
+    def tuned(self) -> bool:
+        """Whether AutoRound trains the rounding on calibration text."""
+        return self.rounding == AUTOROUND
 
     @property
     def bits_per_weight(self) -> float:

@@ -15,13 +15,8 @@ from surgery.cut.ffn_channels import ffn_group
 from surgery.cut.slice_edits import mask_members, without_members
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
-from surgery.model.ffn import Ffn
 
 AS_THEY_ARE = ("gpt2", "phi3", "gpt_oss")  # Conv1D, gate and up in one matrix, stacked experts
-
-
-def down_width(ffn: Ffn) -> int:
-    return ffn.down_weight().shape[1]
 
 
 @pytest.mark.parametrize("variant", CONFIGS)
@@ -37,7 +32,7 @@ def test_a_layer_puts_out_what_it_does_with_masks(variant: str, save_tiny: Calla
             mask_members([group], {group.key: kept})(number, layer)
             before = {name: tensor.clone() for name, tensor in layer.named_parameters()}
             with without_members(layer, group, kept):
-                narrowed.append(down_width(ffn) == len(kept))
+                narrowed.append(ffn.down_weight().shape[1] == len(kept))
                 narrow.forward(number, layer)
             for name, tensor in layer.named_parameters():
                 assert torch.equal(tensor, before[name])

@@ -161,7 +161,9 @@ def test_disk_too_small(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
     result = surgeon("prune", str(source), "--multiple-of", "8", "--out", "out", *CALIBRATION, code=1)
     assert "disk is too small" in result.stderr and not (source.parent / "out").exists()
-    result = surgeon("quantize", str(source), "--bits", "4", "--group-size", "16", "--out", "out", code=1)
+    quantize = ["quantize", str(source), "--bits", "4", "--group-size", "16", "--out", "out"]
+    surgeon(*quantize, "--super-weights", "none", "--dry-run")
+    result = surgeon(*quantize, code=1)
     assert "disk is too small" in result.stderr and "super weights" not in result.stderr
 
 
