@@ -1,4 +1,4 @@
-"""Routed experts merged into those that stay, as REAM does (arXiv 2604.04356), against removing them.
+"""Routed experts merged into those that stay, after REAM (arXiv 2604.04356), against removing them.
 
     python tests/benchmarks/merging.py TEXT HELD_OUT FOLDER
 
@@ -7,6 +7,9 @@ the cosine of their mean outputs, weighted by the router, and the likeness of th
 are brought into the same order by activations and weights; weights are averaged by REAP's score. Then what
 stays is cut out, without repair and repaired towards the model before merging. Prints a Markdown table of the
 perplexity per byte.
+
+Unlike REAM's own code, every expert joins the nearest one, where that fills groups of up to 16 one after the
+other, and all layers are merged by the dense model's inputs, not each by those of the merged ones before.
 """
 
 from __future__ import annotations
@@ -25,26 +28,22 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import surgery
+from surgery.engine.hooks import module_inputs
+from surgery.plan.kind_plan import KindPlan
 from surgery.repair.dense_reference import DenseReference
 
 
 class Mixture:
-    """One layer's experts on calibration tokens x [T, D]: activations, outputs, REAP's scores, likeness."""
+    """One layer's experts on calibration tokens x [T, D]: activations and likeness; and REAP's `scores`."""
 
-    def __init__(self, mlp: Any, x: torch.Tensor) -> None:
+    def __init__(self, mlp: Any, x: torch.Tensor, scores: list[float]) -> None:
+        self.scores = torch.tensor(scores).clamp_min(1e-6)
         self.up, self.down = mlp.experts.gate_up_proj, mlp.experts.down_proj
         logits = functional.linear(x, mlp.gate.weight)
         shares = logits.softmax(-1)
         pairs = [functional.linear(x, up).chunk(2, -1) for up in self.up]
         self.activations = [functional.silu(gate) * up for gate, up in pairs]
         outputs = [functional.linear(a, down) for a, down in zip(self.activations, self.down, strict=True)]
-        top = shares.topk(2, -1)
-        weights = top.values / top.values.sum(-1, keepdim=True)
-        self.scores = torch.zeros(EXPERTS)
-        for expert in range(EXPERTS):
-            chosen = top.indices == expert
-            found = weights[chosen] * outputs[expert].norm(dim=-1)[chosen.any(-1)]
-            self.scores[expert] = found.mean() if len(found) else 1e-6
         means = torch.stack([(shares[:, [e]] * outputs[e]).mean(0) for e in range(EXPERTS)])
         cosine = (functional.cosine_similarity(means[:, None], means[None], dim=-1) + 1) / 2
         profile = functional.normalize(logits.T, dim=-1)
@@ -77,25 +76,21 @@ class Mixture:
 
 
 @torch.no_grad()
-def merge(dense: Any, ids: torch.Tensor, kept: Any) -> Any:
-    """A copy of a model whose `kept` experts hold, merged, those that will go."""
-    inputs: dict[int, torch.Tensor] = {}
-    for number, layer in enumerate(dense.model.layers):
-        layer.mlp.register_forward_pre_hook(
-            lambda _, given, number=number: inputs.__setitem__(number, given[0].flatten(0, -2))
-        )
-    dense(ids)
+def merge(dense: Any, ids: torch.Tensor, cuts: KindPlan) -> Any:
+    """A copy of a model whose experts that stay in `cuts` hold, merged, those that go."""
+    inputs: dict[str, torch.Tensor] = {}
+    layers = {str(number): layer.mlp for number, layer in enumerate(dense.model.layers)}
+    with module_inputs(layers, inputs.__setitem__):
+        dense(ids)
     result = copy.deepcopy(dense)
     for number, layer in enumerate(result.model.layers):
-        mixture, stay = (
-            Mixture(dense.model.layers[number].mlp, inputs[number]),
-            kept[number, "experts"].tolist(),
-        )
+        name = str(number)
+        facts = cuts.facts["layers"][name]
+        mixture = Mixture(layers[name], inputs[name].flatten(0, -2), facts["reap"])
         groups: dict[int, list[int]] = {}
-        for expert in set(range(EXPERTS)) - set(stay):
-            groups.setdefault(max(stay, key=lambda one: float(mixture.likeness[one, expert])), []).append(
-                expert
-            )
+        for expert in set(range(EXPERTS)) - set(facts["kept"]):
+            nearest = max(facts["kept"], key=lambda one: float(mixture.likeness[one, expert]))
+            groups.setdefault(nearest, []).append(expert)
         for into, others in groups.items():
             up, down = mixture.merged(into, others)
             layer.mlp.experts.gate_up_proj[into], layer.mlp.experts.down_proj[into] = up, down
@@ -124,7 +119,7 @@ def main(text: str, held_out: str, folder: Path) -> None:
             cuts = surgery.plan_experts(model, index, keep, score)
             shutil.rmtree(merged_source, ignore_errors=True)
             shutil.copytree(source, merged_source)
-            merge(dense, index.input_ids.long(), cuts.kept).save_pretrained(merged_source)
+            merge(dense, index.input_ids.long(), cuts).save_pretrained(merged_source)
             for what, where in (("removed", source), ("merged", merged_source)):
                 found = []
                 DenseReference.run = before_merging if what == "merged" else run
