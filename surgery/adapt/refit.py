@@ -23,6 +23,7 @@ from surgery.adapt.adapt import A, Carrier
 from surgery.adapt.carry import Target
 from surgery.budget.model_size import ModelSize
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
+from surgery.budget.repair_cost import HELD_OUT
 from surgery.cut.tensors import Take, TensorEdit
 from surgery.engine.hooks import FfnCall, observed
 from surgery.engine.open_model import Model
@@ -30,7 +31,7 @@ from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.errors import CalibrationError, UsageError
 from surgery.progress import Progress, no_progress
-from surgery.repair.least_squares import HELD_OUT, Refit, SplitMoments, inverse_power, least_squares, refit
+from surgery.repair.least_squares import Refit, SplitMoments, inverse_power, least_squares, refit
 from surgery.text import TokenBlocks
 
 GRAM_BYTES = 48  # per pair of kept channels: two float64 moments, and the copies that solving makes

@@ -16,7 +16,16 @@ from torch import nn
 from surgery.budget.budget import Budget, Cost, largest_micro_batch
 from surgery.budget.machine import Machine
 from surgery.budget.model_size import ModelSize, token_share
-from surgery.budget.repair_cost import DENSE_STORES, EXPERT_PASSES, column_blocks, pass_schedule, repair_bytes
+from surgery.budget.repair_cost import (
+    DENSE_STORES,
+    EXPERT_PASSES,
+    HELD_OUT,
+    NORM_SCALES,
+    NORM_TOKENS,
+    column_blocks,
+    pass_schedule,
+    repair_bytes,
+)
 from surgery.budget.sensitivity_cost import MEASURE_TOKENS, sensitivity_cost, width_search_cost
 from surgery.engine.device import TOKENS_PER_STEP
 from surgery.engine.run_options import RunOptions
@@ -149,6 +158,8 @@ class _Needs:
         self.deferred = 2 * size.merged * repairs
         self.merging = size.merging * (run.device.type != "cuda")  # which the host does
         head = 4 * 3 * VERIFY_TOKENS * (size.head // size.hidden)
+        if repairs and follows:
+            head = max(head, size.compared_bytes(job.block_size) + 2 * job.block_size * size.hidden * s)
         if job.text_tokens:
             block = min(MEASURE_TOKENS, job.text_tokens // (job.cuts + 1))
             head = size.compared_bytes(block) + (job.cuts + 1) * block * size.hidden * s
@@ -242,4 +253,7 @@ def _operations(meta_model: MetaModel, needs: _Needs, budget: int, passes: int) 
             single += 2.0 * job.tokens * share * (count**2 + count * d + width * d)
             single += SOLVED * (count**3 / 3 + 4.0 * d * count**2)
             double += float(job.blocks) * count * (count + d)  # sums over micro-batches
+    if job.follows_pruned:  # the final norm's scale
+        tokens = min(NORM_TOKENS, max(1, job.blocks // HELD_OUT) * job.block_size)
+        forward += 2.0 * size.head * tokens * (3 + len(NORM_SCALES)) * job.cuts
     return forward, single * job.cuts, double * job.cuts

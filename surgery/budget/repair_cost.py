@@ -10,6 +10,9 @@ from __future__ import annotations
 DENSE_STORES = 3  # of the dense model: a layer's input, its output, the stream before its FFN
 GRAMS = 3  # K x K beside the sums while a ridge is solved for, the copy LAPACK makes included
 CHANGES = 4  # D x K at the same time
+HELD_OUT = 8  # one calibration block in eight is held out, to choose ridges and the final norm's scale
+NORM_SCALES = tuple(round(1.05 - 0.05 * step, 2) for step in range(8))  # of the final norm, that are tried
+NORM_TOKENS = 4096  # held-out tokens that they are tried on, at most
 EXPERT_PASSES = 3  # over a layer, for its routed experts together, each from what the one before left
 
 

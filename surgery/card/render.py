@@ -121,6 +121,8 @@ def describe_repair(manifest: dict[str, Any]) -> str:
         parts.append(f"those of the routed experts together in {experts}")
     if attention:
         parts.append(f"the attention's output projection in {attention}")
+    if manifest.get("final_norm"):
+        parts.append(f"the final norm, times {manifest['final_norm']['scale']:.3f}")
     return ", ".join(parts)
 
 

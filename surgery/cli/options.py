@@ -245,7 +245,7 @@ repair_option = click.option(
     metavar="NAME",
     help="How weights that stay are refitted on the calibration text: "
     f"{', '.join(REPAIR_NAME.registry)}. lstsq refits each layer by itself, lstsq-acc makes up for "
-    "the layers before it too, bias puts back only the mean.",
+    "the layers before it too and scales the final norm, bias puts back only the mean.",
 )
 
 multiple_of_option = click.option(

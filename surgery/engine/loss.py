@@ -7,8 +7,10 @@ D hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.nn import functional
@@ -85,12 +87,16 @@ class LossAndDivergence:
 
 @torch.no_grad()
 def measure_divergence(
-    model: StreamedModel, dense: TokenStream, streams: list[TokenStream]
+    model: StreamedModel,
+    dense: TokenStream,
+    streams: list[TokenStream],
+    scaled: Mapping[TokenStream, Callable[[], AbstractContextManager[None]]] = MappingProxyType({}),
 ) -> list[LossAndDivergence]:
     """Loss and KL divergence of each of `streams` from `dense`.
 
     All streams hold the last layer's output. The blocks of each are the first blocks of `dense`. A stream
-    that is listed several times is measured once.
+    that is listed several times is measured once. Logits of a stream are computed within its context of
+    `scaled`, where it has one (`FinalNorm.scaled`).
     """
     listed, streams = streams, list(dict.fromkeys(streams))
     blocks = max((len(stream.ids) for stream in streams), default=0)
@@ -110,7 +116,8 @@ def measure_divergence(
                 dense_log_p = functional.log_softmax(model.logits(dense_hidden[rows]).float(), -1)
                 dense_p = dense_log_p.exp()
                 for i, hidden in compared:
-                    log_p = functional.log_softmax(model.logits(hidden[rows]).float(), -1)
+                    with scaled.get(streams[i], nullcontext)():
+                        log_p = functional.log_softmax(model.logits(hidden[rows]).float(), -1)
                     sums[0, i, block] += (
                         functional.nll_loss(log_p, targets[rows], reduction="sum").double().cpu()
                     )

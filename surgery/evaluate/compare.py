@@ -7,7 +7,9 @@ import csv
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from surgery.repair.dense_reference import DenseReference
 from surgery.repair.layer_repair import LayerRepair, dense_reference
 from surgery.repair.methods import REPAIRS
 from surgery.text import TokenBlocks
+
+ScaledNorms = dict[TokenStream, Callable[[], AbstractContextManager[None]]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,18 @@ class Comparison:
                     cut.layer(number, layer)
             if reference is not None:
                 reference.step()
-        self._measure(model, dense, cuts, with_dense, shared)
+        scaled = self._scaled(model, cuts)
+        self._measure(model, dense, cuts, with_dense, shared, scaled)
+
+    def _scaled(self, model: StreamedModel, cuts: list[_MeasuredCut]) -> ScaledNorms:
+        """The final norms that cuts repair, by the streams of texts through them."""
+        found: ScaledNorms = {}
+        with model.other_weights():
+            for cut in cuts:
+                norm = None if cut.repair is None else cut.repair.final_norm()
+                if norm is not None:
+                    found |= {stream: partial(norm[0].scaled, norm[1].scale) for stream in cut.streams}
+        return found
 
     def _streams(self, model: StreamedModel) -> list[TokenStream]:
         found = []
@@ -169,6 +184,7 @@ class Comparison:
         cuts: list[_MeasuredCut],
         with_dense: bool,
         shared: float,
+        scaled: ScaledNorms,
     ) -> None:
         """Append the rows of one pass, one per plan and text; those of the dense model first, if wanted."""
         names = [(c.plan.method, c.plan.repair, c.plan.allocation, c.plan.sparsity) for c in cuts]
@@ -182,7 +198,9 @@ class Comparison:
             columns.insert(0, dense)
         # The dense model is measured in every pass: intervals compare with its loss of the same blocks.
         found = [
-            measure_divergence(model, dense[place], [*(streams[place] for streams in columns), dense[place]])
+            measure_divergence(
+                model, dense[place], [*(streams[place] for streams in columns), dense[place]], scaled
+            )
             for place in range(len(self.texts))
         ]
         searched = [_kinds(cut.plan) for cut in cuts]
@@ -244,9 +262,11 @@ class _MeasuredCut:
         self.repairs = repair.changes_weights
         self.skipped = cut.skipped
         self.edit: Callable[[int, nn.Module], object] = mask_cut(cut)
+        self.repair: LayerRepair | None = None
         if self.repairs:
             assert reference is not None
-            self.edit = LayerRepair(reference, cut, repair, cost.matrix_bytes).layer
+            self.repair = LayerRepair(reference, cut, repair, cost.matrix_bytes)
+            self.edit = self.repair.layer
 
     def layer(self, number: int, layer: nn.Module) -> None:
         """Prune the resident layer and run this plan's texts through it, where the plan has such a layer."""

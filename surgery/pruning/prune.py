@@ -138,14 +138,14 @@ def _write(
         prune_pass.help(index.input_ids.long())
         return
     with complete_folder(destination) as folder:
-        expected, repairs = prune_pass.run(folder, ids, index.input_ids.long(), progress)
+        passed = prune_pass.run(folder, ids, index.input_ids.long(), progress)
         copy_other_files(model.checkpoint, folder, cut.config, (*CARD_FILES, *cut.left_out))
         for file, text in cut.files.items():
             (folder / file).write_text(text, encoding="utf-8")
         written = model.written(folder)
         repaired = repair.changes_weights
         verification, weights = verify_pruned(
-            written, expected, ids, plan.super_weights, repaired=repaired, tokens=cut.tokens
+            written, passed.logits, ids, plan.super_weights, repaired=repaired, tokens=cut.tokens
         )
         if cut.tokens is not None:
             check_tokenizer(load_tokenizer(model.checkpoint), written, cut.tokens)
@@ -161,7 +161,8 @@ def _write(
             "auto_class": auto_class(meta_model.config).__name__,
             "repo": provenance.repo,
             "repair_label": repair.label,
-            "repair": repairs,
+            "repair": passed.repairs,
+            "final_norm": None if passed.norm_scale is None else passed.norm_scale.as_json(),
             "outside_model": fates_json(meta_model, cut.edits),
             "left_behind": sorted({*model.checkpoint.left_behind, *cut.left_out}),
         }

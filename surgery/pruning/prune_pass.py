@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from surgery.cut.groups import Cut
 from surgery.cut.tensors import TensorEdit
 from surgery.engine import distributed
 from surgery.engine.disk_errors import in_layer
+from surgery.engine.final_norm import FinalNorm
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -30,9 +32,21 @@ from surgery.progress import Progress, no_progress
 from surgery.pruning.verify import last_logits
 from surgery.repair.layer_repair import LayerPruner
 from surgery.repair.methods import RepairMethod
+from surgery.repair.norm_scale import NormScale
 from surgery.repair.stored_weights import repairable_tensors, repaired_tensors
 
 SHARDS = "shards"
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass leaves: `logits` [T, V] of the source with removed members masked and repaired weights in
+    place, the entries `repairs` of its layers, and the scale of its final norm, None for none.
+    """
+
+    logits: torch.Tensor
+    repairs: list[dict[str, Any]]
+    norm_scale: NormScale | None
 
 
 class PrunePass:
@@ -58,7 +72,7 @@ class PrunePass:
         self.specs = specs
         self.cost = cost
         self.journal = journal if repair.changes_weights else None
-        self.repairable = repairable_tensors(model.meta_model) if repair.changes_weights else set()
+        self.repairable = repairable_tensors(model.meta_model, repair) if repair.changes_weights else set()
         self.written: set[str] = set()
         self.deferred: dict[str, torch.Tensor] = {}
 
@@ -77,6 +91,8 @@ class PrunePass:
                 result = pruner(number, layer)
                 with in_layer(number):
                     self._save_streams(pruner.streams, number, {} if result is None else result.as_json())
+            with model.other_weights():
+                pruner.final_norm()
 
     def run(
         self,
@@ -84,11 +100,9 @@ class PrunePass:
         ids: torch.Tensor,
         calibration: torch.Tensor,
         progress: Progress[Any] = no_progress,
-    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """Write all shards into `folder`; returns what verification and the manifest need.
-
-        Logits [T, V] for `ids` [1, T] are those of the source with removed members masked and repaired
-        weights in place.
+    ) -> Passed:
+        """Write all shards into `folder`; returns what verification by one block `ids` [1, T] needs, and the
+        manifest.
         """
         shards = folder if self.journal is None else self.journal.path(SHARDS)
         shards.mkdir(exist_ok=True)
@@ -98,12 +112,12 @@ class PrunePass:
                 for stored_parameter in self.model.meta_model.layer_parameters[number]:
                     self.written.update(stored_parameter.stored)
             writer.complete(name for name in map(self._name_after, self.written) if name is not None)
-            logits, repairs = self._stream(writer, first, ids, calibration, progress)
+            passed = self._stream(writer, first, ids, calibration, progress)
             self._copy_rest(writer)
         if self.journal is not None:
             for file in shards.iterdir():
                 _link(file, folder / file.name)
-        return logits, repairs
+        return passed
 
     def _layers_done(self) -> int:
         """Layers that all processes have done; none is more than one ahead. Raises DistributedError."""
@@ -119,7 +133,7 @@ class PrunePass:
         ids: torch.Tensor,
         calibration: torch.Tensor,
         progress: Progress[Any],
-    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    ) -> Passed:
         model, count = self.model, len(self.model.layers)
         model.on_read = lambda name, tensor: self._save(writer, name, tensor)
         repairs = [self.journal.load(f"cut-{number}")[0] for number in range(first) if self.journal]
@@ -144,7 +158,19 @@ class PrunePass:
                         repairs.append(result.as_json())
                         self._save_streams(streams, number, repairs[-1])
             with model.other_weights():
-                return last_logits(model, check), repairs
+                norm = pruner.final_norm()
+                self._write_others(writer, norm)
+                with contextlib.nullcontext() if norm is None else norm[0].scaled(norm[1].scale):
+                    logits = last_logits(model, check)
+            return Passed(logits, repairs, None if norm is None else norm[1])
+
+    def _write_others(self, writer: ShardWriter, norm: tuple[FinalNorm, NormScale] | None) -> None:
+        """Write the vectors outside the layers, those of the final norm scaled."""
+        for name, tensor in self.deferred.items():
+            if norm is not None and name in norm[0].stored:
+                tensor = norm[0].tensor(name, tensor, norm[1].scale)
+            self._write(writer, name, tensor)
+        self.deferred.clear()
 
     def _save(self, writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor as it is read, or keep it until its layer is repaired; runs in the reader thread."""

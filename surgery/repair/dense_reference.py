@@ -9,13 +9,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from surgery.budget.repair_cost import HELD_OUT
 from surgery.engine import distributed
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.hooks import FfnCall, module_outputs, observed
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream
 from surgery.model.ffn import Ffn
-from surgery.repair.least_squares import HELD_OUT, adds
+from surgery.repair.least_squares import adds
 from surgery.repair.mixture import adds_experts
 
 
@@ -28,9 +29,9 @@ class DenseReference:
     does. A layer is a `mixture` where it adds its routed experts' outputs, times the router's weights.
     Several prunings may share one reference. `place` is where hidden states are stored, as for `HiddenStore`.
 
-    The last blocks, one in HELD_OUT and at least one, are held out: they choose ridges. `first_held` is the
-    first of them. With `shared`, the blocks `ids` [N, T] are shared out to all processes: each has some of
-    them, for which `first_held` may lie outside, and all say the same of a layer.
+    The last blocks, one in HELD_OUT and at least one, are held out: they choose ridges and the final norm's
+    scale. `first_held` is the first of them. With `shared`, the blocks `ids` [N, T] are shared out to all
+    processes: each has some of them, for which `first_held` may lie outside, and all say the same of a layer.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from surgery.cut.groups import Cut
 from surgery.cut.slice_edits import mask_cut, mask_members, sublayer_groups
 from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
+from surgery.engine.final_norm import FinalNorm, find_final_norm
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
@@ -33,6 +34,7 @@ from surgery.repair.dense_reference import DenseReference
 from surgery.repair.least_squares import Moments, Refit, SplitMoments, refit, summed
 from surgery.repair.methods import RepairMethod
 from surgery.repair.mixture import run_routed, shares
+from surgery.repair.norm_scale import PROBED, NormScale, fit_norm_scale
 from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]  # of a down projection: W [D, F] and its bias [D]
@@ -73,6 +75,18 @@ class LayerRepair:
     def streams(self) -> list[TokenStream]:
         """The hidden states that an interrupted repair resumes from."""
         return [self.dense.stream, *([self.pruned] if self.method.follows_pruned else [])]
+
+    def final_norm(self) -> tuple[FinalNorm, NormScale] | None:
+        """The final norm and its scale, after the last layer and within `other_weights`.
+
+        None where the method does not scale it, the model has no norm that can be scaled, or that gains
+        nothing.
+        """
+        if not (self.method.follows_pruned and self.method.scales_final_norm):
+            return None
+        norm = find_final_norm(self.model, self.pruned.last_hidden(slice(0, 1))[0, :PROBED])
+        scale = None if norm is None else fit_norm_scale(norm, self.dense, self.pruned)
+        return None if norm is None or scale is None else (norm, scale)
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> LayerRepairResult:
@@ -353,6 +367,10 @@ class LayerPruner:
     def streams(self) -> list[TokenStream]:
         """Hidden states between layers; none where nothing is repaired."""
         return [] if self.repair is None else self.repair.streams
+
+    def final_norm(self) -> tuple[FinalNorm, NormScale] | None:
+        """As of LayerRepair; None where nothing is repaired."""
+        return None if self.repair is None else self.repair.final_norm()
 
     def __call__(self, number: int, layer: nn.Module) -> LayerRepairResult | None:
         """Prune a layer; returns what was repaired, None where nothing is to be."""

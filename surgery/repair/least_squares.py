@@ -31,7 +31,6 @@ from surgery.engine.fast_products import fast_products
 
 RIDGES = (1.0, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)  # in the order they are tried
 SINGLE_RIDGE = 1e-3  # ridges from here on are solved for in float32
-HELD_OUT = 8  # one calibration block in eight is held out to choose the ridge
 ADDITIVE_ERROR = (
     0.05  # share of a module's contribution to the stream that may be unexplained; rounding is far below
 )

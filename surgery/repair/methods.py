@@ -33,7 +33,9 @@ class RepairMethod:
     put out what the dense one does, on the dense model's inputs; "residual_stream" brings the pruned model's
     residual stream back to the dense one's, on the pruned model's inputs, so that later layers make up for
     earlier ones. `fits_attention`: the attention's output projection is refitted too, where `targets` is the
-    residual stream. `constant`: inputs get a constant 1. `label` says on cards what was done.
+    residual stream. `scales_final_norm`: after the last layer the final norm is scaled by one number
+    (`norm_scale`), where `targets` is the residual stream. `constant`: inputs get a constant 1. `label` says
+    on cards what was done.
     """
 
     label: str
@@ -41,6 +43,7 @@ class RepairMethod:
     targets: Literal["ffn_output", "residual_stream"] = "ffn_output"
     token_weights: str | TokenWeights = f"{LEAST_SQUARES}inverse_power"
     fits_attention: bool = False
+    scales_final_norm: bool = False
     constant: bool = False
 
     @property
@@ -87,6 +90,7 @@ REPAIRS: Registry[RepairMethod] = Registry(
             f"{LEAST_SQUARES}least_squares",
             targets="residual_stream",
             fits_attention=True,
+            scales_final_norm=True,
         ),
     },
 )

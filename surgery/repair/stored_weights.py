@@ -9,6 +9,7 @@ import torch
 
 from surgery.model.meta_model import MetaModel
 from surgery.repair.least_squares import Refit
+from surgery.repair.methods import RepairMethod
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,28 @@ def _summary(refits: list[Refit]) -> dict[str, float | int | None]:
     return fields if len(refits) == 1 else {**fields, "parts": len(refits)}
 
 
-def repairable_tensors(meta_model: MetaModel) -> set[str]:
+def repairable_tensors(meta_model: MetaModel, method: RepairMethod) -> set[str]:
     """Names of the stored matrices and biases that a repair may change, which can't be written as they are
-    read.
+    read: those of layers, and the vectors outside of them where the final norm may be scaled.
     """
+    tensors = meta_model.checkpoint.tensors
+    others = {
+        stored
+        for stored_parameter in meta_model.other_parameters
+        for stored in stored_parameter.stored
+        if method.scales_final_norm and len(tensors[stored].shape) == 1
+    }
     biases = {
         f"{meta_model.layers_path}.{number}.{ffn.bias_name}"
         for number, ffns in enumerate(meta_model.ffns)
         for ffn in ffns
     }
-    return {
+    return others | {
         stored
         for stored_parameters in meta_model.layer_parameters
         for stored_parameter in stored_parameters
         for stored in stored_parameter.stored
-        if len(meta_model.checkpoint.tensors[stored].shape) > 1 or stored_parameter.targets[0] in biases
+        if len(tensors[stored].shape) > 1 or stored_parameter.targets[0] in biases
     }
 
 

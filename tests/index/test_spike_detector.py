@@ -183,8 +183,8 @@ def test_every_prompt_finds_exactly_the_known_one_in_smollm2(dtype: torch.dtype,
 @pytest.mark.real
 def test_smollm2_breaks_without_it(real_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(real_model)
-    text = REAL_TEXT.read_text()[:40000]
-    blocks = token_blocks(tokenizer, text, "wikipedia.txt", block_size=256, blocks=2, seed=0)
+    text = REAL_TEXT.read_text()[:20000]
+    blocks = token_blocks(tokenizer, text, "wikipedia.txt", block_size=96, blocks=2, seed=0)
     prompts = [torch.tensor(tokenizer(PROMPT)["input_ids"])]
     index = build_index(opened(real_model), Calibration(blocks, prompts))
     assert [(w.layer, w.row, w.column) for w in index.super_weights] == [(11, 507, 1229)]
