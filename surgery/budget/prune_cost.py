@@ -21,6 +21,7 @@ from surgery.budget.repair_cost import (
     EXPERT_PASSES,
     HELD_OUT,
     NORM_SCALES,
+    NORM_SLICE,
     NORM_TOKENS,
     column_blocks,
     pass_schedule,
@@ -158,8 +159,8 @@ class _Needs:
         self.deferred = 2 * size.merged * repairs
         self.merging = size.merging * (run.device.type != "cuda")  # which the host does
         head = 4 * 3 * VERIFY_TOKENS * (size.head // size.hidden)
-        if repairs and follows:
-            head = max(head, size.compared_bytes(job.block_size) + 2 * job.block_size * size.hidden * s)
+        if repairs and follows:  # the final norm's scale
+            head = size.compared_bytes(NORM_SLICE) + 2 * job.block_size * size.hidden * s
         if job.text_tokens:
             block = min(MEASURE_TOKENS, job.text_tokens // (job.cuts + 1))
             head = size.compared_bytes(block) + (job.cuts + 1) * block * size.hidden * s

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from surgery.budget.repair_cost import NORM_SCALES, NORM_TOKENS
+from surgery.budget.repair_cost import NORM_SCALES, NORM_SLICE, NORM_TOKENS
 from surgery.engine import distributed
 from surgery.engine.final_norm import FinalNorm
-from surgery.engine.loss import head_slices
 from surgery.engine.token_stream import TokenStream
 from surgery.repair.dense_reference import DenseReference
 
@@ -65,11 +64,11 @@ def _divergences(
     sums = torch.zeros(len(scales) + 1, dtype=torch.float64, device=model.device)
     for block in own:
         exact, found = (one.last_hidden(slice(block, block + 1))[0] for one in (stream, pruned))
-        for rows in head_slices(model, len(exact)):
-            log_p = functional.log_softmax(model.logits(exact[rows]).float(), -1)
+        for few, those in zip(exact.split(NORM_SLICE), found.split(NORM_SLICE), strict=True):
+            log_p = functional.log_softmax(model.logits(few).float(), -1)
             for place, scale in enumerate(scales):
                 with norm.scaled(scale):
-                    log_q = functional.log_softmax(model.logits(found[rows]).float(), -1)
+                    log_q = functional.log_softmax(model.logits(those).float(), -1)
                 sums[place] += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).double()
         sums[-1] += len(exact)
         model.malloc.trim()
