@@ -21,6 +21,7 @@ from surgery.engine.final_norm import FinalNorm
 from surgery.engine.token_stream import TokenStream
 from surgery.repair.dense_reference import DenseReference
 
+LEAST_GAIN = 1e-4  # nats a token; less is rounding
 PROBED = 2  # hidden states that the norm is found with
 
 
@@ -44,13 +45,13 @@ def fit_norm_scale(norm: FinalNorm, dense: DenseReference, pruned: TokenStream) 
     """The scale of the final norm for a pruned stream that has left the last layer beside the dense one.
 
     The first held-out blocks, of NORM_TOKENS tokens at most, choose among NORM_SCALES, and the vertex of the
-    parabola through the best and its neighbours is taken; None where the norm as it is does no worse. Where
+    parabola through the best and its neighbours is taken; None where that gains less than LEAST_GAIN. Where
     the reference is shared, every process calls it, and all return the same. Call it within `other_weights`.
     """
     means, tokens = _divergences(norm, dense, pruned, NORM_SCALES)
     before, scale = means[NORM_SCALES.index(1.0)], least(means)
     (after,), _ = _divergences(norm, dense, pruned, (scale,))
-    return NormScale(scale, before, after, tokens) if after < before else None
+    return NormScale(scale, before, after, tokens) if before - after > LEAST_GAIN else None
 
 
 @torch.no_grad()

@@ -116,6 +116,7 @@ def _layers(manifest: dict[str, Any], index: ChannelIndex | None) -> Section:
             "allocation", plan.get("allocation", "uniform") + (", zero-padded" if plan.get("padded") else "")
         ),
         Fact("repair", _named(plan.get("repair", "none"), manifest.get("repair_label"))),
+        *([Fact("final norm", f"times {norm['scale']:.3f}")] if (norm := manifest.get("final_norm")) else []),
         Fact("FFN channels removed", plan["sparsity"], "percent"),
         Fact("supernodes kept", f"{kept:,} of {total:,}"),
         Fact("super weights kept", _super_weights_kept(manifest)),

@@ -114,7 +114,7 @@ def test_where_healing_does_not_help_the_cut_is_written(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
     folder = save_tiny("llama", name="dense").parent
-    options = (*HEAL, "--train", "norms", "--learning-rate", "30")
+    options = (*HEAL, "--train", "norms", "--learning-rate", "1e-30")
     result = surgeon("prune", "dense", *options, "--out", "both")
     assert "did not help" in result.stderr
     surgeon("prune", "dense", *HEAL[:4], *CALIBRATION, "--out", "cut")

@@ -56,6 +56,8 @@ def test_the_written_norm_has_the_scale_of_the_least_divergence(
     assert torch.equal(load_file("unscaled/model.safetensors")[NORM], before[NORM])
     assert json.loads(Path("unscaled/surgeon.json").read_text())["final_norm"] is None
     assert f"the final norm, times {found.scale:.3f}" in Path("cut/README.md").read_text()
+    surgeon("report", "cut", "--out", "cut.html")
+    assert f"times {found.scale:.3f}" in Path("cut.html").read_text()
 
     ids = ChannelIndex.load("index").input_ids.long()
     held = ids[-max(1, len(ids) // HELD_OUT) :]
