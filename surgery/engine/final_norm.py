@@ -67,7 +67,7 @@ def find_final_norm(model: StreamedModel, hidden: torch.Tensor) -> FinalNorm | N
     It is the first module with parameters that the model calls after its decoder layers, tried with `hidden`
     [n, D], outputs of the last layer. Call it within `other_weights`.
     """
-    called: list[tuple[nn.Module, torch.Tensor]] = []
+    called: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
     inside = {id(module) for layer in model.layers for module in layer.modules()}
     with contextlib.ExitStack() as hooks:
         for layer in model.layers:
@@ -75,12 +75,12 @@ def find_final_norm(model: StreamedModel, hidden: torch.Tensor) -> FinalNorm | N
             hooks.callback(hook.remove)
         for module in model.model.modules():
             if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
-                hook = module.register_forward_hook(lambda own, args, _: called.append((own, *args[:1])))
+                hook = module.register_forward_hook(lambda own, args, _: called.append((own, args)))
                 hooks.callback(hook.remove)
         model.logits(hidden)
-    if not called or len(called[0]) < 2:
+    if not called or len(called[0][1]) != 1:  # a norm takes hidden states alone
         return None
-    module, entering = called[0]
+    module, (entering,) = called[0]
     path = next(path for path, own in model.model.named_modules() if own is module)
     stored = _stored(model, path, module)
     offset = _offset(module, entering)

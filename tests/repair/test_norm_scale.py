@@ -44,8 +44,9 @@ def test_the_written_norm_has_the_scale_of_the_least_divergence(
 ) -> None:
     source = save_tiny("llama", dtype=dtype)
     sharp(source)
-    surgeon("index", "tiny", *CALIBRATION, "--dtype", "float32", "--out", "index")
-    cut = ["prune", "tiny", "--index", "index", "--sparsity", "0.5", "--multiple-of", "8", "--quiet"]
+    computed = ["--dtype", "float32", "--quiet"]
+    surgeon("index", "tiny", *CALIBRATION, *computed, "--out", "index")
+    cut = ["prune", "tiny", "--index", "index", "--sparsity", "0.5", "--multiple-of", "8", *computed]
     surgeon(*cut, "--repair", "lstsq-acc", "--out", "cut")
     surgeon(*cut, "--repair", "lstsq", "--out", "unscaled")
     found = NormScale(**json.loads(Path("cut/surgeon.json").read_text())["final_norm"])
