@@ -23,7 +23,7 @@ from surgery.adapt.adapt import A, Carrier
 from surgery.adapt.carry import Target
 from surgery.budget.model_size import ModelSize
 from surgery.budget.pass_cost import PassCost, PassJob, StreamShape, pass_cost
-from surgery.budget.repair_cost import HELD_OUT
+from surgery.budget.repair_cost import held_out_blocks
 from surgery.cut.tensors import Take, TensorEdit
 from surgery.engine.hooks import FfnCall, observed
 from surgery.engine.open_model import Model
@@ -108,7 +108,7 @@ def refit_down(
     found: dict[str, DownRefit] = {}
     for (number, wide), (_, narrow) in progress(layers, "layers", len(numbers)):
         here = {t.ffn[1]: t for t in carrier.down.values() if t.ffn is not None and t.ffn[0] == number}
-        layer = _LayerRefit(carrier, here, streams, len(ids) - max(1, len(ids) // HELD_OUT))
+        layer = _LayerRefit(carrier, here, streams, len(ids) - held_out_blocks(len(ids)))
         layer.run_dense(number, wide)
         layer.run_cut(number, narrow)
         found |= layer.solved()

@@ -19,11 +19,11 @@ from surgery.budget.model_size import ModelSize, token_share
 from surgery.budget.repair_cost import (
     DENSE_STORES,
     EXPERT_PASSES,
-    HELD_OUT,
     NORM_SCALES,
     NORM_SLICE,
     NORM_TOKENS,
     column_blocks,
+    held_out_blocks,
     pass_schedule,
     repair_bytes,
 )
@@ -255,6 +255,6 @@ def _operations(meta_model: MetaModel, needs: _Needs, budget: int, passes: int) 
             single += SOLVED * (count**3 / 3 + 4.0 * d * count**2)
             double += float(job.blocks) * count * (count + d)  # sums over micro-batches
     if job.follows_pruned:  # the final norm's scale
-        tokens = min(NORM_TOKENS, max(1, job.blocks // HELD_OUT) * job.block_size)
+        tokens = min(NORM_TOKENS, held_out_blocks(job.blocks) * job.block_size)
         forward += 2.0 * size.head * tokens * (3 + len(NORM_SCALES)) * job.cuts
     return forward, single * job.cuts, double * job.cuts

@@ -17,6 +17,11 @@ NORM_TOKENS = 4096  # held-out tokens that they are tried on, at most
 EXPERT_PASSES = 3  # over a layer, for its routed experts together, each from what the one before left
 
 
+def held_out_blocks(blocks: int) -> int:
+    """Number of blocks, of so many calibration blocks, that are held out; one at least."""
+    return max(1, blocks // HELD_OUT)
+
+
 def moment_bytes(width: int, outputs: int) -> int:
     """Bytes of the sums for K = `width` channels and D = `outputs`, training and held-out blocks apart."""
     return 2 * 8 * width * (width + outputs)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from surgery.budget.repair_cost import HELD_OUT
+from surgery.budget.repair_cost import held_out_blocks
 from surgery.engine import distributed
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.hooks import FfnCall, module_outputs, observed
@@ -47,7 +47,7 @@ class DenseReference:
         self.place = place
         self.shared = shared
         own = distributed.shard(len(ids)) if shared else slice(0, len(ids))
-        held_out = max(1, len(ids) // HELD_OUT)
+        held_out = held_out_blocks(len(ids))
         self.held_out_tokens = held_out * ids.shape[1]
         self.first_held = len(ids) - held_out - own.start
         self.stream = TokenStream(model, ids[own], micro_batch=micro_batch, place=place)

@@ -85,8 +85,10 @@ class LayerRepair:
         if not (self.method.follows_pruned and self.method.scales_final_norm):
             return None
         norm = find_final_norm(self.model, self.pruned.last_hidden(slice(0, 1))[0, :PROBED])
-        scale = None if norm is None else fit_norm_scale(norm, self.dense, self.pruned)
-        return None if norm is None or scale is None else (norm, scale)
+        if norm is None:
+            return None
+        scale = fit_norm_scale(norm, self.dense, self.pruned)
+        return None if scale is None else (norm, scale)
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> LayerRepairResult:
