@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ from click.testing import CliRunner
 from helpers.tiny_models import REAL_MODEL, REAL_TEXT, ROOT, byte_tokenizer, tiny_model
 from matplotlib.figure import Figure
 from transformers.monkey_patching import clear_patch_mapping
+from transformers.utils.import_utils import _LazyModule
 
 BLANK_PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
@@ -38,11 +40,31 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fast_listing() -> Iterator[None]:
+    """List the names of lazy modules in linear time: with quadratic, as in transformers, each load of a model
+    whose layers have widths of their own spends 0.1 s on it.
+    """
+
+    def names(self: ModuleType) -> list[str]:
+        return [*dict.fromkeys([*ModuleType.__dir__(self), *self.__all__])]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_LazyModule, "__dir__", names)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def forget_patches() -> Iterator[None]:
     """Leave no class patch behind: looking for classes to patch slows every later load in the process."""
     yield
     clear_patch_mapping()
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the machine's speed, from which durations are estimated, for an instant."""
+    monkeypatch.setattr("surgery.budget.machine.PROBE_SECONDS", 0.01)
 
 
 @pytest.fixture(autouse=True)

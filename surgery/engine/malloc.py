@@ -51,8 +51,13 @@ class Malloc:
         Call it between layers, experts and blocks; any thread may.
         """
         library = _glibc()
-        if library is not None and (not _counts() or _unused_bytes() - _baseline_bytes() > self.limit):
+        if library is not None and (not _counts() or self._exceeded()):
             library.malloc_trim(0)
+
+    def _exceeded(self) -> bool:
+        """Whether free pages exceed the limit: counting them walks the heap, so only where they can."""
+        most = self.limit + _baseline_bytes()
+        return _private_bytes() > most and _unused_bytes() > most
 
 
 @cache
@@ -76,8 +81,14 @@ def _unused_bytes() -> int:
     """Resident private bytes not allocated through malloc: its free pages, and mappings of other code."""
     library = _glibc()
     assert library is not None
-    info, process = library.mallinfo2(), _process(os.getpid()).memory_info()
-    return int(process.rss - process.shared - info.uordblks - info.hblkhd)
+    info = library.mallinfo2()
+    return _private_bytes() - int(info.uordblks + info.hblkhd)
+
+
+def _private_bytes() -> int:
+    """Resident bytes that are not shared with other processes or files."""
+    process = _process(os.getpid()).memory_info()
+    return int(process.rss - process.shared)
 
 
 @cache

@@ -19,7 +19,7 @@ from surgery.heal.options import HealOptions, estimate_heal
 from surgery.heal.train import HeldOut
 from surgery.heal.trainable import TrainMode
 
-WIDE = {"hidden_size": 64, "intermediate_size": 256}
+WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 IDS = torch.randint(0, 256, (24, 64), generator=torch.Generator().manual_seed(1))
 
 
@@ -35,7 +35,7 @@ def text() -> HealText:
 def test_memory_of_a_heal_is_estimated(
     scarce: bool, train: str, variant: str, save_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    changes = {} if variant == "gpt2" else WIDE
+    changes = {"n_layer": 3} if variant == "gpt2" else WIDE
     folders = [save_tiny(variant, name=name, seed=seed, **changes) for name, seed in (("a", 0), ("b", 1))]
     options = HealOptions(TrainMode.parse(train), DistilLoss(1.0, 0.9), batch_tokens=512)
 

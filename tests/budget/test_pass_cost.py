@@ -17,14 +17,14 @@ from surgery.evaluate.ablation import Condition, Scale, ablation_cost, run_ablat
 from surgery.evaluate.perplexity import perplexity, perplexity_cost
 from surgery.text import TokenBlocks
 
-WIDE = {"hidden_size": 64, "intermediate_size": 256}
+WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 IDS = torch.randint(0, 256, (40, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral", "phi3"])
 @pytest.mark.parametrize("scarce", [False, True])
 def test_memory_of_a_pass_is_estimated(scarce: bool, variant: str, save_tiny: Callable[..., Path]) -> None:
-    folder = save_tiny(variant, **({} if variant == "gpt2" else WIDE))
+    folder = save_tiny(variant, **({"n_layer": 3} if variant == "gpt2" else WIDE))
     blocks = TokenBlocks(IDS, "random", None, 1)
     changes = {
         2: [Scale("expert.0" if variant == "mixtral" else "dense", torch.tensor([1]), torch.tensor([2]))]
@@ -79,7 +79,7 @@ COMMANDS = {
 @pytest.fixture
 def indexed(save_tiny: Callable[..., Path], surgeon: Callable[..., Any]) -> Path:
     """A tiny model with an index, and two parts of one to be merged."""
-    folder = save_tiny("llama", max_position_embeddings=256).parent
+    folder = save_tiny("llama", max_position_embeddings=256, num_hidden_layers=2).parent
     surgeon("index", "tiny", *CALIBRATION, "--out", "index")
     text = (folder / "text.txt").read_text()
     for place, name in enumerate(("one", "two")):

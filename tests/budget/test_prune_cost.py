@@ -35,7 +35,7 @@ from surgery.repair.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")
 PLENTY = 1 << 40
-WIDE = {"hidden_size": 64, "intermediate_size": 256}
+WIDE = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
 
 
 @pytest.mark.parametrize(("width", "outputs"), [(120, 80), (80, 240), (240, 40)])
@@ -63,7 +63,7 @@ def test_memory_of_repairing_a_layer_is_estimated(
 ) -> None:
     from surgery.index.channel_index import ChannelIndex
 
-    source = save_tiny(variant, **({} if variant == "gpt2" else WIDE))
+    source = save_tiny(variant, **({"n_layer": 3} if variant == "gpt2" else WIDE))
     surgeon("index", str(source), "--out", "index", *CALIBRATION[:2], "--blocks", "8", "--block-size", "64")
     index = ChannelIndex.load("index")
     plan = make_plan(index, method="scar-lp", sparsity=0.5, multiple_of=8, repair="lstsq-acc")
@@ -110,7 +110,7 @@ def test_memory_of_measuring_sensitivity_is_estimated(
 
 def test_less_memory_means_files_and_parts_and_the_least_is_named(save_tiny: Callable[..., Path]) -> None:
     meta_model = MetaModel(Checkpoint.open(save_tiny("llama", **WIDE)), torch.float32)
-    job = PruneJob([{"dense": 128}] * 6, True, True, 64, 64, written=10)
+    job = PruneJob([{"dense": 128}] * 3, True, True, 64, 64, written=10)
 
     def costs(memory: int) -> Any:
         return prune_cost(meta_model, job, RunOptions(CPU, torch.float32, memory))
@@ -148,7 +148,7 @@ def test_operations_are_those_of_a_repair(
         dense = dense_reference(model, index.input_ids.long(), costs)
         repair = LayerRepair(dense, ffn_cut(model.meta_model, plan), REPAIRS[plan.repair], costs.matrix_bytes)
         with FlopCounterMode(display=False) as counter:
-            for number, layer in model.stream_layers(range(6)):
+            for number, layer in model.stream_layers(range(3)):
                 dense.run(number, layer)
                 repair.layer(number, layer)
                 dense.step()
@@ -196,7 +196,7 @@ def test_a_gpu_shares_out_what_it_has(
     save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta_model = MetaModel(Checkpoint.open(save_tiny("llama", **WIDE)), torch.float32)
-    job = PruneJob([{"dense": 128}] * 6, True, True, 64, 64)
+    job = PruneJob([{"dense": 128}] * 3, True, True, 64, 64)
     gpu = RunOptions(torch.device("cuda"), torch.float32, PLENTY)
     has = PLENTY
     monkeypatch.setattr(budget, "total_device_bytes", lambda _: has)

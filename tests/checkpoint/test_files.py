@@ -139,9 +139,3 @@ def test_perplexity_equals_the_whole_model(
     assert found.perplexity == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-5)
     assert found.tokens == 15 * 63 and found.utf8_bytes == 15 * 63  # a byte a token
     assert found.bits_per_byte == pytest.approx(mean / 0.6931471805599453, rel=1e-5)
-
-
-def test_hub_example_runs() -> None:
-    command = [sys.executable, str(ROOT / "examples" / "hub_round_trip.py")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "A stranger loads it: intermediate_size 24" in result.stdout

@@ -111,6 +111,11 @@ def test_merge_indexes(
     assert ChannelIndex.load(where / "merged").loss["tokens"] == 8 * 31
 
 
+def test_hub_round_trip(tmp_path: Path) -> None:
+    lines = run(tmp_path, "hub_round_trip.py")
+    assert lines[-1] == "A stranger loads it: intermediate_size 24"
+
+
 def test_a_taken_name_is_refused() -> None:
     with pytest.raises(PlanError, match="a method of this name exists"):
         surgery.register_method("wanda", surgery.Method(lambda ffn, _: ffn.statistics["max_abs"]))
@@ -119,7 +124,9 @@ def test_a_taken_name_is_refused() -> None:
 def test_the_library_writes_the_bytes_of_the_commands(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any]
 ) -> None:
-    folder = save_tiny("llama", max_position_embeddings=512, intermediate_size=256).parent
+    folder = save_tiny(
+        "llama", max_position_embeddings=512, intermediate_size=256, num_hidden_layers=2
+    ).parent
     text = (folder / "text.txt").read_text()
     (folder / "long.txt").write_text(text * 4)  # 64 blocks of 512 tokens, a byte each
     (line,) = run(folder, "library.py", "tiny", "long.txt", "by-library", "text.txt")
@@ -141,21 +148,34 @@ def own_method(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "COLUMNS": "200"}
 
 
+SEVERAL = """
+import json, sys
+from surgery.cli.main import main
+for command in json.loads(sys.argv[1]):
+    main(command, prog_name="surgeon", standalone_mode=False)
+    print(end="\\f", flush=True)
+"""
+
+
 def test_a_score_and_a_repair_of_an_installed_package(indexed: Path, own_method: dict[str, str]) -> None:
+    """In one process of its own, as importing torch takes the time of all commands."""
     folder = indexed.parent
-
-    def command(*arguments: str) -> str:
-        words = [sys.executable, "-m", "surgery", *arguments]
-        done = subprocess.run(words, cwd=folder, env=own_method, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     shape = ["--blocks", "16", "--block-size", "64", "--overwrite"]
-    command("index", "tiny", "--out", "index", *CALIBRATION[:2], *shape)
-    told = " ".join(command("prune", "--help").split())
-    assert "random, loudest" in told and "lstsq-acc, halfway" in told
     how = ["--index", "index", "--sparsity", "0.5", "--multiple-of", "8"]
-    command("prune", "tiny", *how, "--method", "loudest", "--repair", "halfway", "--out", "cut")
+    text = ["--text", "text.txt", "--text-blocks", "2", "--json"]
+    commands = [
+        ["index", "tiny", "--out", "index", *CALIBRATION[:2], *shape],
+        ["prune", "--help"],
+        ["prune", "tiny", *how, "--method", "loudest", "--repair", "halfway", "--out", "cut"],
+        ["report", "cut", "--index", "index", "--out", "page.html"],
+        ["compare", "tiny", *how, *text, "--cut", "loudest:halfway"],
+    ]
+    words = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
+    done = subprocess.run(words, cwd=folder, env=own_method, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.split("\f")
+    said = " ".join(told[1].split())
+    assert "random, loudest" in said and "lstsq-acc, halfway" in said
     manifest = json.loads((folder / "cut" / "surgeon.json").read_text())
     assert manifest["plan"]["method"] == "loudest" and manifest["plan"]["repair"] == "halfway"
     assert any(layer["ffns"]["dense"]["ridge"] is not None for layer in manifest["repair"])
@@ -166,12 +186,8 @@ def test_a_score_and_a_repair_of_an_installed_package(indexed: Path, own_method:
     score = ffn.statistics["max_abs"] * ffn.statistics["down_norm"]
     score[ffn.supernodes] = torch.inf
     assert manifest["plan"]["layers"][0]["kept"] == sorted(torch.topk(score, 24).indices.tolist())
-    command("report", "cut", "--index", "index", "--out", "page.html")
     assert "largest possible output" in (folder / "page.html").read_text()
-    text = ["--text", "text.txt", "--text-blocks", "2", "--json"]
-    rows = json.loads(
-        command("compare", "tiny", *how[:4], "--multiple-of", "8", *text, "--cut", "loudest:halfway")
-    )["rows"]
+    rows = json.loads(told[4])["rows"]
     assert [(row["method"], row["repair"]) for row in rows][1:] == [("loudest", "halfway")]
 
 

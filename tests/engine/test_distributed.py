@@ -31,8 +31,11 @@ def test_two_processes_make_the_index_of_one(
 ) -> None:
     where = save_tiny(variant).parent
     surgeon(*INDEX, *more, "--out", "one")
-    shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", "two")
-    assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    if variant == "llama":
+        shown = torchrun(where, "-m", "surgery", *INDEX, *more, "--out", "two")
+        assert shown.stdout.count("Super weights") <= 1 and "Traceback" not in shown.stderr
+    else:  # forked, which spares the seconds of importing torch three times
+        in_two_processes(SURGEON, *INDEX, *more, "--out", "two", where=where)
     in_two_processes(SURGEON, *INDEX, *more, "--out", "again", where=where)
     assert [path.name for path in where.iterdir() if path.name.startswith(".")] == []
     one, two = ChannelIndex.load("one"), ChannelIndex.load("two")
@@ -184,7 +187,7 @@ def test_two_hosts_make_the_index_of_one_machine(
 ) -> None:
     where = save_tiny("llama").parent
     (where / "text.txt").write_text((ROOT / "LICENSE").read_text())
-    torchrun(where, "-m", "surgery", *INDEX, "--out", "here")
+    in_two_processes(SURGEON, *INDEX, "--out", "here", where=where)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
     for place, host in enumerate(two_hosts):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.subprocesses import run_forked
 from helpers.tiny_models import CALIBRATION
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +26,7 @@ TUNED = ["--bits", "3", "--group-size", "16", "--rounding", "autoround", *CALIBR
 # The library wants multiples of 32; two layers, as it trains one after the other.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 DOWN = "model.layers.0.mlp.down_proj."
+JOB = "import json, sys; from surgery.quantize.autoround_job import run; run(json.load(open(sys.argv[1])))"
 # As a manifest has it: the module of a super weight stays whole.
 SUPER = SuperWeight(0, 3, 5, value=1.0, input=1.0, output=1.0, explained=1.0, ratio=1.0, rank=1, token=0)
 
@@ -49,6 +51,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     monkeypatch.setattr(TunedMatrices, "parts", spy)
     return found
+
+
+@pytest.fixture
+def forked_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's process is forked from one that has torch, which spares the seconds of importing it."""
+
+    def run(folder: Path, _: bool) -> None:
+        ended = run_forked(JOB, str(folder / "job.json"), where=folder, AR_LOG_LEVEL="ERROR")
+        assert ended.returncode == 0, ended.stderr[-3000:]
+
+    monkeypatch.setattr("surgery.quantize.autoround._run", run)
 
 
 def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
@@ -84,6 +97,7 @@ def test_a_tuned_folder_loads_and_is_closer_than_rounding_to_nearest(
     assert "by AutoRound: 60 training steps a layer on 4 blocks" in Path("tuned/README.md").read_text()
 
 
+@pytest.mark.usefixtures("forked_job")
 def test_scales_are_trained_in_the_dtype_that_is_stored(
     save_tiny: Callable[..., Path], surgeon: Callable[..., Any], trained: list[torch.dtype]
 ) -> None:
@@ -99,6 +113,7 @@ def test_scales_are_trained_in_the_dtype_that_is_stored(
     assert Path("once/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("forked_job")
 def test_a_frontier_measures_what_quantize_writes(
     save_tiny: Callable[..., Path],
     surgeon: Callable[..., Any],
