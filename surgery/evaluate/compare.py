@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ class Comparison:
             for cut in cuts:
                 norm = None if cut.repair is None else cut.repair.final_norm()
                 if norm is not None:
-                    found |= {stream: partial(norm[0].scaled, norm[1].scale) for stream in cut.streams}
+                    found |= dict.fromkeys(cut.streams, norm.applied)
         return found
 
     def _streams(self, model: StreamedModel) -> list[TokenStream]:

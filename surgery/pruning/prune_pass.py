@@ -20,7 +20,6 @@ from surgery.cut.groups import Cut
 from surgery.cut.tensors import TensorEdit
 from surgery.engine import distributed
 from surgery.engine.disk_errors import in_layer
-from surgery.engine.final_norm import FinalNorm
 from surgery.engine.hidden_store import HiddenStore
 from surgery.engine.open_model import Model
 from surgery.engine.resume import Journal
@@ -32,7 +31,7 @@ from surgery.progress import Progress, no_progress
 from surgery.pruning.verify import last_logits
 from surgery.repair.layer_repair import LayerPruner
 from surgery.repair.methods import RepairMethod
-from surgery.repair.norm_scale import NormScale
+from surgery.repair.norm_scale import NormScale, ScaledNorm
 from surgery.repair.stored_weights import repairable_tensors, repaired_tensors
 
 SHARDS = "shards"
@@ -160,16 +159,14 @@ class PrunePass:
             with model.other_weights():
                 norm = pruner.final_norm()
                 self._write_others(writer, norm)
-                with contextlib.nullcontext() if norm is None else norm[0].scaled(norm[1].scale):
+                with contextlib.nullcontext() if norm is None else norm.applied():
                     logits = last_logits(model, check)
-            return Passed(logits, repairs, None if norm is None else norm[1])
+            return Passed(logits, repairs, None if norm is None else norm.fitted)
 
-    def _write_others(self, writer: ShardWriter, norm: tuple[FinalNorm, NormScale] | None) -> None:
+    def _write_others(self, writer: ShardWriter, norm: ScaledNorm | None) -> None:
         """Write the vectors outside the layers, those of the final norm scaled."""
         for name, tensor in self.deferred.items():
-            if norm is not None and name in norm[0].stored:
-                tensor = norm[0].tensor(name, tensor, norm[1].scale)
-            self._write(writer, name, tensor)
+            self._write(writer, name, tensor if norm is None else norm.tensor(name, tensor))
         self.deferred.clear()
 
     def _save(self, writer: ShardWriter, name: str, tensor: torch.Tensor) -> None:

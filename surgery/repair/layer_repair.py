@@ -23,7 +23,7 @@ from surgery.cut.groups import Cut
 from surgery.cut.slice_edits import mask_cut, mask_members, sublayer_groups
 from surgery.engine import distributed
 from surgery.engine.device import wide_dtype
-from surgery.engine.final_norm import FinalNorm, find_final_norm
+from surgery.engine.final_norm import find_final_norm
 from surgery.engine.hooks import FfnCall
 from surgery.engine.streamed_model import StreamedModel
 from surgery.engine.token_stream import TokenStream, check_finite
@@ -34,7 +34,7 @@ from surgery.repair.dense_reference import DenseReference
 from surgery.repair.least_squares import Moments, Refit, SplitMoments, refit, summed
 from surgery.repair.methods import RepairMethod
 from surgery.repair.mixture import run_routed, shares
-from surgery.repair.norm_scale import PROBED, NormScale, fit_norm_scale
+from surgery.repair.norm_scale import PROBED, ScaledNorm, fit_norm_scale
 from surgery.repair.stored_weights import LayerRepairResult, WeightDelta
 
 Weights = tuple[torch.Tensor, torch.Tensor | None]  # of a down projection: W [D, F] and its bias [D]
@@ -76,8 +76,8 @@ class LayerRepair:
         """The hidden states that an interrupted repair resumes from."""
         return [self.dense.stream, *([self.pruned] if self.method.follows_pruned else [])]
 
-    def final_norm(self) -> tuple[FinalNorm, NormScale] | None:
-        """The final norm and its scale, after the last layer and within `other_weights`.
+    def final_norm(self) -> ScaledNorm | None:
+        """The final norm scaled, after the last layer and within `other_weights`.
 
         None where the method does not scale it, the model has no norm that can be scaled, or that gains
         nothing.
@@ -85,10 +85,7 @@ class LayerRepair:
         if not (self.method.follows_pruned and self.method.scales_final_norm):
             return None
         norm = find_final_norm(self.model, self.pruned.last_hidden(slice(0, 1))[0, :PROBED])
-        if norm is None:
-            return None
-        scale = fit_norm_scale(norm, self.dense, self.pruned)
-        return None if scale is None else (norm, scale)
+        return None if norm is None else fit_norm_scale(norm, self.dense, self.pruned)
 
     @torch.no_grad()
     def layer(self, number: int, layer: nn.Module) -> LayerRepairResult:
@@ -370,7 +367,7 @@ class LayerPruner:
         """Hidden states between layers; none where nothing is repaired."""
         return [] if self.repair is None else self.repair.streams
 
-    def final_norm(self) -> tuple[FinalNorm, NormScale] | None:
+    def final_norm(self) -> ScaledNorm | None:
         """As of LayerRepair; None where nothing is repaired."""
         return None if self.repair is None else self.repair.final_norm()
 

@@ -9,6 +9,7 @@ arXiv:1706.04599), there by the labels, here by the dense model.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,8 +42,24 @@ class NormScale:
         return asdict(self)
 
 
-def fit_norm_scale(norm: FinalNorm, dense: DenseReference, pruned: TokenStream) -> NormScale | None:
-    """The scale of the final norm for a pruned stream that has left the last layer beside the dense one.
+@dataclass(frozen=True)
+class ScaledNorm:
+    """A model's final norm `norm`, and the scale `fitted` for it."""
+
+    norm: FinalNorm
+    fitted: NormScale
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Within the block the model's logits are those with the scale; use it within `other_weights`."""
+        return self.norm.scaled(self.fitted.scale)
+
+    def tensor(self, stored: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A stored tensor as the scale has it, in its dtype; one that is not of the norm is unchanged."""
+        return self.norm.tensor(stored, tensor, self.fitted.scale) if stored in self.norm.stored else tensor
+
+
+def fit_norm_scale(norm: FinalNorm, dense: DenseReference, pruned: TokenStream) -> ScaledNorm | None:
+    """The final norm, scaled for a pruned stream that has left the last layer beside the dense one.
 
     The first held-out blocks, of NORM_TOKENS tokens at most, choose among NORM_SCALES, and the vertex of the
     parabola through the best and its neighbours is taken; None where that gains less than LEAST_GAIN. Where
@@ -51,7 +68,9 @@ def fit_norm_scale(norm: FinalNorm, dense: DenseReference, pruned: TokenStream) 
     means, tokens = _divergences(norm, dense, pruned, NORM_SCALES)
     before, scale = means[NORM_SCALES.index(1.0)], least(means)
     (after,), _ = _divergences(norm, dense, pruned, (scale,))
-    return NormScale(scale, before, after, tokens) if before - after > LEAST_GAIN else None
+    if before - after <= LEAST_GAIN:
+        return None
+    return ScaledNorm(norm, NormScale(scale, before, after, tokens))
 
 
 @torch.no_grad()
