@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from transformers.monkey_patching import clear_patch_mapping
 from transformers.utils.import_utils import _LazyModule
 
+from surgery.index.spike_detector import PROMPTS
+
 BLANK_PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNgAAAAAgAB5Sfe/AAAAABJRU5ErkJggg=="
 )
@@ -65,6 +67,12 @@ def forget_patches() -> Iterator[None]:
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the machine's speed, from which durations are estimated, for an instant."""
     monkeypatch.setattr("surgery.budget.machine.PROBE_SECONDS", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for super weights with two of the prompts: all take half of the time of a tiny model's index."""
+    monkeypatch.setattr("surgery.index.calibration.PROMPTS", PROMPTS[:2])
 
 
 @pytest.fixture(autouse=True)
