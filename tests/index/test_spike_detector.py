@@ -181,7 +181,8 @@ def test_every_prompt_finds_exactly_the_known_one_in_smollm2(dtype: torch.dtype,
 
 
 @pytest.mark.real
-def test_smollm2_breaks_without_it(real_model: Path) -> None:
+def test_smollm2_breaks_without_it(real_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.index.found_structures.PROOF_TOKENS", 24)
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     text = REAL_TEXT.read_text()[:20000]
     blocks = token_blocks(tokenizer, text, "wikipedia.txt", block_size=96, blocks=2, seed=0)
