@@ -13,7 +13,7 @@ CHANGES = 4  # D x K at the same time
 HELD_OUT = 8  # one calibration block in eight is held out, to choose ridges and the final norm's scale
 NORM_SCALES = tuple(round(1.05 - 0.05 * step, 2) for step in range(8))  # of the final norm, that are tried
 NORM_SLICE = 64  # tokens that they are tried on together
-NORM_TOKENS = 4096  # held-out tokens that they are tried on, at most
+NORM_TOKENS = 4096  # tokens of held-out blocks that they are tried on, at most
 EXPERT_PASSES = 3  # over a layer, for its routed experts together, each from what the one before left
 
 
