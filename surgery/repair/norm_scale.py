@@ -4,7 +4,9 @@ A model that lost channels is wrong more often, and as sure of itself as before.
 stream can't change that, since the final norm takes away the stream's length. The scale c is the one with the
 least mean KL(dense || pruned with logits of c times the norm's output), over calibration tokens: the blocks
 that are held out while ridges are chosen, and that the last solve of each matrix uses. So the KL is less than
-on other text, the more so the fewer the calibration blocks, and c a little nearer to 1. Scaling all logits by one number chosen on held-out data is temperature scaling (Guo et al., 2017,
+on other text, the more so the fewer the calibration blocks, and c a little nearer to 1.
+
+Scaling all logits by one number chosen on held-out data is temperature scaling (Guo et al., 2017,
 arXiv:1706.04599), there by the labels, here by the dense model.
 """
 
