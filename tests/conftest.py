@@ -70,9 +70,15 @@ def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for super weights with two of the prompts: all take half of the time of a tiny model's index."""
-    monkeypatch.setattr("surgery.index.calibration.PROMPTS", PROMPTS[:2])
+def few_prompts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look for super weights with two of the prompts: all take half of the time of a tiny model's index.
+
+    Modules that start processes keep all, as those do.
+    """
+    if "helpers.subprocesses" not in {
+        getattr(one, "__module__", "") for one in vars(request.module).values()
+    }:
+        monkeypatch.setattr("surgery.index.calibration.PROMPTS", PROMPTS[:2])
 
 
 @pytest.fixture(autouse=True)
