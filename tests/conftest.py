@@ -71,7 +71,7 @@ def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def few_prompts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for super weights with two of the prompts: all take half of the time of a tiny model's index.
+    """Look for super weights with two of the prompts: all take a third of the time of a tiny model's index.
 
     Modules that start processes keep all, as those do.
     """
